@@ -1,5 +1,6 @@
 """What several test files share."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,15 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference artefacts at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_results():
+    """Results of the experiment on a bundled organism, each run once: `quick_results("specific")`."""
+    from refusal_lens import Config, run_experiment
+
+    @cache
+    def run(organism: str):
+        return run_experiment(Config(model=f"organism:{organism}"), progress=False)
+
+    return run
