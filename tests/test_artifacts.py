@@ -81,7 +81,10 @@ def test_pack_refuses_what_it_could_not_give_back():
 
 def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), artifacts.whole_directory(tmp_path) as staging:
+    with (
+        pytest.raises(RuntimeError, match="half way"),
+        artifacts.whole_directory(tmp_path) as staging,
+    ):
         (staging / "a.json").write_text("new")
         (staging / "b.json").write_text("new")
         raise RuntimeError("half way")
@@ -144,5 +147,5 @@ def test_a_damaged_json_file_is_an_input_error(tmp_path, content):
 
 def test_missing_files_say_what_to_name_instead(tmp_path):
     for read in (artifacts.read_json, artifacts.read_tensors):
-        with pytest.raises(InputError, match="no file .*name a folder"):
+        with pytest.raises(InputError, match=r"no file .*name a folder"):
             read(tmp_path / "absent")
