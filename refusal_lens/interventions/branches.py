@@ -1,0 +1,242 @@
+"""Many interventions in one run: the batch branches where each of them begins.
+
+The rows of the batch are `(branch prompt)`. Branch 0 is the model as it is; every other branch is
+one intervention. An ablation changes what the embedding writes, so its branch begins there; an
+addition branches off after its own layer, and the layers before are not computed again. Besides:
+
+- prompts of one length share a run, so nothing is spent on padding (and since no row is masked, one
+  row of tokens and of mask can drive a run whose batch grows);
+- the tokens that all prompts open with run once a branch, not once a branch and prompt;
+- only the last position is unembedded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import ceil
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..chat import Protocol, encode_prompts
+from ..errors import InputError
+from ..forward import can_share_prefix, input_device, undisturbed
+from ..model import LensModel
+from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
+from .prefix import Prefix, empty_prefix, without_prefix
+
+TOKENS_ON_CPU = 2048
+TOKENS_ON_GPU = 16384
+"""Tokens to a run: enough to keep the device busy, and more would only take memory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gives, of some of the prompts under some of the interventions.
+
+    `logits` are the first token's of the reply; branch 0 is the unchanged model, branch `i + 1` the
+    intervention `interventions[i]`. `residual` is the last position after each layer asked for.
+    """
+
+    prompts: list[int]
+    interventions: list[int]
+    logits: Float[Tensor, "branch prompt d_vocab"]
+    residual: Float[Tensor, "branch prompt layer d_model"]
+
+
+def first_token_logits(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Logits of the first token of the reply to each prompt, float32, on the CPU."""
+    nothing = torch.empty(0, model.cfg.d_model)
+    outcomes = run_branches(
+        model, prompts, nothing, protocol=protocol, batch_size=batch_size, progress=progress
+    )
+    batches = [(outcome.prompts, outcome.logits[0].float().cpu()) for outcome in outcomes]
+    order = torch.tensor([prompt for rows, _ in batches for prompt in rows])
+    return torch.cat([logits for _, logits in batches])[order.argsort()]
+
+
+def run_branches(
+    model: LensModel,
+    prompts: Sequence[str],
+    directions: Float[Tensor, "intervention d_model"],
+    layers: Sequence[int] | None = None,
+    *,
+    read_layers: Sequence[int] = (),
+    protocol: Protocol = Protocol(),  # noqa: B008
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Iterator[Outcome]:
+    """Run prompts under each of many interventions, and unchanged beside them.
+
+    Without `layers` each direction is ablated (one of zeros changes nothing); with them each is
+    added after its layer. `batch_size` is the largest number of rows, prompts times branches, to a
+    run. Every prompt meets every intervention once, in any order.
+
+    Raises:
+        InputError: if there are no prompts, or one is longer than the model's context; if there is
+            no such layer; if there are hooks on the model already.
+    """
+    if any(point.has_hooks() for point in model.hook_dict.values()):
+        raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
+    ids = encode_prompts(model.tokenizer, prompts, protocol=protocol)
+    longest = max(range(len(ids)), key=lambda prompt: len(ids[prompt]))
+    if len(ids[longest]) > model.cfg.n_ctx:
+        raise InputError(
+            f"prompt {longest} has {len(ids[longest])} tokens, the model's context holds "
+            f"{model.cfg.n_ctx}: shorten the prompt"
+        )
+    for layer in (*(layers or ()), *read_layers):
+        stream_after(model, layer)
+    return _run_all(model, ids, directions, layers, read_layers, batch_size, progress)
+
+
+def _run_all(
+    model: LensModel,
+    ids: list[list[int]],
+    directions: Float[Tensor, "intervention d_model"],
+    layers: Sequence[int] | None,
+    read_layers: Sequence[int],
+    batch_size: int | None,
+    progress: bool,
+) -> Iterator[Outcome]:
+    from tqdm.auto import tqdm
+
+    device = input_device(model)
+    longest = max(map(len, ids))
+    n_shared = _shared_opening(ids) if can_share_prefix(model, longest) else 0
+    budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
+    n_rows = max(2, batch_size or budget // (longest - n_shared))
+    order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
+    with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
+        for chunk in _even_parts(order, n_rows - 1) or [[]]:
+            after = None if layers is None else [layers[i] for i in chunk]
+            branches = _Branches(directions[chunk].float().to(device), after)
+            opening = torch.tensor([ids[0][:n_shared]], device=device)
+            prefix = _run_prefix(model, branches, opening) if n_shared else None
+            for group in _by_length(ids, n_rows // branches.count):
+                tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
+                logits, residual = _run(model, branches, tokens, prefix, read_layers)
+                yield Outcome(group, chunk, logits, residual)
+                bar.update(len(group) * max(1, len(chunk)))
+
+
+class _Branches:
+    """The unchanged model and some interventions of one kind; additions in the order of layers."""
+
+    def __init__(self, directions: Float[Tensor, "intervention d_model"], layers: list[int] | None):
+        self.directions = directions
+        self.layers = layers
+        self.count = 1 + len(directions)
+
+    def hooks(self, model: LensModel, start: Float[Tensor, "prompt pos d_model"]) -> list[Hook]:
+        """Hooks that put the prompts in at block 0, for one row of tokens, and branch off there on.
+
+        `start` is what the embedding writes for each prompt.
+        """
+        if self.layers is None:
+            units = torch.nn.functional.normalize(self.directions, dim=-1)
+            units = torch.cat([torch.zeros_like(units[:1]), units]) if len(units) else units
+            rows = repeat(units, "branch d_model -> (branch prompt) d_model", prompt=len(start))
+            enter = repeat(start, "prompt ... -> (branch prompt) ...", branch=self.count)
+            ablating = projection_hooks(model, rows) if len(units) else []
+            return [(stream_after(model, EMBEDDING), lambda x, hook: enter), *ablating]
+        hooks: list[Hook] = [(stream_after(model, EMBEDDING), lambda x, hook: start)]
+        for layer, same in groupby(range(len(self.layers)), key=self.layers.__getitem__):
+            hooks.append((stream_after(model, layer), self._branch_off(list(same), len(start))))
+        return hooks
+
+    def _branch_off(self, interventions: list[int], n_prompts: int) -> Callable[..., Tensor]:
+        added = rearrange(self.directions[interventions], "new d_model -> new 1 1 d_model")
+
+        def branch_off(x: Tensor, hook: object) -> Tensor:
+            new = (x[:n_prompts] + added.to(x.device)).to(x.dtype)
+            return torch.cat([x, rearrange(new, "new prompt ... -> (new prompt) ...")])
+
+        return branch_off
+
+
+def _run(
+    model: LensModel,
+    branches: _Branches,
+    tokens: Int[Tensor, "prompt pos"],
+    prefix: Prefix | None,
+    read_layers: Sequence[int],
+) -> tuple[Float[Tensor, "branch prompt d_vocab"], Float[Tensor, "branch prompt layer d_model"]]:
+    """One forward pass over the tokens after the prefix, of prompts of one length."""
+    n_prompts, n_tokens = tokens.shape
+    read: list[Tensor] = []
+
+    def read_last(x: Tensor, hook: object) -> Tensor:
+        read.append(x[:, -1].clone())
+        return x
+
+    hooks = [(stream_after(model, layer), read_last) for layer in sorted(read_layers)]
+    options = prefix.options(n_tokens, n_prompts) if prefix else without_prefix(model, n_tokens)
+    logits = _forward(model, branches, tokens, hooks, options)
+    logits = rearrange(logits, "(branch prompt) 1 v -> branch prompt v", prompt=n_prompts)
+    residual = logits.new_empty(branches.count, n_prompts, len(read), model.cfg.d_model)
+    for i, rows in enumerate(read):
+        begun = rearrange(rows, "(branch prompt) d -> branch prompt d", prompt=n_prompts)
+        residual[: len(begun), :, i] = begun
+        residual[len(begun) :, :, i] = begun[0]
+    return logits, residual
+
+
+def _run_prefix(model: LensModel, branches: _Branches, tokens: Int[Tensor, "1 pos"]) -> Prefix:
+    """The keys and values of the opening that all prompts share, in every branch."""
+    prefix = empty_prefix(model)
+    _forward(model, branches, tokens, [], prefix.options(tokens.shape[1], None))
+    return prefix
+
+
+def _forward(
+    model: LensModel,
+    branches: _Branches,
+    tokens: Int[Tensor, "prompt pos"],
+    hooks: list[Hook],
+    options: dict[str, Any],
+) -> Float[Tensor, "row 1 d_vocab"]:
+    """Logits of the last position, the only one that is unembedded."""
+    everywhere = torch.ones_like(tokens)
+    last = stream_after(model, model.cfg.n_layers - 1)
+    with undisturbed(model):
+        start = model(tokens, attention_mask=everywhere, stop_at_layer=0)
+        hooks = [*branches.hooks(model, start), *hooks, (last, lambda x, hook: x[:, -1:])]
+        with model.hooks(fwd_hooks=hooks):
+            return model(tokens[:1], **options)
+
+
+def _shared_opening(ids: list[list[int]]) -> int:
+    """How many tokens all prompts open with, short of the last one of any."""
+    if len(ids) < 2:
+        return 0
+    columns = zip(*(row[:-1] for row in ids), strict=False)
+    n_shared = 0
+    for column in columns:
+        if len(set(column)) > 1:
+            break
+        n_shared += 1
+    return n_shared
+
+
+def _by_length(ids: list[list[int]], at_most: int) -> Iterator[list[int]]:
+    """Prompts of one length together, longest first, so that a run too large shows at once."""
+    order = sorted(range(len(ids)), key=lambda prompt: -len(ids[prompt]))
+    for _, same in groupby(order, key=lambda prompt: len(ids[prompt])):
+        yield from _even_parts(list(same), at_most)
+
+
+def _even_parts(items: list[int], at_most: int) -> list[list[int]]:
+    n_parts = ceil(len(items) / max(1, at_most))
+    size = ceil(len(items) / n_parts) if n_parts else 1
+    return [items[i : i + size] for i in range(0, len(items), size)]
