@@ -1,0 +1,23 @@
+"""How sure a similarity is: intervals, nulls and reliability, from Gram matrices; and the like for
+numbers per prompt.
+"""
+
+from .cosine import (
+    CosineEstimate,
+    CosineStatistics,
+    cosine_statistics,
+    cosine_statistics_from_gram,
+    estimate_cosine,
+)
+from .gram import Gram
+from .nulls import permutation_null
+
+__all__ = [
+    "CosineEstimate",
+    "CosineStatistics",
+    "Gram",
+    "cosine_statistics",
+    "cosine_statistics_from_gram",
+    "estimate_cosine",
+    "permutation_null",
+]
