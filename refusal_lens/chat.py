@@ -137,7 +137,8 @@ class ChatInputs:
     """A batch as a model takes it, padded on the left: the last column holds the last tokens.
 
     `mask` is 1 on real tokens and 0 on padding; `read_at` indexes `pos`, one column for each
-    of the protocol's positions, in its order. `hook` is the protocol's: what is read of each block.
+    of the protocol's positions, in its order. `hook` is the protocol's: what is read of each block
+    (or "every_stream": the embedding's output, then every block's).
     """
 
     tokens: Int[Tensor, "batch pos"]

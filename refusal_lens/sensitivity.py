@@ -1,0 +1,517 @@
+"""What a cosine depends on: the same two contrasts read in many ways, one choice at a time.
+
+Three families of specifications, all compared at every layer:
+
+- from the published experiment's protocol, faults included, to ours, one choice after another;
+- one choice changed at a time around ours, and Arditi et al.'s positions;
+- ours over random subsets of the prompts.
+"""
+
+import csv
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import artifacts
+from .chat import LAST_PROMPT_TOKEN, Protocol
+from .contrasts import Contrast
+from .errors import InputError
+from .experiment import highlighted_layer
+from .model import LensModel, model_provenance
+from .protocols import ARDITI, ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED, PUBLISHED_PROMPTS
+from .readings import Reading, read_streams, readings
+from .statistics import Gram, estimate_cosine
+from .statistics.difference import cosine_difference
+from .verdict import published_reading
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+SIZES = (5, 10, 20, 50, 96)
+"""Prompts (pairs, in a paired contrast) of the subsets."""
+
+Rows = tuple[tuple[int, ...], ...]
+"""Which prompts of each of the four sets: refusal's target and baseline, negativity's."""
+
+STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("every prompt", {}),
+    ("no padding is read", {"padding": "left"}),
+    ("one BOS", {"bos": "once"}),
+    ("generation prompt", {"generation_prompt": True}),
+    ("no system prompt", {"system_prompt": None}),
+    ("layers counted at the output", {"hook": "resid_post"}),
+)
+"""The way from the published protocol to ours."""
+
+SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("padding is read", {"padding": "right_in_twos", "allow_faults": True}),
+    ("two BOS", {"bos": "twice", "allow_faults": True}),
+    ("no generation prompt", {"generation_prompt": False}),
+    ("a system prompt", {"system_prompt": ASSUMED_SYSTEM_PROMPT}),
+    ("layers counted at the input", {"hook": "resid_pre"}),
+    ("read at the prompt's own last token", {"positions": (LAST_PROMPT_TOKEN,)}),
+)
+"""One choice changed in ours."""
+
+
+@dataclass(frozen=True)
+class Specification:
+    """One way to read the two contrasts.
+
+    Attributes:
+        name: what is special about it, in words.
+        family: "from published to ours", "one choice changed", "Arditi et al." or "subset".
+        protocol: how prompts are read.
+        rows: which prompts of the four sets.
+    """
+
+    name: str
+    family: str
+    protocol: Protocol
+    rows: Rows
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts in the smallest of the four sets."""
+        return min(map(len, self.rows))
+
+    def choices(self) -> dict[str, str]:
+        """Every choice in words, the same keys for every specification."""
+        p = self.protocol
+        return {
+            "padding": "none is read" if p.padding == "left" else "right, read at the last column",
+            "BOS": "one" if p.bos == "once" else "two",
+            "generation prompt": "yes" if p.generation_prompt else "no",
+            "system prompt": "no" if p.system_prompt is None else "yes",
+            "layer": "output of block" if p.hook == "resid_post" else "input of block",
+            "position": str(p.positions[0]).replace("_", " "),
+            "prompts a set": str(self.n_prompts),
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far one choice, changed in ours, moves the plain cosine at the highlighted layer.
+
+    `value` is what it becomes less what it is by ours; the interval is over prompts, which both
+    readings share. For a number of prompts it is the central range over random subsets.
+    """
+
+    choice: str
+    value: float
+    lower: float
+    upper: float
+    becomes: float
+
+    def __str__(self) -> str:
+        return f"{self.choice}: {self.value:+.3f} [{self.lower:+.3f}, {self.upper:+.3f}]"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every specification's cosine of the two directions at every layer; `print` shows it.
+
+    Attributes:
+        specifications: what was compared; the one named "ours" is the default protocol's.
+        plain: cosine of the sampled directions, float64.
+        unbiased: estimate of the true directions' cosine; NaN where there is a reason.
+        lower: lower end of its interval.
+        upper: upper end of its interval.
+        reasons: why an estimate is NaN, by specification and layer; empty where it isn't.
+        changes: how far each choice moves the cosine, the largest first.
+        layer: the highlighted layer.
+        confidence: of the intervals.
+        provenance: model and contrasts.
+    """
+
+    specifications: tuple[Specification, ...]
+    plain: Float[Tensor, "specification layer"]
+    unbiased: Float[Tensor, "specification layer"]
+    lower: Float[Tensor, "specification layer"]
+    upper: Float[Tensor, "specification layer"]
+    reasons: tuple[tuple[str, ...], ...]
+    changes: tuple[Change, ...]
+    layer: int
+    confidence: float
+    provenance: dict[str, Any]
+
+    @property
+    def ours(self) -> int:
+        """Index of the default protocol with every prompt."""
+        return next(i for i, s in enumerate(self.specifications) if s.name == OURS)
+
+    def verdict(self, specification: int, layer: int) -> str:
+        """What the published rule reads into the plain cosine of one specification at a layer."""
+        return published_reading(float(self.plain[specification, layer]))
+
+    def sentence(self) -> str:
+        """Which choice matters most, with its number and interval."""
+        known = [change for change in self.changes if change.value == change.value]
+        if not known:
+            return f"At layer {self.layer} the cosine is not measurable, whatever is chosen."
+        most = known[0]
+        at_ours = float(self.plain[self.ours, self.layer])
+        return (
+            f"At layer {self.layer} the choice that matters most is this: {most.choice}. It moves "
+            f"the cosine by {most.value:+.3f} [{most.lower:+.3f}, {most.upper:+.3f}], from "
+            f"{at_ours:+.3f} to {most.becomes:+.3f}."
+        )
+
+    def scatter(self) -> str:
+        """How far the cosine scatters if few prompts are read; empty without subsets."""
+        few = [change for change in self.changes if change.choice.endswith("prompts a set")]
+        if not few:
+            return ""
+        at_ours = float(self.plain[self.ours, self.layer])
+        n = self.specifications[self.ours].n_prompts
+        return (
+            f"{few[0].choice} instead of {n} scatter it from {at_ours + few[0].lower:+.3f} to "
+            f"{at_ours + few[0].upper:+.3f}, by which prompts they are alone."
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """The table: one row for every specification and layer."""
+        rows = []
+        for i, specification in enumerate(self.specifications):
+            for layer in range(self.plain.shape[1]):
+                numbers = {
+                    name: artifacts.plain(float(getattr(self, name)[i, layer]))
+                    for name in ("plain", "unbiased", "lower", "upper")
+                }
+                rows.append(
+                    {
+                        "specification": specification.name,
+                        "family": specification.family,
+                        **specification.choices(),
+                        "layer": layer,
+                        **numbers,
+                        "published reading": self.verdict(i, layer),
+                        "why not": self.reasons[i][layer],
+                    }
+                )
+        return rows
+
+    def figure(self, layer: int | None = None) -> "go.Figure":
+        """The specification curve at a layer, the highlighted one unless another is named.
+
+        Raises:
+            InputError: if the model has no such layer.
+        """
+        from . import plotting
+
+        at = self.layer if layer is None else layer
+        if not 0 <= at < self.plain.shape[1]:
+            raise InputError(f"no layer {at}: choose 0 to {self.plain.shape[1] - 1}")
+        choices = [specification.choices() for specification in self.specifications]
+        return plotting.specification_curve(
+            self.plain[:, at],
+            interval=(self.lower[:, at], self.upper[:, at]),
+            names=[s.name for s in self.specifications],
+            families=[s.family for s in self.specifications],
+            choices={name: [each[name] for each in choices] for name in choices[0]},
+            reference=self.ours,
+            subtitle=self.sentence(),
+            title=f"The cosine at layer {at}, read in {len(choices)} ways",
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `sensitivity.csv`, `.json` and `.html` to a folder, whole files or none.
+
+        Raises:
+            InputError: if the folder can't be written.
+        """
+        rows = self.records()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        document = {
+            "sentence": self.sentence(),
+            "scatter": self.scatter(),
+            "layer": self.layer,
+            "confidence": self.confidence,
+            "changes": artifacts.plain(self.changes),
+            "specifications": [
+                {"name": s.name, "family": s.family, "protocol": s.protocol.to_dict()}
+                | {"faults": list(s.protocol.faults), "rows": artifacts.plain(s.rows)}
+                for s in self.specifications
+            ],
+            "provenance": artifacts.plain(self.provenance),
+            "table": rows,
+        }
+        page = self.figure().to_html(include_plotlyjs=True, full_html=True)
+        with artifacts.whole_directory(folder) as staging:
+            (staging / "sensitivity.csv").write_text(text.getvalue(), "utf-8")
+            artifacts.write_json(staging / "sensitivity.json", document)
+            (staging / "sensitivity.html").write_text(page, "utf-8")
+        return Path(folder)
+
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """At the highlighted layer: family, specification, cosine, interval, published reading."""
+        rows = []
+        for i, specification in enumerate(self.specifications):
+            low, high = (float(end[i, self.layer]) for end in (self.lower, self.upper))
+            rows.append(
+                (
+                    specification.family,
+                    specification.name,
+                    f"{float(self.plain[i, self.layer]):+.3f}",
+                    f"[{low:+.2f}, {high:+.2f}]" if low == low else "not known",
+                    self.verdict(i, self.layer),
+                )
+            )
+        return rows
+
+    def __str__(self) -> str:
+        width = max(len(row[1]) for row in self.table())
+        lines = [self.sentence(), self.scatter(), ""]
+        family = ""
+        for row in self.table():
+            if row[0] != family:
+                family = row[0]
+                lines.append(family)
+            lines.append(f"  {row[1]:<{width}}  {row[2]}  {row[3]:<16}  {row[4]}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Sensitivity({len(self.specifications)} specifications, layer {self.layer})"
+
+    def _repr_html_(self) -> str:
+        head = ("", "specification", "cosine", f"{self.confidence:.0%} interval", "published rule")
+        cells = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.table()
+        )
+        return (
+            f"<p>{html.escape(self.sentence())} {html.escape(self.scatter())}</p><table><tr>"
+            + "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+            + f"</tr>{cells}</table>"
+        )
+
+
+OURS = "ours"
+SUBSETS = 2000
+"""Random subsets from which the scatter of a small set's cosine is read."""
+
+
+def run_sensitivity(
+    model: LensModel,
+    contrasts: tuple[Contrast, Contrast],
+    *,
+    layer: int | None = None,
+    sizes: Sequence[int] = SIZES,
+    draws: int = 3,
+    n_resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Read two contrasts in every way that is compared, and say what the cosine depends on.
+
+    Protocols that share tokens share the run over them. Layer `l` means what each specification
+    counts as `l`: for one that counts at the input of blocks it is our layer `l - 1`.
+
+    Args:
+        model: the model.
+        contrasts: refusal and negativity.
+        layer: the highlighted layer; None as in `Config`.
+        sizes: how many prompts of each set the subsets have; sizes above what there is are left out.
+        draws: random subsets of each size.
+        n_resamples: resamples behind each interval.
+        confidence: of the intervals.
+        seed: of subsets and resamples.
+        batch_size: prompts a forward pass; None finds it.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: as `get_prompt_activations`; if there is no such layer; if the chat template takes
+            no system prompt; with fewer than two prompts in a set.
+    """
+    at, _ = highlighted_layer(layer, model.cfg.n_layers)
+    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
+    if min(map(len, sides)) < 2:
+        raise InputError("a set has a single prompt: subsets need at least two")
+    specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
+    activations = _Activations(model, sides, specifications, batch_size, progress)
+    generator = torch.Generator().manual_seed(seed)
+    grams, estimates = [], []
+    for specification in specifications:
+        gram = Gram.of(
+            *activations.of(specification),
+            a_paired=contrasts[0].paired,
+            b_paired=contrasts[1].paired,
+        )
+        estimate = estimate_cosine(
+            gram, n_resamples=n_resamples, confidence=confidence, generator=generator
+        )
+        grams.append(gram)
+        estimates.append(estimate)
+    plain = torch.stack([gram.plain for gram in grams])
+    changes = _changes(specifications, grams, plain, at, confidence, seed)
+    return Sensitivity(
+        specifications=tuple(specifications),
+        plain=plain,
+        unbiased=torch.stack([estimate.unbiased for estimate in estimates]),
+        lower=torch.stack([estimate.intervals.lower for estimate in estimates]),
+        upper=torch.stack([estimate.intervals.upper for estimate in estimates]),
+        reasons=tuple(estimate.reasons for estimate in estimates),
+        changes=changes,
+        layer=at,
+        confidence=confidence,
+        provenance={
+            "model": model_provenance(model),
+            "contrasts": {contrast.name: contrast.sha256 for contrast in contrasts},
+            "seed": seed,
+            "n_resamples": n_resamples,
+            "published system prompt": f"assumed: {ASSUMED_SYSTEM_PROMPT!r}",
+        },
+    )
+
+
+def specify(
+    contrasts: tuple[Contrast, Contrast], *, sizes: Sequence[int], draws: int, seed: int
+) -> list[Specification]:
+    """Every way that is compared, ours among them."""
+    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
+    every: Rows = tuple(tuple(range(len(side))) for side in sides)
+    first: Rows = tuple(rows[:PUBLISHED_PROMPTS] for rows in every)
+    family = "from published to ours"
+    published = f"published, {PUBLISHED_PROMPTS} prompts a set"
+    found = [Specification(published, family, PUBLISHED, first)]
+    protocol = PUBLISHED
+    for name, choice in STEPS[:-1]:
+        protocol = replace(protocol, **choice, name=f"published, {name}")
+        found.append(Specification(f"+ {name}", family, protocol, every))
+    found.append(Specification(OURS, family, DEFAULT, every))
+    for name, choice in SINGLE:
+        changed = replace(DEFAULT, **choice, name=f"default, {name}")
+        found.append(Specification(name, "one choice changed", changed, every))
+    for position in ARDITI.positions:
+        read = replace(ARDITI, positions=(position,))
+        found.append(Specification(f"position {position}", "Arditi et al.", read, every))
+    generator = torch.Generator().manual_seed(seed)
+    smallest = min(map(len, every))
+    for size in sorted({size for size in sizes if 1 < size < smallest}):
+        for draw in range(draws):
+            rows = _subset(contrasts, every, size, generator)
+            name = f"{size} prompts, draw {draw + 1}"
+            found.append(Specification(name, "subset", DEFAULT, rows))
+    return found
+
+
+def _subset(
+    contrasts: tuple[Contrast, Contrast], every: Rows, size: int, generator: torch.Generator
+) -> Rows:
+    """Random prompts of each set, in their order; the same rows on both sides where paired."""
+    drawn: list[tuple[int, ...]] = []
+    for i, rows in enumerate(every):
+        if i % 2 and contrasts[i // 2].paired:
+            drawn.append(drawn[-1])
+            continue
+        picked = torch.randperm(len(rows), generator=generator)[:size].sort().values
+        drawn.append(tuple(picked.tolist()))
+    return tuple(drawn)
+
+
+class _Activations:
+    """What every specification reads, each activation computed once."""
+
+    def __init__(
+        self,
+        model: LensModel,
+        sides: Sequence[tuple[str, ...]],
+        specifications: Sequence[Specification],
+        batch_size: int | None,
+        progress: bool,
+    ):
+        self._places: dict[tuple[Protocol, int, tuple[int, ...]], list[Reading]] = {}
+        for specification in specifications:
+            for side in range(len(sides)):
+                key = self._key(specification, side, len(sides[side]))
+                if key not in self._places:
+                    prompts = [sides[side][row] for row in key[2]]
+                    self._places[key] = readings(model, prompts, specification.protocol)
+        wanted = [reading for place in self._places.values() for reading in place]
+        self._streams = read_streams(model, wanted, batch_size=batch_size, progress=progress)
+        self._sizes = [len(side) for side in sides]
+
+    def of(self, specification: Specification) -> list[Float[Tensor, "prompt layer d_model"]]:
+        """The activations of the four sets, counted as the specification counts layers."""
+        found = []
+        for side, rows in enumerate(specification.rows):
+            key = self._key(specification, side, self._sizes[side])
+            places = self._places[key]
+            if len(places) > len(rows):
+                places = [places[row] for row in rows]
+            streams = torch.stack([self._streams[place] for place in places])
+            kept = (
+                streams[:, 1:] if specification.protocol.hook == "resid_post" else streams[:, :-1]
+            )
+            found.append(kept)
+        return found
+
+    @staticmethod
+    def _key(
+        specification: Specification, side: int, n: int
+    ) -> tuple[Protocol, int, tuple[int, ...]]:
+        """Prompts are read alone, but for padding, which comes from the neighbour in the subset."""
+        alone = specification.protocol.padding == "left"
+        rows = tuple(range(n)) if alone else specification.rows[side]
+        return specification.protocol, side, rows
+
+
+def _changes(
+    specifications: Sequence[Specification],
+    grams: Sequence[Gram],
+    plain: Float[Tensor, "specification layer"],
+    layer: int,
+    confidence: float,
+    seed: int,
+) -> tuple[Change, ...]:
+    """How far each choice moves the cosine at one layer, the largest first, unknown ones last."""
+    ours = next(i for i, s in enumerate(specifications) if s.name == OURS)
+    only = torch.arange(plain.shape[1]) == layer
+    changes = []
+    smallest = [s for s in specifications if s.family == "subset"][:1]
+    for i, specification in enumerate(specifications):
+        if specification.family == "one choice changed":
+            ends = cosine_difference(grams[ours].at(only), grams[i].at(only), confidence=confidence)
+            value, lower, upper = (float(end[0]) for end in ends)
+            becomes = float(plain[i, layer])
+            changes.append(Change(specification.name, value, lower, upper, becomes))
+    for specification in smallest:
+        changes.append(
+            _fewer_prompts(grams[ours].at(only), specification.n_prompts, confidence, seed)
+        )
+    return tuple(sorted(changes, key=lambda c: -abs(c.value) if c.value == c.value else torch.inf))
+
+
+def _fewer_prompts(gram: Gram, n: int, confidence: float, seed: int) -> Change:
+    """What the plain cosine at one layer is in random subsets of `n` rows a group."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(groups: tuple[int, ...]) -> Float[Tensor, "subset row"]:
+        each = []
+        for size in groups:
+            picked = torch.rand(SUBSETS, size, generator=generator).argsort(1)[:, :n]
+            chosen = torch.zeros(SUBSETS, size, dtype=torch.float64)
+            each.append(chosen.scatter(1, picked, 1 / n))
+        return torch.cat(each, dim=1)
+
+    a, b = weights(gram.groups_a), weights(gram.groups_b)
+    inner = ((a @ gram.ab[0]) * b).sum(-1)
+    norms = ((a @ gram.aa[0]) * a).sum(-1) * ((b @ gram.bb[0]) * b).sum(-1)
+    cosines = inner / norms.sqrt()
+    moved = cosines - gram.plain[0]
+    tail = (1 - confidence) / 2
+    lower, upper = (float(moved.quantile(q)) for q in (tail, 1 - tail))
+    middle = float(cosines.mean())
+    return Change(f"{n} prompts a set", float(moved.mean()), lower, upper, becomes=middle)
