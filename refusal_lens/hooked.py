@@ -66,8 +66,13 @@ def hooked_transformer(
     with torch.no_grad():
         converted = get_pretrained_state_dict(str(directory), cfg, hf_model)
         weights = _fitted(converted, model, cfg)
-        weights |= _buffers(hf_model, model, cfg)
-    model.load_state_dict(weights, strict=True, assign=True)
+        buffers = _buffers(hf_model, model, cfg)
+    # Set beforehand: loading leaves a rotary table of another length than the model's own as it is,
+    # and the model's own begins with 2,048 positions of whatever context.
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, buffer)
+    model.load_state_dict(weights | buffers, strict=True, assign=True)
     return model.eval()
 
 

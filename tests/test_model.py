@@ -68,6 +68,22 @@ def test_every_layer_of_a_padded_batch_is_what_hugging_face_computes(family, tmp
     assert worst_difference(unmasked, theirs, mask) > 1e-2, "the mask would not be missed"
 
 
+@pytest.mark.parametrize(
+    "family", ["llama", "llama 3.1", "llama with linear scaling", "gemma3", "phi4 mini"]
+)
+def test_a_prompt_of_more_than_2048_tokens_is_what_hugging_face_computes(family, tmp_path):
+    # TransformerLens 3 tabulates the angles of 2,048 positions at first, without any scaling.
+    changes = {"max_position_embeddings": 4096, "num_hidden_layers": 2}
+    changes |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    directory = write_checkpoint(tmp_path / "model", family, **changes)
+    model = load_model(str(directory), device="cpu")
+    assert model.cfg.n_ctx == 4096
+    tokens = torch.randint(0, 256, (1, 2100), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    theirs = hugging_face_layers(directory, tokens, mask)
+    assert worst_difference(layers_of(model, tokens, mask), theirs, mask) < 1e-5
+
+
 def test_the_trained_model_of_the_references_is_what_hugging_face_computes(reference, batch):
     directory = reference / "weights" / "stories260K_hf"
     model = load_model(str(directory), device="cpu")
