@@ -83,7 +83,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN token: `plain` turns NaN into null)."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    path.write_text(
+        json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -178,7 +180,9 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], types: tuple[type, ...]) ->
                 return {key: visit(item) for key, item in items.items()}
             case {"type": str(name), "fields": dict(items)}:
                 if name not in known:
-                    raise InputError(f"the saved results hold an unknown {name!r}: update the package")
+                    raise InputError(
+                        f"the saved results hold an unknown {name!r}: update the package"
+                    )
                 fields = {key: visit(item) for key, item in items.items()}
                 try:
                     return known[name](**fields)

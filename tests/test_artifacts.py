@@ -81,13 +81,14 @@ def test_pack_refuses_what_it_could_not_give_back():
 
 def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "a.json").write_text("old")
-    with (
-        pytest.raises(RuntimeError, match="half way"),
-        artifacts.whole_directory(tmp_path) as staging,
-    ):
-        (staging / "a.json").write_text("new")
-        (staging / "b.json").write_text("new")
-        raise RuntimeError("half way")
+    def fail_half_way():
+        with artifacts.whole_directory(tmp_path) as staging:
+            (staging / "a.json").write_text("new")
+            (staging / "b.json").write_text("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
     with artifacts.whole_directory(tmp_path) as staging:
