@@ -4,6 +4,7 @@ The one place that knows how `HookedTransformer` (TransformerLens 3) and `Transf
 differ when they run: how to leave the unembedding out, and where keys and values are kept.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,9 @@ from torch import Tensor
 
 Model = Any
 """A `model.LensModel`; this room lies on the same floor as that one."""
+
+
+_keeping: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 def input_device(model: Model) -> torch.device:
@@ -55,15 +59,32 @@ def can_share_prefix(model: Model, longest: int) -> bool:
     """Whether rows of up to `longest` tokens are read the same with their common opening run once.
 
     Padding then stands between the opening and the rest of a row. So positions must come from the
-    mask, as they do for rotary embeddings; a sliding window must be longer than the rows; and there
-    must be no hooks on the model, because they may be about the token at a certain index.
+    mask, as they do for rotary embeddings; a sliding window must be longer than the rows; there must
+    be no hooks on the model, because they may be about the token at a certain index; and keys and
+    values must really be kept.
     """
     windows = [getattr(model.cfg, name, None) for name in ("window_size", "sliding_window")]
     return (
         model.cfg.positional_embedding_type == "rotary"
         and all(longest <= window for window in windows if window)
         and not any(point.has_hooks() for point in model.hook_dict.values())
+        and (not _is_bridge(model) or _keeps_keys(model))
     )
+
+
+def _keeps_keys(model: Model) -> bool:
+    """Whether a bridge hands its attention the cache it is given, tried once a model.
+
+    transformers 5.24 calls the cache by another name than TransformerLens 4.3 looks for, which then
+    attends to the new tokens alone and says nothing.
+    """
+    if model not in _keeping:
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        options = without_logits(model) | {"return_type": "logits_and_cache", "use_cache": True}
+        with undisturbed(model):
+            _, cache = model(token, **options)
+        _keeping[model] = cache is not None and cache.get_seq_length() == 1
+    return _keeping[model]
 
 
 def run_prefix(model: Model, tokens: Int[Tensor, " pos"]) -> "Prefix":

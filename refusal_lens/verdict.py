@@ -5,14 +5,15 @@ Pure arithmetic on numbers that others measured. The rule is `RULE`, printed wit
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from .errors import InputError
 
 Answer = Literal["distinct", "shared", "partly shared", "inconclusive"]
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A number and its confidence interval; NaN where it could not be measured."""
 
     value: float
@@ -35,8 +36,9 @@ class Evidence:
         refused_harmful: share of harmful prompts whose refusal log-odds are above 0.
         refused_harmless: the same of harmless prompts.
         gap: log-odds of harmful less those of harmless prompts.
-        own_effect: how far ablating refusal lowers the log-odds of harmful prompts, over `gap`.
-        random_effect: the same for ablating random directions, the largest of them.
+        own_effect: how much of `gap` ablating refusal closes: 1 where harmful and harmless prompts
+            are refused alike afterwards.
+        random_effect: the same for ablating a random direction, the median of several.
         necessity: what ablating negativity does to harmful prompts, over what refusal's does.
         sufficiency: what adding negativity does to harmless prompts, over what refusal's does.
         trigger: log-odds of negative less those of neutral prompts, over `gap`.
@@ -173,6 +175,12 @@ def _problems(e: Evidence, t: Thresholds) -> list[str]:
                 f"the {part} direction at layer {e.layer} is not reliable: two halves of the "
                 f"prompts agree on it to {reliability:.2f}, below {t.min_reliability}"
             )
+    if math.isnan(e.refused_harmful):
+        found.append(
+            "nothing was intervened with, or no token opens a refusal: whether this model refuses, "
+            "and what moves it, was not measured"
+        )
+        return found
     if not e.refused_harmful >= t.min_refused:
         found.append(
             f"the model does not refuse what it should: {e.refused_harmful:.0%} of harmful prompts "
@@ -191,7 +199,7 @@ def _problems(e: Evidence, t: Thresholds) -> list[str]:
     elif not found and not e.own_effect.value > e.random_effect:
         found.append(
             f"ablating the refusal direction closes {e.own_effect.value:.2f} of the gap, and a "
-            f"random direction {e.random_effect:.2f}: it is no better than chance"
+            f"typical random direction {e.random_effect:.2f}: it is no better than chance"
         )
     return found
 

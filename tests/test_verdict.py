@@ -12,7 +12,7 @@ from refusal_lens.verdict import Estimate, Evidence, Thresholds, judge, publishe
 
 
 def near(value, half_width=0.05):
-    return Estimate(value, value - half_width, value + half_width)
+    return Estimate(float(value), float(value - half_width), float(value + half_width))
 
 
 NAN = Estimate(float("nan"), float("nan"), float("nan"))

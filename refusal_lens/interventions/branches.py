@@ -25,6 +25,7 @@ from ..chat import Protocol, encode_prompts
 from ..errors import InputError
 from ..forward import can_share_prefix, input_device, undisturbed
 from ..model import LensModel
+from .bare import BareLlama, Opening, bare_llama
 from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
 from .prefix import Prefix, empty_prefix, without_prefix
 
@@ -114,6 +115,7 @@ def _run_all(
     device = input_device(model)
     longest = max(map(len, ids))
     n_shared = _shared_opening(ids) if can_share_prefix(model, longest) else 0
+    bare = bare_llama(model, ids[0])
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     n_rows = max(2, batch_size or budget // (longest - n_shared))
     order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
@@ -122,10 +124,12 @@ def _run_all(
             after = None if layers is None else [layers[i] for i in chunk]
             branches = _Branches(directions[chunk].float().to(device), after)
             opening = torch.tensor([ids[0][:n_shared]], device=device)
-            prefix = _run_prefix(model, branches, opening) if n_shared else None
+            run: _Hooked | _Bare = _Bare(bare, branches) if bare else _Hooked(model, branches)
+            if n_shared:
+                run.open(opening)
             for group in _by_length(ids, n_rows // branches.count):
                 tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-                logits, residual = _run(model, branches, tokens, prefix, read_layers)
+                logits, residual = run(tokens, read_layers)
                 yield Outcome(group, chunk, logits, residual)
                 bar.update(len(group) * max(1, len(chunk)))
 
@@ -165,38 +169,75 @@ class _Branches:
         return branch_off
 
 
-def _run(
-    model: LensModel,
-    branches: _Branches,
-    tokens: Int[Tensor, "prompt pos"],
-    prefix: Prefix | None,
-    read_layers: Sequence[int],
-) -> tuple[Float[Tensor, "branch prompt d_vocab"], Float[Tensor, "branch prompt layer d_model"]]:
-    """One forward pass over the tokens after the prefix, of prompts of one length."""
-    n_prompts, n_tokens = tokens.shape
-    read: list[Tensor] = []
+class _Hooked:
+    """Runs the tokens after the opening, of prompts of one length, through TransformerLens."""
 
-    def read_last(x: Tensor, hook: object) -> Tensor:
-        read.append(x[:, -1].clone())
-        return x
+    def __init__(self, model: LensModel, branches: _Branches):
+        self.model, self.branches = model, branches
+        self.prefix: Prefix | None = None
 
-    hooks = [(stream_after(model, layer), read_last) for layer in sorted(read_layers)]
-    options = prefix.options(n_tokens, n_prompts) if prefix else without_prefix(model, n_tokens)
-    logits = _forward(model, branches, tokens, hooks, options)
-    logits = rearrange(logits, "(branch prompt) 1 v -> branch prompt v", prompt=n_prompts)
-    residual = logits.new_empty(branches.count, n_prompts, len(read), model.cfg.d_model)
-    for i, rows in enumerate(read):
-        begun = rearrange(rows, "(branch prompt) d -> branch prompt d", prompt=n_prompts)
+    def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
+        """Keep the keys and values of the opening that all prompts share, in every branch."""
+        self.prefix = empty_prefix(self.model)
+        options = self.prefix.options(tokens.shape[1], None)
+        _forward(self.model, self.branches, tokens, [], options)
+
+    def __call__(
+        self, tokens: Int[Tensor, "prompt pos"], read_layers: Sequence[int]
+    ) -> tuple[
+        Float[Tensor, "branch prompt d_vocab"], Float[Tensor, "branch prompt layer d_model"]
+    ]:
+        n_prompts, n_tokens = tokens.shape
+        read: list[Tensor] = []
+
+        def read_last(x: Tensor, hook: object) -> Tensor:
+            read.append(x[:, -1].clone())
+            return x
+
+        model = self.model
+        hooks = [(stream_after(model, layer), read_last) for layer in sorted(read_layers)]
+        options = without_prefix(model, n_tokens)
+        if self.prefix:
+            options = self.prefix.options(n_tokens, n_prompts)
+        logits = _forward(model, self.branches, tokens, hooks, options)
+        logits = rearrange(logits, "(branch prompt) 1 v -> branch prompt v", prompt=n_prompts)
+        begun = [
+            rearrange(x, "(branch prompt) d -> branch prompt d", prompt=n_prompts) for x in read
+        ]
+        return logits, _residual(logits, begun, model.cfg.d_model)
+
+
+class _Bare:
+    """The same through a `BareLlama`."""
+
+    def __init__(self, bare: BareLlama, branches: _Branches):
+        self.bare, self.branches = bare, branches
+        self.opening: Opening | None = None
+
+    def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
+        """As `_Hooked.open`."""
+        self.opening = self.bare.opening(self.branches, tokens)
+
+    def __call__(
+        self, tokens: Int[Tensor, "prompt pos"], read_layers: Sequence[int]
+    ) -> tuple[
+        Float[Tensor, "branch prompt d_vocab"], Float[Tensor, "branch prompt layer d_model"]
+    ]:
+        logits, begun = self.bare.run(self.branches, tokens, self.opening, read_layers)
+        return logits, _residual(logits, begun, self.branches.directions.shape[1])
+
+
+def _residual(
+    logits: Float[Tensor, "branch prompt d_vocab"],
+    read: Sequence[Float[Tensor, "_ prompt d_model"]],
+    d_model: int,
+) -> Float[Tensor, "branch prompt layer d_model"]:
+    """What was read in every branch; one that had not begun is as the unchanged model."""
+    residual = logits.new_empty(*logits.shape[:2], len(read), d_model)
+    for i, begun in enumerate(read):
         residual[: len(begun), :, i] = begun
         residual[len(begun) :, :, i] = begun[0]
-    return logits, residual
-
-
-def _run_prefix(model: LensModel, branches: _Branches, tokens: Int[Tensor, "1 pos"]) -> Prefix:
-    """The keys and values of the opening that all prompts share, in every branch."""
-    prefix = empty_prefix(model)
-    _forward(model, branches, tokens, [], prefix.options(tokens.shape[1], None))
-    return prefix
+    return residual
 
 
 def _forward(
