@@ -8,6 +8,7 @@ from .cosine import (
     cosine_statistics,
     cosine_statistics_from_gram,
     estimate_cosine,
+    fewest_resamples,
 )
 from .gram import Gram
 from .nulls import permutation_null
@@ -19,5 +20,6 @@ __all__ = [
     "cosine_statistics",
     "cosine_statistics_from_gram",
     "estimate_cosine",
+    "fewest_resamples",
     "permutation_null",
 ]
