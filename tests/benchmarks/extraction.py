@@ -1,0 +1,395 @@
+"""Reading activations, side by side: `python tests/benchmarks/extraction.py`.
+
+A random-weight Llama of about 150 M parameters with Llama-3's own vocabulary, on the CPU in
+float32, and the bundled prompts. Each contestant's vectors are compared with Hugging Face run on
+one prompt at a time before its time counts. The contestants take turns, so that what else the
+machine does hits all alike; seconds are medians over the rounds, and "ours is faster" the median
+over the rounds of the two times' ratio.
+
+`--peers-python` names an interpreter that has `steering-vectors`, `repeng` and `nnsight`; without
+it those are left out. `--out` writes the table as markdown.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llama3 import llama3_tokenizer
+
+from refusal_lens.activations import get_prompt_activations, read_residual_stream
+from refusal_lens.chat import ChatInputs, Protocol, build_inputs_with_chat_template
+from refusal_lens.contrasts import BUNDLED, load_contrast
+from refusal_lens.model import load_model
+
+SYSTEM_PROMPT = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe. If a question does not make any sense, or is not factually coherent, "
+    "explain why instead of answering something not correct."
+)
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Contestant:
+    name: str
+    run: Callable[[], Tensor | None]
+    """Activations `[prompt layer d_model]`, or None where it only marks the limit."""
+    required: float | None = None
+    """How many times as fast as this one ours must be."""
+    with_system_prompt: bool = False
+    last_before_norm: bool = True
+    """Whether it reads the last layer where TransformerLens does; else that one is not compared."""
+    clock: Callable[[], float] | None = None
+    """What its last run took, where it is timed in another process."""
+    seconds: list[float] = field(default_factory=list)
+    error: float | None = None
+
+
+def main(
+    *,
+    prompts: int = 96,
+    rounds: int = 5,
+    threads: int = 2,
+    peers_python: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Run all contestants and print the table.
+
+    Args:
+        prompts: how many of the bundled prompts to read.
+        rounds: how often each contestant runs.
+        threads: how many cores to use.
+        peers_python: an interpreter with the other packages.
+        out: a markdown file to write.
+    """
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = save_model(Path(folder) / "model")
+        bench = Bench(model_dir, bundled_prompts(prompts), threads)
+        contestants = bench.contestants()
+        if peers_python:
+            contestants += bench.peers(peers_python, Path(folder))
+        extra, weights = peak_memory(model_dir, prompts, threads)
+        bench.check(contestants)
+        for _ in range(rounds):
+            for contestant in contestants:
+                start = time.perf_counter()
+                contestant.run()
+                took = time.perf_counter() - start
+                contestant.seconds.append(contestant.clock() if contestant.clock else took)
+        bench.close()
+    table = report(contestants, prompts, rounds, threads, extra / weights)
+    print(table)
+    if out:
+        out.write_text(table)
+
+
+def save_model(folder: Path) -> Path:
+    """148 M parameters, half of them the vocabulary's, as a Hugging Face directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=128_000,
+        eos_token_id=128_009,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    llama3_tokenizer().save_pretrained(folder)
+    # Where transformers 4 looks for the rotary base, for the peers that still need it.
+    saved = json.loads((folder / "config.json").read_text()) | {"rope_theta": 500_000.0}
+    (folder / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+def bundled_prompts(count: int) -> list[str]:
+    contrasts = [load_contrast(name) for name in BUNDLED]
+    every = [p for c in contrasts for pair in zip(c.target, c.baseline, strict=True) for p in pair]
+    step = len(every) / count
+    return [every[int(i * step)] for i in range(count)]
+
+
+class Bench:
+    """One model, held once, read by all contestants of this process."""
+
+    def __init__(self, model_dir: Path, prompts: list[str], threads: int):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model_dir, self.prompts, self.threads = model_dir, prompts, threads
+        self.hf = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.lens = load_model(str(model_dir), device="cpu", dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+        self.tokenizer.pad_token = "<|eot_id|>"
+        self.protocols = {False: Protocol(), True: Protocol(system_prompt=SYSTEM_PROMPT)}
+        self.peers_process: subprocess.Popen[str] | None = None
+        self.peer_seconds = 0.0
+
+    def texts(self, with_system_prompt: bool) -> list[str]:
+        system = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system_prompt else []
+        return [
+            self.tokenizer.apply_chat_template(
+                [*system, {"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for prompt in self.prompts
+        ]
+
+    def contestants(self) -> list[Contestant]:
+        return [
+            Contestant("refusal_lens", lambda: self.ours(False)),
+            Contestant(
+                "(a) output_hidden_states, batch 2",
+                lambda: self.published(2),
+                required=3.0,
+                last_before_norm=False,
+            ),
+            Contestant(
+                "(b) output_hidden_states, batch 16",
+                lambda: self.published(16),
+                required=1.5,
+                last_before_norm=False,
+            ),
+            Contestant("(c) run_with_cache, no filter, batch 16", self.cache_all, required=1.5),
+            Contestant("(d) bare forward, nothing read", self.bare(False), required=0.9),
+            Contestant(
+                "refusal_lens, system prompt", lambda: self.ours(True), with_system_prompt=True
+            ),
+            Contestant(
+                "(d) bare forward, system prompt",
+                self.bare(True),
+                required=1.0,
+                with_system_prompt=True,
+            ),
+        ]
+
+    def ours(self, with_system_prompt: bool) -> Tensor:
+        protocol = self.protocols[with_system_prompt]
+        return get_prompt_activations(self.lens, self.prompts, protocol=protocol, progress=False)[
+            :, 0
+        ]
+
+    @torch.no_grad()
+    def published(self, batch_size: int) -> Tensor:
+        """The published experiment's loop, but padded on the left, where the last token is."""
+        rows = []
+        texts = self.texts(False)
+        for start in range(0, len(texts), batch_size):
+            inputs = self.tokenizer(
+                texts[start : start + batch_size],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=False,
+            )
+            states = self.hf(**inputs, output_hidden_states=True).hidden_states
+            rows.append(torch.stack([state[:, -1] for state in states[1:]], dim=1))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def cache_all(self) -> Tensor:
+        rows = []
+        for start in range(0, len(self.prompts), 16):
+            inputs = build_inputs_with_chat_template(
+                self.lens.tokenizer, self.prompts[start : start + 16]
+            )
+            _, cached = self.lens.run_with_cache(inputs.tokens, attention_mask=inputs.mask)
+            names = [f"blocks.{layer}.hook_resid_post" for layer in range(self.lens.cfg.n_layers)]
+            rows.append(torch.stack([cached[name][:, -1] for name in names], dim=1))
+        return torch.cat(rows)
+
+    def bare(self, with_system_prompt: bool) -> Callable[[], None]:
+        """Hugging Face's base model over the very batches that ours makes."""
+        protocol = self.protocols[with_system_prompt]
+        inputs = build_inputs_with_chat_template(self.tokenizer, self.prompts, protocol=protocol)
+        batches = []
+        for rows, _ in read_residual_stream(self.lens, inputs, progress=False):
+            width = int(inputs.mask[rows].sum(1).max())
+            batches.append((inputs.tokens[rows, -width:], inputs.mask[rows, -width:]))
+
+        @torch.no_grad()
+        def run() -> None:
+            for tokens, mask in batches:
+                self.hf.model(tokens, attention_mask=mask, use_cache=False)
+
+        return run
+
+    def peers(self, python: Path, folder: Path) -> list[Contestant]:
+        (folder / "texts.json").write_text(json.dumps(self.texts(False)))
+        script = Path(__file__).with_name("peers.py")
+        command = [python, script, self.model_dir, folder / "texts.json", folder, self.threads]
+        self.peers_process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        found = []
+        for name in ("steering-vectors", "repeng", "nnsight"):
+            reply = self.ask_peer(name)
+            if "missing" in reply:
+                print(f"{name} is left out: {reply['missing']}", file=sys.stderr)
+                continue
+            contestant = Contestant(
+                f"{name} {reply['version']}",
+                partial(self.peer, name, folder),
+                required=1.5,
+                last_before_norm=name != "repeng",
+                clock=lambda: self.peer_seconds,
+            )
+            found.append(contestant)
+        return found
+
+    def ask_peer(self, name: str) -> dict:
+        to_peers, from_peers = self.peers_process.stdin, self.peers_process.stdout
+        to_peers.write(name + "\n")
+        to_peers.flush()
+        return json.loads(from_peers.readline())
+
+    def peer(self, name: str, folder: Path) -> Tensor:
+        self.peer_seconds = self.ask_peer(name)["seconds"]
+        return torch.load(folder / f"{name}.pt", weights_only=True)
+
+    def close(self) -> None:
+        if self.peers_process:
+            self.peers_process.communicate()
+
+    def check(self, contestants: list[Contestant]) -> None:
+        """Compare every contestant with Hugging Face run on one prompt at a time."""
+        expected = {system: self.one_at_a_time(system) for system in (False, True)}
+        for contestant in contestants:
+            answer = contestant.run()
+            if answer is None:
+                continue
+            compared = slice(None) if contestant.last_before_norm else slice(-1)
+            right = expected[contestant.with_system_prompt][:, compared]
+            difference = answer[:, compared] - right
+            contestant.error = float((difference.norm(dim=-1) / right.norm(dim=-1)).max())
+            if not contestant.error < TOLERANCE:
+                raise SystemExit(f"{contestant.name} is off by {contestant.error:.1e}: not counted")
+
+    @torch.no_grad()
+    def one_at_a_time(self, with_system_prompt: bool) -> Tensor:
+        streams: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(
+                lambda module, args, out: streams.append(
+                    (out[0] if isinstance(out, tuple) else out)[0, -1]
+                )
+            )
+            for block in self.hf.model.layers
+        ]
+        inputs: ChatInputs = build_inputs_with_chat_template(
+            self.tokenizer, self.prompts, protocol=self.protocols[with_system_prompt]
+        )
+        for tokens, mask in zip(inputs.tokens, inputs.mask, strict=True):
+            self.hf.model(tokens[mask.bool()][None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(streams).unflatten(0, (len(self.prompts), -1))
+
+
+def peak_memory(model_dir: Path, prompts: int, threads: int) -> tuple[int, int]:
+    """Bytes the extraction needs at its peak beyond the model and its answer, and the weights'."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import extraction; "
+        "extraction.measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))"
+    )
+    here = str(Path(__file__).parent)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, here, str(model_dir), str(prompts), str(threads)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    extra, weights = json.loads(answer.stdout.splitlines()[-1])
+    return extra, weights
+
+
+def measure_memory(model_dir: str, prompts: int, threads: int) -> None:
+    import psutil
+
+    torch.set_num_threads(threads)
+    model = load_model(model_dir, device="cpu", dtype=torch.float32)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    texts = bundled_prompts(prompts)
+    # One prompt alone brings in the weights' pages and what libraries set up once.
+    get_prompt_activations(model, texts[:1], progress=False)
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    answer = get_prompt_activations(model, texts, progress=False)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps([peak * 1024 - before - answer.numel() * 4, weights]))
+
+
+def report(
+    contestants: list[Contestant], prompts: int, rounds: int, threads: int, extra: float
+) -> str:
+    ours = {c.with_system_prompt: c.seconds for c in contestants if not c.required}
+    lines = [
+        "# Reading activations",
+        "",
+        f"{prompts} of the bundled prompts, {rounds} rounds, float32 on {threads} cores of a "
+        f"{platform.machine()} CPU, a random-weight Llama of 148 M parameters, vocabulary 128,256. "
+        + ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "transformer_lens")
+        )
+        + f", Python {platform.python_version()}.",
+        "",
+        "| contestant | seconds | prompts/s | ours is faster | required | largest error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for c in contestants:
+        seconds = statistics.median(c.seconds)
+        faster = required = ""
+        if c.required:
+            pairs = zip(c.seconds, ours[c.with_system_prompt], strict=True)
+            ratio = statistics.median(theirs / mine for theirs, mine in pairs)
+            faster = f"{ratio:.2f} x"
+            required = f"{c.required} x: {'met' if ratio >= c.required else 'MISSED'}"
+        error = "" if c.error is None else f"{c.error:.0e}"
+        cells = c.name, f"{seconds:.2f}", f"{prompts / seconds:.1f}", faster, required, error
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Extra peak memory of ours, beyond the model and the answer: {extra:.1%} of the weights "
+        f"(required: at most 5 %, {'met' if extra <= 0.05 else 'MISSED'}).",
+        "",
+        "The error is relative, the largest over prompts and layers, against Hugging Face on one "
+        "prompt at a time; contestants that read the last layer after the final norm are compared "
+        "without it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
