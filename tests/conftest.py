@@ -17,11 +17,14 @@ def reference() -> Path:
 
 @pytest.fixture(scope="session")
 def quick_results():
-    """Results of the experiment on a bundled organism, each run once: `quick_results("specific")`."""
+    """Results of the experiment on some prompts and a bundled organism, each run once:
+    `quick_results("specific")`.
+    """
     from refusal_lens import Config, run_experiment
 
     @cache
     def run(organism: str):
-        return run_experiment(Config(model=f"organism:{organism}"), progress=False)
+        config = Config(model=f"organism:{organism}", max_prompts=32, n_resamples=1000)
+        return run_experiment(config, progress=False)
 
     return run

@@ -1,0 +1,252 @@
+"""What the two directions do, measured by intervening: the evidence that the verdict rests on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .activations import ContrastActivations
+from .chat import Protocol
+from .contrasts import Contrast
+from .interventions import (
+    CrossEffects,
+    Effects,
+    RefusalTokens,
+    ablation_cross_effects,
+    ablation_effects,
+    addition_cross_effects,
+    find_refusal_tokens,
+)
+from .model import LensModel
+from .statistics import CosineStatistics
+from .statistics.prompts import Group, Interval, ratio_interval, total_interval
+from .verdict import Estimate, Evidence
+
+SWEEP_PROMPTS = 48
+"""Harmful prompts, spread over the set, on which every layer's direction is tried."""
+TOKEN_PROMPTS = 64
+"""Prompts of each side on which the refusal tokens are found, or measured."""
+
+FEWEST_PROMPTS = 4
+"""Prompts a side, below which nothing is intervened with."""
+
+PARTS = ("refusal", "negativity")
+
+
+@dataclass(frozen=True)
+class Causal:
+    """What intervening did.
+
+    Attributes:
+        refusal_tokens: the tokens that count as the opening of a refusal, and how they are known.
+        sweep: part -> refusal log-odds of some harmful prompts, each layer's direction of that part
+            ablated everywhere in turn.
+        strongest: the layer whose refusal direction, ablated, lowers refusal most; -1 where there
+            are no refusal tokens.
+        ablation: both directions of the highlighted layer ablated, all prompts of both contrasts.
+        addition: both directions added after the highlighted layer.
+    """
+
+    refusal_tokens: RefusalTokens
+    sweep: dict[str, Effects]
+    strongest: int
+    ablation: CrossEffects
+    addition: CrossEffects
+
+
+def intervene(
+    model: LensModel,
+    contrasts: Mapping[str, Contrast],
+    activations: Mapping[str, ContrastActivations],
+    directions: Mapping[str, Float[Tensor, "layer d_model"]],
+    *,
+    layer: int,
+    generator: torch.Generator,
+    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Causal:
+    """Ablate and add the refusal and negativity directions, and read the first token of the reply.
+
+    All three mappings hold the parts `refusal` and `negativity`.
+
+    Raises:
+        InputError: as `interventions.ablation_cross_effects`.
+    """
+    harmful, harmless = contrasts["refusal"].target, contrasts["refusal"].baseline
+    tokens = find_refusal_tokens(
+        model,
+        _spread(harmful, TOKEN_PROMPTS),
+        _spread(harmless, TOKEN_PROMPTS),
+        protocol=protocol,
+        progress=progress,
+    )
+    sweep = {
+        part: ablation_effects(
+            model,
+            _spread(harmful, SWEEP_PROMPTS),
+            directions[part].float(),
+            refusal_tokens=tokens,
+            protocol=protocol,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for part in PARTS
+    }
+    ablation, addition = (
+        cross_effects(
+            model,
+            (contrasts["refusal"], contrasts["negativity"]),
+            (activations["refusal"], activations["negativity"]),
+            layer=layer,
+            refusal_tokens=tokens,
+            generator=generator,
+            protocol=protocol,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for cross_effects in (ablation_cross_effects, addition_cross_effects)
+    )
+    return Causal(tokens, sweep, strongest_layer(sweep["refusal"]), ablation, addition)
+
+
+def can_intervene(contrasts: Mapping[str, Contrast]) -> bool:
+    """Whether both contrasts have prompts enough to read an intervention's effect on them."""
+    sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
+    return min(map(len, sides)) >= FEWEST_PROMPTS
+
+
+def strongest_layer(sweep: Effects) -> int:
+    """The layer whose direction, ablated, leaves the lowest mean refusal log-odds; -1 if unknown."""
+    means = sweep.log_odds.mean(-1)
+    if means.isnan().all():
+        return -1
+    return int(means.nan_to_num(nan=torch.inf).argmin())
+
+
+def evidence(
+    contrasts: Mapping[str, Contrast],
+    causal: Causal | None,
+    cosine: CosineStatistics,
+    *,
+    layer: int,
+) -> Evidence:
+    """The numbers that `verdict.judge` decides by, at one layer.
+
+    `cosine` is the statistics of refusal against negativity. All intervals are at its confidence.
+    Without `causal`, what only an intervention can tell is NaN.
+    """
+    options = {"confidence": cosine.confidence}
+    sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
+    geometry: dict[str, Any] = {
+        "layer": layer,
+        "n_prompts": min(map(len, sides)),
+        "reliability_refusal": float(cosine.reliability_a[layer]),
+        "reliability_negativity": float(cosine.reliability_b[layer]),
+        "cosine": Estimate(
+            *(float(curve[layer]) for curve in (cosine.unbiased, cosine.lower, cosine.upper))
+        ),
+    }
+    if causal is None:
+        unknown = Estimate(math.nan, math.nan, math.nan)
+        ratios = ("gap", "own_effect", "necessity", "sufficiency", "trigger", "mediation")
+        shares = ("refused_harmful", "refused_harmless", "random_effect")
+        geometry |= dict.fromkeys(ratios, unknown) | dict.fromkeys(shares, math.nan)
+        return Evidence(**geometry)
+    paired = contrasts["refusal"].paired
+    harmful, harmless = _log_odds(causal.ablation, "refusal")
+    before = harmful["none"], harmless["none"]
+
+    def gap_closed(intervention: str) -> Interval:
+        closed = before[0] - harmful[intervention], before[1] - harmless[intervention]
+        return ratio_interval(_gaps(closed, before, paired=paired), **options)
+
+    negative, neutral = _log_odds(causal.ablation, "negativity")
+    _, added = _log_odds(causal.addition, "refusal")
+    gap = _gaps(before, before, paired=paired)
+    trigger_gap = _gaps(
+        (negative["none"], neutral["none"]),
+        (negative["none"], neutral["none"]),
+        paired=contrasts["negativity"].paired,
+    )
+    lowered = before[0] - harmful["refusal"]
+    random = [name for name in causal.ablation.interventions if name.startswith("random")]
+    return Evidence(
+        **geometry,
+        refused_harmful=_share_refused(before[0]),
+        refused_harmless=_share_refused(before[1]),
+        gap=_estimate(total_interval([group.denominator for group in gap], **options)),
+        own_effect=_estimate(gap_closed("refusal")),
+        random_effect=_median([float(gap_closed(name).value) for name in random]),
+        necessity=_estimate(
+            ratio_interval([Group(before[0] - harmful["negativity"], lowered)], **options)
+        ),
+        sufficiency=_estimate(
+            ratio_interval(
+                [Group(added["negativity"] - before[1], added["refusal"] - before[1])], **options
+            )
+        ),
+        trigger=_estimate(
+            ratio_interval(
+                [
+                    *(Group(one.numerator, torch.zeros_like(one.numerator)) for one in trigger_gap),
+                    *(Group(torch.zeros_like(one.numerator), one.denominator) for one in gap),
+                ],
+                **options,
+            )
+        ),
+        mediation=_estimate(
+            ratio_interval(
+                [
+                    Group(
+                        negative["none"] - negative["refusal"], torch.zeros_like(negative["none"])
+                    ),
+                    Group(torch.zeros_like(lowered), lowered),
+                ],
+                **options,
+            )
+        ),
+    )
+
+
+def _log_odds(effects: CrossEffects, part: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Refusal log-odds of a contrast's target and baseline prompts, by intervention."""
+    found = getattr(effects, part)
+    return (
+        dict(zip(effects.interventions, found.target_log_odds, strict=True)),
+        dict(zip(effects.interventions, found.baseline_log_odds, strict=True)),
+    )
+
+
+def _gaps(
+    numerators: tuple[Tensor, Tensor], denominators: tuple[Tensor, Tensor], *, paired: bool
+) -> list[Group]:
+    """Target less baseline, as one group of pairs where the prompts come in pairs."""
+    (a, b), (c, d) = numerators, denominators
+    return [Group(a - b, c - d)] if paired else [Group(a, c), Group(-b, -d)]
+
+
+def _share_refused(log_odds: Float[Tensor, " prompt"]) -> float:
+    return float((log_odds > 0).double().mean()) if log_odds.isfinite().all() else float("nan")
+
+
+def _estimate(interval: Interval) -> Estimate:
+    return Estimate(*(float(end) for end in interval))
+
+
+def _median(values: Sequence[float]) -> float:
+    return (
+        float(torch.tensor(values, dtype=torch.float64).quantile(0.5)) if values else float("nan")
+    )
+
+
+def _spread(prompts: Sequence[str], at_most: int) -> list[str]:
+    """So many of the prompts, evenly from first to last."""
+    if len(prompts) <= at_most:
+        return list(prompts)
+    places = torch.linspace(0, len(prompts) - 1, at_most).round().long().tolist()
+    return [prompts[place] for place in places]

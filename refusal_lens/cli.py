@@ -1,0 +1,255 @@
+"""The command line: `refusal-lens demo | run | tokens`."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .contrasts import Contrast
+
+ORGANISMS = ("specific", "entangled", "oblivious")
+
+# tyro would show "{None}|STR" for an option that may be left out.
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the experiment on the three bundled organisms, side by side.
+
+    Needs no GPU, no token and no network. Each organism is a small model, trained for this package,
+    whose true answer is known: `specific` has a refusal mechanism of its own, `entangled` refuses
+    whatever is negative, `oblivious` never refuses.
+    """
+
+    out: Path = Path("runs/demo")
+    """Folder for the results: one folder an organism, and the figure of all three."""
+    prompts: int = 48
+    """Prompts to use of every set, so that it takes less than a minute; 108 is all of them."""
+    quiet: bool = False
+    """Print nothing but the results."""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from . import artifacts, plotting
+        from .config import Config
+        from .experiment import run_experiment
+        from .verdict import published_reading
+
+        artifacts.check_writable(self.out)
+        curves, said = {}, []
+        for name in ORGANISMS:
+            config = Config(model=f"organism:{name}", max_prompts=self.prompts)
+            results = run_experiment(config, progress=not self.quiet)
+            results.save(self.out / name)
+            print(results, end="\n\n")
+            cosine = results.similarities["refusal_vs_negativity"]
+            curves[name] = cosine
+            value = float(cosine[results.layer])
+            said.append(
+                f"{name:<10} {results.verdict.answer:<13} {value:>+6.2f}   "
+                f"{published_reading(value)}"
+            )
+        figure = plotting.cosine_by_layer(
+            curves, highlight=results.layer, title="Refusal vs negativity in the three organisms"
+        )
+        with artifacts.whole_directory(self.out) as staging:
+            page = figure.to_html(include_plotlyjs=True, full_html=True)
+            (staging / "cosine_by_layer.html").write_text(page, "utf-8")
+        print(
+            "organism   verdict       cosine   the published rule would say of it",
+            *said,
+            "",
+            "What to look at. In `entangled` refusal is negativity, and its curve lies high; in "
+            "`specific` refusal is a",
+            "mechanism of its own, and its curve lies low. `oblivious` never refuses: it has a "
+            "harmful direction and a",
+            "curve all the same, so a cosine alone can't tell that a model refuses at all. The "
+            "verdict can: it asks what",
+            "each direction does when it is taken out or put in.",
+            "",
+            f"Written to {self.out}: open {self.out / 'cosine_by_layer.html'}",
+            sep="\n",
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run the experiment on a model, Meta-Llama-3-8B-Instruct unless told otherwise.
+
+    Compares the refusal direction with the negativity direction at every layer, prints the
+    published experiment's table at the highlighted layer and writes everything it found.
+    Prompts of your own: `--target mine.csv:harmful --baseline mine.csv:harmless`.
+    """
+
+    model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
+    """A hub name, a local directory, or organism:specific, organism:entangled, organism:oblivious."""
+    layer: Number = None
+    """Layer to highlight (0 is the first block's output). Default: 20 of 32, else as deep."""
+    out: Folder = None
+    """Folder for the results. Default: runs/ and the model's name."""
+    refusal: str = "refusal"
+    """Bundled contrast whose direction is in question."""
+    target: Text = None
+    """Your own harmful prompts instead: FILE:COLUMN (CSV, JSON, JSONL) or a text file."""
+    baseline: Text = None
+    """Your own harmless prompts; goes with --target."""
+    against: str = "negativity"
+    """Bundled contrast that it is compared with."""
+    against_target: Text = None
+    """Your own prompts for the other contrast, as with --target."""
+    against_baseline: Text = None
+    """Goes with --against-target."""
+    controls: tuple[str, ...] = ("positivity", "alarm")
+    """Bundled contrasts compared with refusal in the same way."""
+    system_prompt: Text = None
+    """System prompt before every prompt. Default: none."""
+    position: str = "-1"
+    """Token to read, from the end of the formatted prompt (-1 the last), or last_prompt_token."""
+    revision: Text = None
+    """Branch, tag or commit on the hub."""
+    device: Text = None
+    """cuda, cpu, ... Default: the GPU where there is one."""
+    dtype: Text = None
+    """bfloat16, float32, ... Default: bfloat16 on a GPU."""
+    batch_size: Number = None
+    """Prompts a forward pass. Default: found from free memory."""
+    seed: int = 0
+    """Seed of everything random."""
+    max_prompts: Number = None
+    """Use only so many prompts of every set, for a quick look. Default: all."""
+    resamples: int = 10_000
+    """Resamples behind intervals and nulls."""
+    confidence: float = 0.95
+    """Of every interval."""
+    interventions: bool = True
+    """Only compare the directions, don't intervene: quick, but no verdict except inconclusive."""
+    quiet: bool = False
+    """Print nothing but the results."""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from . import artifacts
+        from .chat import Protocol
+        from .config import Config
+        from .experiment import run_experiment
+
+        config = Config(
+            model=self.model,
+            layer=self.layer,
+            refusal=_own_contrast("target", self.target, self.baseline) or self.refusal,
+            negativity=_own_contrast("against-target", self.against_target, self.against_baseline)
+            or self.against,
+            controls=self.controls,
+            protocol=Protocol(
+                system_prompt=self.system_prompt,
+                positions=(_position(self.position),),
+            ),
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            max_prompts=self.max_prompts,
+            interventions=self.interventions,
+            n_resamples=self.resamples,
+            confidence=self.confidence,
+        )
+        config.contrasts()
+        out = self.out or Path("runs") / re.sub(r"[^\w.-]+", "-", self.model).strip("-.")
+        artifacts.check_writable(out)
+        results = run_experiment(config, progress=not self.quiet)
+        results.save(out)
+        print(results, "", results.verdict.rule, sep="\n")
+        print(f"\nWritten to {out}: open {out / 'cosine_by_layer.html'}")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Show every token that a model is given for a prompt, and which one is read."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """The prompt, or several."""
+    model: str = "organism:specific"
+    """A hub name, a local directory or an organism: only its tokenizer is loaded."""
+    system_prompt: Text = None
+    """System prompt before every prompt."""
+    generation_prompt: bool = True
+    """End with the header of the assistant's reply."""
+    position: tuple[str, ...] = ("-1",)
+    """Positions to read, as in `run --position`."""
+    revision: Text = None
+    """Branch, tag or commit on the hub."""
+
+    def __call__(self) -> None:
+        """Run it."""
+        from .chat import Protocol, show_tokens
+        from .model import load_tokenizer
+
+        protocol = Protocol(
+            system_prompt=self.system_prompt,
+            generation_prompt=self.generation_prompt,
+            positions=tuple(map(_position, self.position)),
+        )
+        tokenizer = load_tokenizer(self.model, revision=self.revision)
+        print(show_tokens(tokenizer, list(self.prompt), protocol=protocol))
+
+
+def _position(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def _own_contrast(flag: str, target: str | None, baseline: str | None) -> "Contrast | None":
+    if target is None and baseline is None:
+        return None
+    if target is None or baseline is None:
+        raise InputError(f"--{flag} and its baseline go together: give both")
+    from .contrasts import contrast_from_prompts
+
+    return contrast_from_prompts(target, baseline)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `refusal-lens`: exit status 0, 2 for a mistake of the user's, 130 on Ctrl-C."""
+    commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens}
+    command = tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="refusal-lens",
+        description=(
+            "Is the direction along which a chat model refuses harmful requests its own mechanism, "
+            "or is it just negativity?"
+        ),
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    _quieten_third_parties()
+    try:
+        command()
+    except InputError as error:
+        print(f"refusal-lens: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("refusal-lens: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _quieten_third_parties() -> None:
+    """Let the terminal show our lines alone: a library's deprecations are not the user's business."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
