@@ -1,0 +1,113 @@
+"""The README says what is so: its code runs, its commands exist, its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from refusal_lens import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+FENCES = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+BLOCKS = {kind: [text for k, text in FENCES if k == kind] for kind in ("python", "sh")}
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
+
+
+def commands(program: str) -> list[list[str]]:
+    """Every call of a program that the README shows, in words."""
+    lines = [line for block in BLOCKS["sh"] for line in block.splitlines()] + INLINE
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part) for part in parts if part.startswith(program)]
+
+
+def shown_help(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_python_shown_runs_and_gives_a_figure_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(BLOCKS["python"])
+    for shown, instead in (
+        ('"meta-llama/Meta-Llama-3-8B-Instruct"', '"organism:specific"'),
+        ("rl.plotting.cosine_by_layer(", "figure = rl.plotting.cosine_by_layer("),
+        ('Config(model="organism:specific")', "Config(**quick)"),
+    ):
+        assert code.count(shown) == 1
+        code = code.replace(shown, instead)
+    quick = {"model": "organism:specific", "max_prompts": 16, "interventions": False}
+    ran: dict = {"quick": quick | {"n_resamples": 1000}}
+    exec(compile(code, "README.md", "exec"), ran)
+    curve = ran["figure"].data[0].y
+    assert len(curve) == 32
+    assert curve[20] == pytest.approx(float(ran["cosine"][20]), abs=1e-3)
+    assert "layer 20" in str(ran["figure"].layout.annotations)
+    assert (tmp_path / "runs" / "specific" / "directions.safetensors").is_file()
+
+
+def test_the_first_block_is_eight_lines():
+    assert len([line for line in BLOCKS["python"][0].splitlines() if line.strip()]) == 8
+
+
+@pytest.mark.parametrize("words", commands("refusal-lens"), ids=" ".join)
+def test_every_command_shown_exists_with_its_options(words, capsys):
+    said = shown_help(capsys, words[1])
+    assert f"usage: refusal-lens {words[1]} " in said
+    for option in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{option}\b", said), option
+
+
+def test_a_command_that_does_not_exist_would_be_noticed(capsys):
+    assert "usage: refusal-lens no-such-command " not in shown_help(capsys, "no-such-command")
+
+
+@pytest.mark.parametrize("words", commands("python"), ids=" ".join)
+def test_every_script_shown_exists(words):
+    module = {
+        "venv": None,
+        "pip": None,
+        "pytest": None,
+        "refusal_lens.organisms.train": ROOT / "refusal_lens" / "organisms" / "train.py",
+    }
+    file = module[words[2]] if words[1] == "-m" else ROOT / words[1]
+    assert file is None or file.is_file()
+
+
+def test_every_link_to_a_file_leads_there():
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    assert "notebooks/figures/cosine_across_depth.png" in links
+
+
+def test_every_notebook_is_linked():
+    notebooks = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    assert [name for name in notebooks if f"](notebooks/{name})" not in README] == []
+
+
+def test_the_figure_is_small():
+    assert (ROOT / "notebooks" / "figures" / "cosine_across_depth.png").stat().st_size < 150_000
+
+
+def test_the_test_command_is_marked_once_and_runs_pytest():
+    marked = re.findall(r"<!-- test command -->\n```sh\n(.*?)```\n<!-- end -->", README, re.S)
+    assert len(marked) == 1
+    assert marked[0].strip().endswith("python3 -m pytest")
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert re.findall(r"(?i)\b(todo|tbd|fixme|xxx|lorem|placeholder|to be filled)\b", README) == []
+
+
+@pytest.mark.slow
+def test_the_table_of_verdicts_is_what_the_demo_prints(tmp_path, capsys):
+    cli.main(["demo", "--prompts", "108", "--quiet", "--out", str(tmp_path / "demo")])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"\| `(\w+)` \|[^|]*\| ([+-][\d.]+) \| ([\w -]+) \| ([\w ]+) \|", README)
+    assert [row[0] for row in rows] == ["specific", "entangled", "oblivious"]
+    for name, cosine, reading, verdict in rows:
+        assert re.search(rf"{name} +{verdict} +{re.escape(cosine)} +{reading}", printed), name
