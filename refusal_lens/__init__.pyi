@@ -26,6 +26,7 @@ from .interventions import ablate_direction as ablate_direction
 from .interventions import add_direction as add_direction
 from .interventions import find_refusal_tokens as find_refusal_tokens
 from .interventions import refusal_log_odds as refusal_log_odds
+from .model import from_hugging_face as from_hugging_face
 from .model import load_model as load_model
 from .results import Results as Results
 from .similarity import causal_cosine as causal_cosine

@@ -1,8 +1,11 @@
 """load_model: the only place that knows how a model is loaded."""
 
+import copy
 import importlib.metadata
 import logging
+import tempfile
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -100,6 +103,7 @@ def load_model(
     checkpoint = _with_weights(config_only)
     if place.type == "cpu" and not name.startswith(ORGANISM):
         logger.warning("loading %s on the CPU: everything works, slowly", name)
+    logger.info("loading %s from %s in %s on %s", name, checkpoint.directory, dtype, place)
     hf_model = _hf_model(checkpoint, config, place, dtype, n_devices)
     model = _with_lens(hf_model, _tokenizer(checkpoint), checkpoint, n_devices)
     _origins[model] = {
@@ -108,6 +112,74 @@ def load_model(
         "weights_sha256": checkpoint.fingerprint() if checkpoint.revision is None else None,
     }
     return model
+
+
+def from_hugging_face(
+    hf_model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    name: str | None = None,
+) -> LensModel:
+    """A model that the caller loaded with Hugging Face, as every function here takes one.
+
+    The weights are shared, not copied (Gemma's embedding and norms excepted, in TransformerLens 3),
+    so what the caller does to them later shows here too. Nothing else is shared: the caller's model
+    and tokenizer stay exactly as they are, hooks, training mode, attention implementation, padding
+    side and padding token included. `name` is what results call the model; by default, what the
+    model says it is.
+
+    Raises:
+        InputError: if it is no causal language model, is quantised or lies on several devices or on
+            none; if its architecture is not one that TransformerLens runs.
+    """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
+        raise InputError(
+            f"{type(hf_model).__name__} is no language model of transformers: hand over one of "
+            "AutoModelForCausalLM's"
+        )
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"{type(tokenizer).__name__} is no tokenizer of transformers: use its own")
+    if getattr(hf_model, "is_quantized", False) and _generation() < 4:
+        raise InputError(
+            "the model is quantised, which TransformerLens 3 can't read: load it without "
+            "quantization_config"
+        )
+    devices = sorted({str(weight.device) for weight in hf_model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise InputError(
+            f"the model lies on {', '.join(devices)}: load it onto one device, or spread it with "
+            "load_model(..., n_devices=...)"
+        )
+    name = name or hf_model.name_or_path or type(hf_model).__name__
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        directory = Path(folder)
+        hf_model.config.save_pretrained(directory)
+        checkpoint = Checkpoint(name, directory, None)
+        own_tokenizer = None
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+            own_tokenizer = _tokenizer(checkpoint)
+        model = _with_lens(_sharing_weights(hf_model), own_tokenizer, checkpoint, n_devices=1)
+    revision = getattr(hf_model.config, "_commit_hash", None)
+    _origins[model] = {"model": name, "revision": revision, "weights_sha256": None}
+    return model
+
+
+def _sharing_weights(hf_model: "PreTrainedModel") -> "PreTrainedModel":
+    """Modules of their own around the same tensors, in evaluation mode.
+
+    TransformerLens 4 puts its own modules in the place of those it is given.
+    """
+    tensors = [*hf_model.parameters(), *hf_model.buffers()]
+    own = copy.deepcopy(hf_model, {id(tensor): tensor for tensor in tensors})
+    for module in own.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    # As load_model asks for: these attention patterns are what TransformerLens's hooks read.
+    own.set_attn_implementation("eager")
+    return own.eval()
 
 
 def placement(
