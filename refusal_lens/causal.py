@@ -153,7 +153,7 @@ def evidence(
     }
     if causal is None:
         unknown = Estimate(math.nan, math.nan, math.nan)
-        ratios = ("gap", "own_effect", "necessity", "sufficiency", "trigger", "mediation")
+        ratios = ("gap", "own_effect", "necessity", "toll", "sufficiency", "trigger", "mediation")
         shares = ("refused_harmful", "refused_harmless", "random_effect")
         geometry |= dict.fromkeys(ratios, unknown) | dict.fromkeys(shares, math.nan)
         return Evidence(**geometry)
@@ -161,9 +161,12 @@ def evidence(
     harmful, harmless = _log_odds(causal.ablation, "refusal")
     before = harmful["none"], harmless["none"]
 
-    def gap_closed(intervention: str) -> Interval:
-        closed = before[0] - harmful[intervention], before[1] - harmless[intervention]
-        return ratio_interval(_gaps(closed, before, paired=paired), **options)
+    def closed(intervention: str) -> tuple[Tensor, Tensor]:
+        return before[0] - harmful[intervention], before[1] - harmless[intervention]
+
+    def gap_closed(intervention: str, relative_to: tuple[Tensor, Tensor]) -> Interval:
+        groups = _gaps(closed(intervention), relative_to, paired=paired)
+        return ratio_interval(groups, **options)
 
     negative, neutral = _log_odds(causal.ablation, "negativity")
     _, added = _log_odds(causal.addition, "refusal")
@@ -180,10 +183,13 @@ def evidence(
         refused_harmful=_share_refused(before[0]),
         refused_harmless=_share_refused(before[1]),
         gap=_estimate(total_interval([group.denominator for group in gap], **options)),
-        own_effect=_estimate(gap_closed("refusal")),
-        random_effect=_median([float(gap_closed(name).value) for name in random]),
-        necessity=_estimate(
-            ratio_interval([Group(before[0] - harmful["negativity"], lowered)], **options)
+        own_effect=_estimate(gap_closed("refusal", before)),
+        random_effect=_median([float(gap_closed(name, before).value) for name in random]),
+        necessity=_estimate(gap_closed("negativity", closed("refusal"))),
+        toll=_estimate(
+            ratio_interval(
+                _toll(closed("negativity")[0], closed("refusal"), paired=paired), **options
+            )
         ),
         sufficiency=_estimate(
             ratio_interval(
@@ -228,6 +234,16 @@ def _gaps(
     """Target less baseline, as one group of pairs where the prompts come in pairs."""
     (a, b), (c, d) = numerators, denominators
     return [Group(a - b, c - d)] if paired else [Group(a, c), Group(-b, -d)]
+
+
+def _toll(
+    lowered: Float[Tensor, " target"], closed: tuple[Tensor, Tensor], *, paired: bool
+) -> list[Group]:
+    """What the target prompts lose, over the part of the gap that is closed."""
+    nothing = torch.zeros_like(closed[1])
+    if paired:
+        return [Group(lowered, closed[0] - closed[1])]
+    return [Group(lowered, closed[0]), Group(nothing, -closed[1])]
 
 
 def _share_refused(log_odds: Float[Tensor, " prompt"]) -> float:

@@ -39,7 +39,10 @@ class Evidence:
         own_effect: how much of `gap` ablating refusal closes: 1 where harmful and harmless prompts
             are refused alike afterwards.
         random_effect: the same for ablating a random direction, the median of several.
-        necessity: what ablating negativity does to harmful prompts, over what refusal's does.
+        necessity: how much of `gap` ablating negativity closes, over how much refusal's does.
+        toll: how far ablating negativity lowers the log-odds of harmful prompts, over the part of
+            `gap`, in nats, that refusal's closes. Tells what `necessity` can't: a gap that moves
+            down as a whole.
         sufficiency: what adding negativity does to harmless prompts, over what refusal's does.
         trigger: log-odds of negative less those of neutral prompts, over `gap`.
         mediation: what ablating refusal does to negative prompts, over what to harmful ones.
@@ -56,6 +59,7 @@ class Evidence:
     own_effect: Estimate
     random_effect: float
     necessity: Estimate
+    toll: Estimate
     sufficiency: Estimate
     trigger: Estimate
     mediation: Estimate
@@ -95,14 +99,15 @@ class Thresholds:
 RULE = """\
 Inconclusive comes first: too few prompts, a direction that is not reliable, a model that does not
 refuse what it should (or refuses anything), a refusal direction that does not move refusal.
-Otherwise three ratios decide, each relative to what the refusal direction itself does:
-  necessity    ablate negativity: how much of harmful prompts' refusal goes?
+Otherwise four ratios decide, each relative to what the refusal direction itself does:
+  necessity    ablate negativity: how much of the gap between harmful and harmless prompts goes?
+  toll         ablate negativity: how far does the refusal of harmful prompts sink?
   sufficiency  add negativity: how much refusal does it bring to harmless prompts?
   trigger      are negative statements themselves refused?
-shared         necessity is shown above {shared_from}; or trigger is, and ablating refusal takes the
-               refusal of negative statements away as it does that of harmful prompts.
-distinct       necessity is shown within +-{margin} of nothing, the other two below {margin}.
-partly shared  one of the three is shown above {margin}, without being shared.
+shared         necessity or toll is shown above {shared_from}; or trigger is, and ablating refusal
+               takes the refusal of negative statements away as it does that of harmful prompts.
+distinct       necessity and toll are shown within +-{margin} of nothing, the others below {margin}.
+partly shared  one of the four is shown above {margin}, without being shared.
 inconclusive   everything else: the intervals are too wide to say.
 "Shown" means the whole confidence interval. Geometry does not decide: two mechanisms may be
 distinct at a cosine of -0.4, or one at +0.1. It is reported beside the verdict."""
@@ -206,20 +211,37 @@ def _problems(e: Evidence, t: Thresholds) -> list[str]:
 
 def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[str]]:
     necessity = (
-        f"ablating negativity takes {e.necessity} of the refusal that ablating refusal takes"
+        f"ablating negativity closes {e.necessity} as much of the gap between harmful and harmless "
+        "prompts as ablating refusal does"
     )
+    toll = f"it lowers the refusal of harmful prompts by {e.toll} of that gap"
     sufficiency = f"adding negativity brings {e.sufficiency} of what adding refusal brings"
     trigger = f"negative statements are refused {e.trigger} as much as harmful requests"
     mediation = f"ablating refusal takes {e.mediation} as much from them as from harmful requests"
-    by_name = {necessity: e.necessity, sufficiency: e.sufficiency, trigger: e.trigger}
+    by_name = {
+        necessity: e.necessity,
+        toll: e.toll,
+        sufficiency: e.sufficiency,
+        trigger: e.trigger,
+    }
 
-    if e.necessity.lower > t.shared_from:
-        return "shared", [f"{necessity}: above {t.shared_from}", sufficiency, trigger]
+    if e.necessity.lower > t.shared_from or e.toll.lower > t.shared_from:
+        return "shared", [
+            *(
+                f"{x}: above {t.shared_from}"
+                for x in (necessity, toll)
+                if by_name[x].lower > t.shared_from
+            ),
+            *(x for x in (necessity, toll) if not by_name[x].lower > t.shared_from),
+            sufficiency,
+            trigger,
+        ]
     if e.trigger.lower > t.shared_from and e.mediation.lower > t.shared_from:
         return "shared", [
             f"{trigger}: above {t.shared_from}",
             f"{mediation}: above {t.shared_from}, the same direction refuses both",
             necessity,
+            toll,
         ]
     above = [text for text, ratio in by_name.items() if ratio.lower > t.margin]
     if above:
@@ -227,17 +249,21 @@ def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[str]]:
             *(f"{text}: above {t.margin}" for text in above),
             *(text for text in by_name if text not in above),
         ]
-    nothing = -t.margin < e.necessity.lower and e.necessity.upper < t.margin
-    if nothing and e.sufficiency.upper < t.margin and e.trigger.upper < t.margin:
+    nothing = {
+        text: -t.margin < by_name[text].lower and by_name[text].upper < t.margin
+        for text in (necessity, toll)
+    }
+    if all(nothing.values()) and e.sufficiency.upper < t.margin and e.trigger.upper < t.margin:
         return "distinct", [
             f"{necessity}: within {t.margin} of nothing",
+            f"{toll}: within {t.margin} of nothing",
             f"{sufficiency}: below {t.margin}",
             f"{trigger}: below {t.margin}",
         ]
     return "inconclusive", [
         f"{text}: neither shown above {t.margin} nor within it"
         for text, ratio in by_name.items()
-        if not ratio.upper < t.margin or (text == necessity and not nothing)
+        if not ratio.upper < t.margin or not nothing.get(text, True)
     ]
 
 

@@ -27,6 +27,7 @@ DISTINCT = Evidence(
     own_effect=near(0.8),
     random_effect=0.02,
     necessity=near(0.05),
+    toll=near(0.04),
     sufficiency=near(-0.1),
     trigger=near(0.02),
     mediation=near(0.0),
@@ -35,6 +36,7 @@ DISTINCT = Evidence(
 SHARED = replace(
     DISTINCT,
     necessity=near(0.95),
+    toll=near(0.9),
     sufficiency=near(0.8),
     trigger=near(0.9),
     mediation=near(0.95),
@@ -59,12 +61,12 @@ def test_negative_statements_refused_through_the_same_direction_are_shared():
     assert judge(replace(hidden, mediation=near(0.1))).answer == "partly shared"
 
 
-@pytest.mark.parametrize("ratio", ["necessity", "sufficiency", "trigger"])
+@pytest.mark.parametrize("ratio", ["necessity", "toll", "sufficiency", "trigger"])
 def test_one_ratio_shown_above_the_margin_is_partly_shared(ratio):
     assert judge(replace(DISTINCT, **{ratio: near(0.4)})).answer == "partly shared"
 
 
-@pytest.mark.parametrize("ratio", ["necessity", "sufficiency", "trigger"])
+@pytest.mark.parametrize("ratio", ["necessity", "toll", "sufficiency", "trigger"])
 def test_an_interval_too_wide_to_say_is_inconclusive_and_names_it(ratio):
     verdict = judge(replace(DISTINCT, **{ratio: near(0.1, 0.5)}))
     assert verdict.answer == "inconclusive"
