@@ -1,0 +1,148 @@
+"""The report in a real browser: it draws, moves, answers and asks for nothing."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from refusal_lens.report import write_report
+
+BROWSER, DRIVER = (
+    shutil.which("chromium") or shutil.which("google-chrome"),
+    shutil.which("chromedriver"),
+)
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="needs Chromium and its driver (chromium, chromium-driver)"
+)
+FLAGS = (
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def report(quick_results, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(quick_results("specific"), folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, report):
+    """The report, opened anew at desktop width, its figures drawn and the logs before it emptied."""
+    browser.set_window_size(1200, 900)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(report.as_uri())
+    wait_for(browser, "return document.body.dataset.drawn")
+    return browser
+
+
+def wait_for(browser, script: str, seconds: float = 20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := browser.execute_script(script):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"never true: {script}")
+
+
+def test_every_figure_draws(page):
+    drawn = page.execute_script(
+        "return [...document.querySelectorAll('.chart')].map(chart =>"
+        " [chart.id, chart.querySelectorAll('.main-svg').length,"
+        " chart.querySelectorAll('path, rect.bg, image').length, chart.offsetHeight])"
+    )
+    assert len(drawn) == 14
+    for name, layers, marks, height in drawn:
+        assert layers > 0, name
+        assert marks > 3, name
+        assert height > 200, name
+
+
+def test_nothing_is_requested_but_the_file_and_the_console_is_empty(page, report):
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    requested = {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
+    assert {url for url in requested if not url.startswith(("data:", "blob:"))} == {report.as_uri()}
+    assert page.get_log("browser") == []
+
+
+def test_the_slider_moves_the_prompts(page):
+    first = "document.getElementById('figure-plane').data[0].x[0]"
+    before = page.execute_script(f"return {first}")
+    page.execute_script(
+        "const chart = document.getElementById('figure-plane');"
+        "const step = chart.layout.sliders[0].steps[3];"
+        "return Plotly.update(chart, ...step.args)"
+    )
+    wait_for(page, f"return {first} !== {before}")
+
+
+def test_the_slider_can_be_clicked(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    chart = page.find_element("id", "figure-plane")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    first = "document.getElementById('figure-plane').data[0].x[0]"
+    before = page.execute_script(f"return {first}")
+    rail = chart.find_element("css selector", ".slider-rail-touch-rect")
+    ActionChains(page).move_to_element_with_offset(rail, -150, 0).click().perform()
+    wait_for(page, f"return {first} !== {before}")
+
+
+def test_hover_tells_the_numbers_of_a_layer(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    chart = page.find_element("id", "figure-cosine")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    drag = chart.find_element("css selector", ".nsewdrag")
+    ActionChains(page).move_to_element(drag).perform()
+    text = wait_for(
+        page,
+        "const hover = document.querySelector('#figure-cosine .hoverlayer');"
+        "return hover && hover.textContent",
+    )
+    assert "layer" in text
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(page):
+    metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        wide = page.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= 390
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_is_dark_and_follows_the_system(page):
+    background = "return document.getElementById('figure-cosine').layout.template.layout"
+    light = page.execute_script(f"{background}.paper_bgcolor")
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    wait_for(page, f"{background}.paper_bgcolor !== '{light}'")
+
+
+def test_it_prints(page):
+    assert len(page.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 100_000
