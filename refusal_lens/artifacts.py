@@ -34,7 +34,7 @@ def whole_directory(folder: str | Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in its name
         raise _unwritable(folder, error) from error
     try:
         yield staging
@@ -104,6 +104,8 @@ def read_json(path: Path) -> Any:
         raise InputError(
             f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
         ) from error
+    except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+        raise InputError(f"{path} holds a number of thousands of digits: not ours") from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply to be one of ours") from error
 
@@ -171,6 +173,8 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], types: tuple[type, ...]) ->
                     raise InputError(f"the saved results lack the tensor {path!r}: save them anew")
                 return tensors[path]
             case {"float": str(text)}:
+                if text not in ("nan", "inf", "-inf"):
+                    raise InputError(f"the saved results hold {text[:60]!r} for a number: not ours")
                 return float(text)
             case {"tuple": list(items)}:
                 return tuple(visit(item) for item in items)
@@ -202,6 +206,7 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     torch.save(dict(summary), path)
 
 
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    reason = error.strerror or str(error)
-    return InputError(f"can't write to {folder}: {reason}; choose another folder")
+def _unwritable(folder: Path, error: OSError | ValueError) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error)
+    shown = str(folder).replace("\0", "\\0")
+    return InputError(f"can't write to {shown}: {reason}; choose another folder")

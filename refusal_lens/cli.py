@@ -1,17 +1,19 @@
-"""The command line: `refusal-lens demo | run | tokens`."""
+"""The command line: `refusal-lens demo | run | tokens | compare | convert`."""
 
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from .commands_directions import Compare, Convert
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Demo:
     """Prompts to use of every set, so that it takes less than a minute; 108 is all of them."""
     quiet: bool = False
     """Print nothing but the results."""
+    verbose: bool = False
+    """Say on stderr what is being done, and what went wrong along the way."""
 
     def __call__(self) -> None:
         """Run it."""
@@ -138,6 +142,8 @@ class Run:
     """Only compare the directions, don't intervene: quick, but no verdict except inconclusive."""
     quiet: bool = False
     """Print nothing but the results."""
+    verbose: bool = False
+    """Say on stderr what is being done, and what went wrong along the way."""
 
     def __call__(self) -> None:
         """Run it."""
@@ -223,7 +229,13 @@ def _own_contrast(flag: str, target: str | None, baseline: str | None) -> "Contr
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `refusal-lens`: exit status 0, 2 for a mistake of the user's, 130 on Ctrl-C."""
-    commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens}
+    commands: dict[str, Callable] = {
+        "demo": Demo,
+        "run": Run,
+        "tokens": Tokens,
+        "compare": Compare,
+        "convert": Convert,
+    }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="refusal-lens",
@@ -234,9 +246,12 @@ def main(arguments: list[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    _quieten_third_parties()
+    quiet, verbose = (getattr(command, name, False) for name in ("quiet", "verbose"))
+    _quieten_third_parties(progress=not quiet)
     try:
-        command()
+        with _log_on_stderr(quiet=quiet, verbose=verbose):
+            command()
+        sys.stdout.flush()
     except InputError as error:
         print(f"refusal-lens: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -247,9 +262,26 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _quieten_third_parties() -> None:
+@contextmanager
+def _log_on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show the package's log on stderr, a line each: warnings, or errors alone, or all of it."""
+    logger, handler = logging.getLogger("refusal_lens"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("refusal-lens: %(message)s"))
+    level = logger.level
+    logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _quieten_third_parties(*, progress: bool) -> None:
     """Let the terminal show our lines alone: a library's deprecations are not the user's business."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not progress:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import InputError
+from .shapes import check_tensors
 
 
 class WithinClassCovariance:
@@ -42,8 +43,13 @@ class WithinClassCovariance:
         """The pooled covariance of several classes, each centred on its own mean.
 
         Raises:
-            InputError: if a class has fewer than two rows.
+            InputError: if there is no class, one has fewer than two rows, or they differ in shape.
         """
+        if not classes:
+            raise InputError("there is no class: hand over the activations of at least one")
+        check_tensors(
+            **{f"class {i}": (rows, f"row_{i} layer d_model") for i, rows in enumerate(classes)}
+        )
         for number, rows in enumerate(classes):
             if len(rows) < 2:
                 raise InputError(
@@ -55,6 +61,9 @@ class WithinClassCovariance:
     def solve(self, vectors: Float[Tensor, "layer d_model"]) -> Float[Tensor, "layer d_model"]:
         """`S^-1 v` at every layer, by the Woodbury identity; NaN where the rows do not vary."""
         n = self._rows.shape[1]
+        check_tensors(
+            vectors=(vectors, "layer d_model"), activations=(self._rows, "layer prompt d_model")
+        )
         ridge = rearrange(self.shrinkage * self.scale, "layer -> layer 1")
         ridge = torch.where(ridge > 0, ridge, torch.nan)
         weight = rearrange((1 - self.shrinkage) / n, "layer -> layer 1")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .covariance import WithinClassCovariance
 from .errors import InputError
+from .shapes import check_tensors
 
 
 def mean_difference(
@@ -24,7 +25,8 @@ def mean_difference(
     where the input was.
 
     Raises:
-        InputError: if either set is empty or holds a non-finite value (names the first row).
+        InputError: if either set is empty or holds a non-finite value (names the first row), and if
+            they are not two tensors of these shapes on one device.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.3.
     """
@@ -67,11 +69,16 @@ def paired_principal_component(
     positively.
 
     Raises:
-        InputError: as `mean_difference`.
+        InputError: as `mean_difference`, and where the two differ in their number of rows.
 
     Reference: Zou et al. 2023, arXiv:2310.01405, section 3.1.
     """
     target, baseline, dtype = _checked(target, baseline)
+    if len(target) != len(baseline):
+        raise InputError(
+            f"{len(target)} target and {len(baseline)} baseline rows are no pairs: hand over the "
+            "activations of a paired contrast"
+        )
     differences = rearrange(target - baseline, "prompt layer d_model -> layer prompt d_model")
     # The component lies in the span of the pairs: n x n eigenvectors, never d_model x d_model.
     gram = einsum(differences, differences, "layer p d_model, layer q d_model -> layer p q")
@@ -100,11 +107,17 @@ def logistic_probe(
     NaN at layers where all rows are equal.
 
     Raises:
-        InputError: as `mean_difference`, and where a side has fewer rows than `folds`.
+        InputError: as `mean_difference`, where a side has fewer rows than `folds`, and where a
+            penalty is not above 0.
 
     Reference: Alain and Bengio 2016, arXiv:1610.01644 (linear probes).
     """
     target, baseline, dtype = _checked(target, baseline)
+    if folds < 2 or not penalties or not all(0 < p < float("inf") for p in penalties):
+        raise InputError(
+            f"folds = {folds}, penalties = {penalties}: at least 2 folds are needed, and one "
+            "penalty, each above 0 and finite"
+        )
     for side, rows in (("target", target), ("baseline", baseline)):
         if len(rows) < folds:
             raise InputError(
@@ -166,6 +179,9 @@ def _kernel_logistic(
 
 
 def _checked(target: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    check_tensors(
+        target=(target, "target layer d_model"), baseline=(baseline, "baseline layer d_model")
+    )
     for side, rows in (("target", target), ("baseline", baseline)):
         if len(rows) == 0:
             raise InputError(f"the {side} set is empty: a mean needs at least one prompt")

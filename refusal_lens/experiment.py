@@ -1,5 +1,6 @@
 """The whole experiment in one call: model, activations, directions, similarities across depth."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from .model import LensModel, load_model, model_provenance
 from .results import Results, set_names
 from .statistics import cosine_statistics
 from .verdict import judge
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 20, 32
 """The layer the published experiment reads, and the number of layers of the model it reads."""
@@ -52,6 +55,7 @@ def run_experiment(
             revision=config.revision,
         )
     layer, _ = highlighted_layer(config.layer, model.cfg.n_layers)
+    logger.info("reading the prompts of %s at every layer", ", ".join(contrasts))
     found = extract(
         model,
         list(contrasts.values()),
@@ -62,6 +66,7 @@ def run_experiment(
     activations = dict(zip(contrasts, found.values(), strict=True))
     causal = None
     if config.interventions and can_intervene(contrasts):
+        logger.info("ablating and adding the directions of %s", " and ".join(MAIN_PARTS))
         causal = intervene(
             model,
             contrasts,

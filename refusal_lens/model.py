@@ -259,7 +259,7 @@ def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InputError(
             f"the configuration of {checkpoint.name} can't be read: {_first_line(error)}"
         ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .covariance import WithinClassCovariance
 from .errors import InputError
+from .shapes import check_tensors
 
 NOISE_FLOOR = 1e-6
 """Norms below this share of the direction's largest over layers count as rounding noise."""
@@ -49,6 +50,7 @@ def cosine_matrix(
     The residual stream is one space through all layers, so a direction can be compared with its
     own later self. NaN rows and columns as in `cosine_similarity`.
     """
+    check_tensors(a=(a, "layer_a width_a"), b=(b, "layer_b width_b"))
     if a.shape[-1] != b.shape[-1]:
         raise InputError(
             f"directions of d_model {a.shape[-1]} and {b.shape[-1]} can't be compared: "
@@ -68,6 +70,10 @@ def standardised_cosine(
     `variance` is usually `WithinClassCovariance.variance`. Each dimension then counts by how far it
     moves compared with how much it varies anyway; a dimension that never varies is left out.
     """
+    axes = "layer d_model"
+    check_tensors(a=(a, axes), b=(b, axes), variance=(variance, axes))
+    if (variance < 0).any():
+        raise InputError("variance goes below 0: hand over variances, such as a covariance's own")
     spread = variance.double().sqrt()
     inverse = torch.where(spread > 0, 1 / spread, 0.0)
     return cosine_similarity(a.double() * inverse, b.double() * inverse)
@@ -83,6 +89,12 @@ def cosine_without_massive(
     Reference: Sun et al. 2024, arXiv:2402.17762.
     """
     a, b = _pair(a, b)
+    if dimensions.ndim != 2 or len(dimensions) != len(a):
+        raise InputError(
+            f"dimensions has shape {list(dimensions.shape)}: hand over [layer k] for {len(a)} layers"
+        )
+    if dimensions.is_floating_point() or ((dimensions < 0) | (dimensions >= a.shape[1])).any():
+        raise InputError(f"dimensions must be whole numbers from 0 to {a.shape[1] - 1}")
     return cosine_similarity(a.scatter(1, dimensions, 0.0), b.scatter(1, dimensions, 0.0))
 
 
@@ -99,6 +111,9 @@ def massive_dimensions(
 
     Reference: Sun et al. 2024, arXiv:2402.17762.
     """
+    check_tensors(activations=(activations, "prompt layer d_model"))
+    if not len(activations):
+        raise InputError("there are no activations: hand over at least one prompt's")
     if not 0 < k < activations.shape[-1]:
         raise InputError(f"k = {k}: choose from 1 to d_model - 1 = {activations.shape[-1] - 1}")
     return activations.double().abs().mean(0).topk(k, dim=-1).indices
@@ -142,6 +157,7 @@ def causal_cosine(
     Reference: Park, Choe and Veitch 2023, arXiv:2311.03658, theorem 3.2.
     """
     a, b = _pair(a, b)
+    check_tensors(a=(a, "layer d_model"), unembedding=(unembedding, "d_model d_vocab"))
     u = unembedding.float() - unembedding.float().mean(-1, keepdim=True)
     a, b = unit(a).float() @ u, unit(b).float() @ u
     return cosine_similarity(a, b, noise_floor=0.0)
@@ -154,6 +170,12 @@ def orthogonal_part(
 
     NaN where `to` is zero.
     """
+    check_tensors(direction=(direction, "*layer d_model"), to=(to, "*layer d_model"))
+    if direction.shape != to.shape:
+        raise InputError(
+            f"a direction of shape {list(direction.shape)} has no part orthogonal to one of shape "
+            f"{list(to.shape)}: hand over two of one shape"
+        )
     axis = torch.nn.functional.normalize(to.double(), dim=-1)
     axis = torch.where(axis.norm(dim=-1, keepdim=True) > 0, axis, torch.nan)
     along = (direction.double() * axis).sum(-1, keepdim=True)
@@ -170,6 +192,7 @@ def unit(
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensors(a=(a, "layer_a width_a"), b=(b, "layer_b width_b"))
     if a.shape != b.shape:
         raise InputError(
             f"directions of shape {tuple(a.shape)} and {tuple(b.shape)} can't be compared layer by "

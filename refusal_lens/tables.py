@@ -121,8 +121,10 @@ def _read_text(path: Path) -> str:
         raise InputError(f"there is no file {path}: check its name and folder") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a directory: name a file in it") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+    except OSError as error:
+        raise InputError(f"{brief(str(path))} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{brief(repr(str(path)))} can't be read: {error}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -206,6 +208,10 @@ def _parse_json(source: str, text: str, line: int = 1) -> Any:
             f"{source}, line {line + error.lineno - 1} column {error.colno}: {error.msg}; repair "
             "the JSON there"
         ) from error
+    except InputError:
+        raise
+    except ValueError:  # Python reads no whole number of more than 4,300 digits
+        raise InputError(f"{source} holds a number of thousands of digits: drop it") from None
     except RecursionError:
         raise InputError(f"{source} nests too deeply to be a list of prompts") from None
 
@@ -217,8 +223,8 @@ def _is_missing(cell: object) -> bool:
 
 
 def brief(text: str) -> str:
-    """The text on one line of at most 80 characters."""
-    line = " ".join(text.split())
+    """The text on one line of at most 80 characters, what can't be seen written out (`\\x1b`)."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
     return line if len(line) <= 80 else line[:77] + "..."
 
 

@@ -107,7 +107,7 @@ class ChatTemplate:
                 add_generation_prompt=self.generation_prompt,
                 date_string=TEMPLATE_DATE,
             )
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             what = "" if system is None else " with a system prompt (some models take none)"
             raise InputError(f"the chat template fails{what}: {error}") from error
         return str(text)

@@ -12,7 +12,9 @@ import refusal_lens
 
 PACKAGE = Path(refusal_lens.__file__).parent
 FLOORS = [
-    {"errors", "covariance"},
+    {"errors"},
+    {"shapes"},
+    {"covariance"},
     {"tables", "template", "token_table", "hub", "hooked", "distributed"},
     {"contrasts", "directions", "similarity", "plotting", "artifacts", "faults"},
     {"model", "chat", "formats", "statistics", "cache"},
@@ -21,7 +23,7 @@ FLOORS = [
     {"activations"},
     {"results", "selection", "readings"},
     {"experiment"},
-    {"report", "sensitivity"},
+    {"report", "sensitivity", "commands_directions"},
     {"cli"},
 ]
 """From the ground up: a module imports only from floors below its own."""

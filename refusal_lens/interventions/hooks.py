@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model import LensModel
+from ..shapes import check_tensors
 
 Hook = tuple[str, Callable[..., Tensor]]
 """The name of a hook point, and what to do there: `fn(x, hook) -> x`."""
@@ -113,6 +114,7 @@ def stream_after(model: LensModel, layer: int) -> str:
 
 def check_directions(model: LensModel, directions: Float[Tensor, "*batch d_model"]) -> None:
     """Raise InputError unless directions are finite and of the model's width."""
+    check_tensors(direction=(directions, "*batch d_model"))
     width = model.cfg.d_model
     if directions.shape[-1] != width:
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..chat import Protocol
 from ..errors import InputError
 from ..model import LensModel
+from ..shapes import check_tensors
 from .branches import first_token_logits
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def refusal_log_odds(
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, section B.1.
     """
+    check_tensors(logits=(logits, "*batch d_vocab"))
     ids = list(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)
     d_vocab = logits.shape[-1]
     if bad := [i for i in ids if not 0 <= i < d_vocab]:
@@ -88,6 +90,7 @@ def next_token_kl(
     logits: Float[Tensor, "*#batch d_vocab"], changed: Float[Tensor, "*#batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
     """Kullback-Leibler divergence KL(unchanged || changed) of next-token distributions, in nats."""
+    check_tensors(logits=(logits, "*batch d_vocab"), changed=(changed, "*batch d_vocab"))
     before, after = logits.float().log_softmax(-1), changed.float().log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1).clamp_min(0)
 

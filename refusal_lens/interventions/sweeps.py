@@ -10,6 +10,7 @@ from torch import Tensor
 from ..chat import Protocol
 from ..errors import InputError
 from ..model import LensModel
+from ..shapes import check_tensors
 from .branches import run_branches
 from .hooks import check_directions
 from .refusal_tokens import RefusalTokens, next_token_kl, refusal_log_odds
@@ -77,6 +78,7 @@ def addition_effects(
     Raises:
         InputError: as `ablation_effects`, and if there is no such layer.
     """
+    check_tensors(directions=(directions, "*intervention d_model"))
     try:
         each = layers.expand(directions.shape[:-1])
     except RuntimeError as error:
@@ -106,6 +108,7 @@ def _effects(
     batch_size: int | None,
     progress: bool,
 ) -> Effects:
+    check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
     run = [i for i, direction in enumerate(flat) if not direction.isnan().any()]
     check_directions(model, flat[run])

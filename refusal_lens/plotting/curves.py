@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError
+from ..shapes import check_tensors
 from .look import Style, Theme, escaped, look, numbers, styles, tint, wrapped, written
 
 Curve = Float[Tensor, " _layer"]
@@ -23,10 +24,7 @@ def curves_by_name(curves: Curves) -> dict[str, Tensor]:
     """Several curves as they are, one under the empty name."""
     named = dict(curves) if isinstance(curves, Mapping) else {"": curves}
     for name, curve in named.items():
-        if curve.ndim != 1:
-            raise InputError(
-                f"curve {name!r} has shape {tuple(curve.shape)}: hand over one value per layer"
-            )
+        check_tensors(**{f"curve {name!r}": (curve, "layer")})
     return named
 
 
@@ -38,6 +36,8 @@ def bands_by_name(bands: Bands | None, curves: Mapping[str, Tensor]) -> dict[str
     for name, ends in named.items():
         if name not in curves:
             raise InputError(f"a band is named {name!r}, the curves {sorted(curves)}")
+        if len(ends) != 2:
+            raise InputError(f"the band of {name!r} has {len(ends)} ends: give lower and upper")
         for end in ends:
             check_same_length(f"the band of {name!r}", end, curves[name])
     return named

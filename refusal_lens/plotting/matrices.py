@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError
+from ..shapes import check_tensors
 from .curves import check_layer
 from .look import (
     Theme,
@@ -43,6 +44,7 @@ def cosine_matrix(
     Raises:
         InputError: for a negative layer.
     """
+    check_tensors(matrix=(matrix, "layer_a layer_b"))
     rows, columns = names
     both = f"{rows} direction" if rows == columns else f"{rows} and {columns} directions"
     chart = figure(
@@ -112,6 +114,7 @@ def position_by_layer(
     Raises:
         InputError: unless there is one name per position and the outlined cell exists.
     """
+    check_tensors(values=(values, "pos layer"))
     n_positions, n_layers = values.shape
     positions = range(-n_positions, 0) if positions is None else positions
     if len(positions) != n_positions:
@@ -170,6 +173,9 @@ def cross_effects(
     Raises:
         InputError: unless there is one name per row and column.
     """
+    check_tensors(effects=(effects, "intervention outcome"))
+    for end in interval or ():
+        check_tensors(effects=(effects, "row column"), interval=(end, "row column"))
     if (len(interventions), len(outcomes)) != tuple(effects.shape):
         raise InputError(
             f"{len(interventions)} interventions and {len(outcomes)} outcomes are named, "

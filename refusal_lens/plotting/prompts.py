@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError
+from ..shapes import check_tensors
 from .curves import check_layer, check_same_length
 from .look import (
     Theme,
@@ -59,7 +60,7 @@ def prompts_in_plane(
     small = "residual-stream units; the axes rescale with each layer"
     chart = figure(title, theme=theme, subtitle=small, height=560)
     check_layer("highlight", highlight)
-    n_layers = _depth(coordinates)
+    n_layers = _depth(coordinates, in_plane=True)
     if reason := _why_empty(coordinates, "coordinates"):
         return nothing_to_show(chart, reason)
     shown = min(highlight, n_layers - 1)
@@ -298,7 +299,12 @@ def _why_empty(sets: Mapping[str, Tensor], what: str) -> str | None:
     return None
 
 
-def _depth(sets: Mapping[str, Tensor]) -> int:
+def _depth(sets: Mapping[str, Tensor], *, in_plane: bool = False) -> int:
+    axes = "prompt layer 2" if in_plane else "prompt layer"
+    for name, values in sets.items():
+        check_tensors(**{f"the set {name!r}": (values, axes)})
+        if in_plane and values.shape[2] != 2:
+            raise InputError(f"the set {name!r} has shape {list(values.shape)}: give [{axes}]")
     depths = {name: values.shape[1] for name, values in sets.items()}
     if len(set(depths.values())) > 1:
         raise InputError(f"the sets differ in their number of layers: {depths}")

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import InputError
 from .look import Theme
 from .matrices import position_by_layer
 
@@ -39,6 +40,8 @@ def selection_scores(
     """
     charts: dict[str, go.Figure] = {}
     for name, values in scores.items():
+        if name not in _QUANTITIES:
+            raise InputError(f"{name!r} is no score: hand over {', '.join(_QUANTITIES)}")
         title, quantity = _QUANTITIES[name]
         charts[name] = position_by_layer(
             values,

@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import InputError
+from ..shapes import check_tensors
 from .look import (
     Theme,
     escaped,
@@ -57,6 +58,7 @@ def specification_curve(
     Raises:
         InputError: unless there is one name, family and option for each value.
     """
+    check_tensors(values=(values, "specification"))
     n = len(values)
     families = [""] * n if families is None else families
     told = {"names": names, "families": families, **choices}

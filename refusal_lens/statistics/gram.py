@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import InputError
+from ..shapes import check_tensors
 
 ROUNDING = 1e-6
 """A class whose rows differ by less than this share of their norm is constant but for rounding."""
@@ -69,8 +70,14 @@ class Gram:
 
         Raises:
             InputError: if a set is empty, holds a NaN or an infinity (names set, row and layer), or
-                a paired contrast's sets differ in length.
+                a paired contrast's sets differ in length; if the four are not tensors of one
+                [layer d_model] on one device.
         """
+        named = {"a_target": a_target, "a_baseline": a_baseline}
+        named |= {"b_target": b_target, "b_baseline": b_baseline}
+        check_tensors(**{n: (rows, f"{n} layer d_model") for n, rows in named.items()})
+        if a_target.shape[1] == 0:
+            raise InputError("a_target has no layer: hand over activations of at least one")
         for contrast, sides, paired in (
             ("a", (a_target, a_baseline), a_paired),
             ("b", (b_target, b_baseline), b_paired),
@@ -83,12 +90,6 @@ class Gram:
                     f"{len(sides[1])} baseline rows: pass {contrast}_paired=False or complete the "
                     "pairs"
                 )
-        shapes = {rows.shape[1:] for rows in (a_target, a_baseline, b_target, b_baseline)}
-        if len(shapes) > 1:
-            raise InputError(
-                f"the sets have [layer d_model] of {sorted(map(tuple, shapes))}: all four must come "
-                "from one model"
-            )
         layers = []
         for layer in range(a_target.shape[1]):
             a = _signed_rows(a_target[:, layer], a_baseline[:, layer], paired=a_paired)
