@@ -198,7 +198,10 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], types: tuple[type, ...]) ->
                 return node
         raise InputError(f"the saved results hold something that is not ours: {str(node)[:60]!r}")
 
-    return visit(tree)
+    try:
+        return visit(tree)
+    except RecursionError:
+        raise InputError("the saved results nest too deeply to be ours: save them anew") from None
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .faults import FAULTS, padding_behind, with_second_bos
-from .tables import quoted
+from .tables import brief, quoted
 from .template import ChatTemplate, Tokens
 from .token_table import TokenRow, TokenTable
 
@@ -125,7 +125,8 @@ class Protocol:
         """
         if unknown := set(saved) - {field.name for field in fields(cls)}:
             names = ", ".join(field.name for field in fields(cls))
-            raise InputError(f"a protocol has no {', '.join(sorted(unknown))}: it has {names}")
+            asked = brief(", ".join(sorted(unknown)))
+            raise InputError(f"a protocol has no {asked}: it has {names}")
         values = dict(saved)
         if isinstance(values.get("positions"), list):
             values["positions"] = tuple(values["positions"])
