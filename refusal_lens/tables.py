@@ -147,8 +147,9 @@ def _table_of_cells(source: str, text: str, delimiter: str) -> Table:
                 rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
+        what = str(error).replace("\t", "\\t")
         raise InputError(
-            f"{source}, the row that begins on line {line}: {error}; is a quotation mark left open "
+            f"{source}, the row that begins on line {line}: {what}; is a quotation mark left open "
             "or not doubled?"
         ) from error
     if len(rows) < 2:

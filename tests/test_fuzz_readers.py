@@ -97,7 +97,8 @@ CORPUS: list[tuple[str, bytes]] = [
         b"\x40\0\0\0\0\0\0\0"
         b'{"t":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,8]}}\x20',
     ),
-    # Names of a stranger's in our one line.
+    # The delimiter in our one line, and names of a stranger's.
+    ("m.tsv", b'""a\tb\nx\ty\n'),
     ("protocol.json", b'{"a\\nb\\u001b[31m": 1}'),
     ("m.json", b'{"a\\nb": 1}'),
     ("m.json", b'[{"a\\nb": "x"}]'),
