@@ -3,6 +3,7 @@ from .activations import ContrastActivations as ContrastActivations
 from .activations import extract as extract
 from .activations import get_layer_activations as get_layer_activations
 from .activations import get_prompt_activations as get_prompt_activations
+from .cache import Cache as Cache
 from .chat import Protocol as Protocol
 from .chat import build_inputs_with_chat_template as build_inputs_with_chat_template
 from .chat import show_tokens as show_tokens
@@ -28,7 +29,9 @@ from .interventions import find_refusal_tokens as find_refusal_tokens
 from .interventions import refusal_log_odds as refusal_log_odds
 from .model import from_hugging_face as from_hugging_face
 from .model import load_model as load_model
+from .report import write_report as write_report
 from .results import Results as Results
+from .results import config_of as config_of
 from .similarity import causal_cosine as causal_cosine
 from .similarity import cosine_matrix as cosine_matrix
 from .similarity import cosine_similarity as cosine_similarity

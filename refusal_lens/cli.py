@@ -1,4 +1,4 @@
-"""The command line: `refusal-lens demo | run | tokens | compare | convert`."""
+"""The command line: `refusal-lens demo | run | tokens | report | ...`."""
 
 import logging
 import os
@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from .commands_directions import Compare, Convert
+from .commands_results import CacheCommand, Report, Select, Sensitivity, out_folder
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .config import Config
     from .contrasts import Contrast
+    from .distributed import Team
 
 ORGANISMS = ("specific", "entangled", "oblivious")
 
@@ -50,6 +53,7 @@ class Demo:
         from . import artifacts, plotting
         from .config import Config
         from .experiment import run_experiment
+        from .report import write_report
         from .verdict import published_reading
 
         artifacts.check_writable(self.out)
@@ -58,6 +62,7 @@ class Demo:
             config = Config(model=f"organism:{name}", max_prompts=self.prompts)
             results = run_experiment(config, progress=not self.quiet)
             results.save(self.out / name)
+            write_report(results, self.out / name / "report.html")
             print(results, end="\n\n")
             cosine = results.similarities["refusal_vs_negativity"]
             curves[name] = cosine
@@ -84,7 +89,8 @@ class Demo:
             "verdict can: it asks what",
             "each direction does when it is taken out or put in.",
             "",
-            f"Written to {self.out}: open {self.out / 'cosine_by_layer.html'}",
+            f"Written to {self.out}: open {self.out / 'cosine_by_layer.html'} for the curves, and each "
+            "model's report.html",
             sep="\n",
         )
 
@@ -140,6 +146,12 @@ class Run:
     """Of every interval."""
     interventions: bool = True
     """Only compare the directions, don't intervene: quick, but no verdict except inconclusive."""
+    repeat: Folder = None
+    """A results.json to repeat exactly: model, prompts, protocol, seed. Other options are ignored."""
+    cache: Folder = None
+    """Where to keep what was computed. Default: a folder among the system's caches."""
+    no_cache: bool = False
+    """Keep nothing, and use nothing that was kept."""
     quiet: bool = False
     """Print nothing but the results."""
     verbose: bool = False
@@ -147,12 +159,43 @@ class Run:
 
     def __call__(self) -> None:
         """Run it."""
-        from . import artifacts
+        from . import artifacts, distributed
+        from .cache import Cache, default_folder
+        from .experiment import run_experiment
+        from .report import write_report
+        from .results import config_of
+
+        team = distributed.join(self.device)
+        if distributed.launched():
+            distributed.speak_as(team)
+        config = config_of(self.repeat) if self.repeat else self._config(team)
+        config.contrasts()
+        out = self.out or out_folder(config.model)
+        if team.leads:
+            artifacts.check_writable(out)
+        results = run_experiment(
+            config,
+            progress=team.leads and not self.quiet,
+            cache=Cache(None if self.no_cache else self.cache or default_folder()),
+            team=team,
+        )
+        if team.leads:
+            results.save(out)
+            write_report(results, out / "report.html")
+            print(results, "", results.verdict.rule, sep="\n")
+            print(f"\nWritten to {out}: open {out / 'report.html'}")
+        distributed.leave()
+
+    def _config(self, team: "Team") -> "Config":
         from .chat import Protocol
         from .config import Config
-        from .experiment import run_experiment
 
-        config = Config(
+        device = self.device
+        if device is None and team.count > 1:
+            import torch
+
+            device = f"cuda:{team.local_rank}" if torch.cuda.is_available() else "cpu"
+        return Config(
             model=self.model,
             layer=self.layer,
             refusal=_own_contrast("target", self.target, self.baseline) or self.refusal,
@@ -164,7 +207,7 @@ class Run:
                 positions=(_position(self.position),),
             ),
             revision=self.revision,
-            device=self.device,
+            device=device,
             dtype=self.dtype,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -173,13 +216,6 @@ class Run:
             n_resamples=self.resamples,
             confidence=self.confidence,
         )
-        config.contrasts()
-        out = self.out or Path("runs") / re.sub(r"[^\w.-]+", "-", self.model).strip("-.")
-        artifacts.check_writable(out)
-        results = run_experiment(config, progress=not self.quiet)
-        results.save(out)
-        print(results, "", results.verdict.rule, sep="\n")
-        print(f"\nWritten to {out}: open {out / 'cosine_by_layer.html'}")
 
 
 @dataclass(frozen=True)
@@ -235,6 +271,10 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens": Tokens,
         "compare": Compare,
         "convert": Convert,
+        "report": Report,
+        "sensitivity": Sensitivity,
+        "select": Select,
+        "cache": CacheCommand,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,

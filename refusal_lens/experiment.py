@@ -2,9 +2,11 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -12,15 +14,22 @@ from torch import Tensor
 
 from . import measures
 from .activations import ContrastActivations, extract
+from .cache import Cache
 from .causal import Causal, can_intervene, evidence, intervene
 from .config import Config
 from .contrasts import Contrast
 from .directions import mean_difference
+from .distributed import ALONE, Team
 from .errors import InputError
-from .model import LensModel, load_model, model_provenance
+from .interventions import ContrastEffects, CrossEffects, Effects, RefusalTokens
+from .lazy_model import LazyModel
+from .model import LensModel, model_provenance
 from .results import Results, set_names
+from .similarity import causal_cosine
 from .statistics import cosine_statistics
 from .verdict import judge
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +39,22 @@ MAIN_PARTS = ("refusal", "negativity")
 
 
 def run_experiment(
-    config: Config | None = None, *, model: LensModel | None = None, progress: bool = True
+    config: Config | None = None,
+    *,
+    model: LensModel | None = None,
+    progress: bool = True,
+    cache: Cache | str | Path | None = None,
+    team: Team = ALONE,
 ) -> Results:
     """Run the whole experiment and return everything it found.
 
     `model` takes the place of `config.model` with one that is loaded already (it is left as it was
-    found).
+    found). With a `cache`, a folder, nothing is computed twice, and a run whose every part is there
+    loads no model; a model that is handed over has no name to be found by, and is not cached. A
+    `team` (`distributed.join`) divides the prompts over several processes.
 
     Raises:
-        InputError: on anything in `config` that can't be used.
+        InputError: on anything in `config` that can't be used; if another process of the team ends.
     """
     config = config or Config()
     contrasts = config.contrasts()
@@ -47,45 +63,111 @@ def run_experiment(
             f"the protocol reads {len(config.protocol.positions)} positions: the experiment takes "
             "one, choose it with `positions=(-1,)`"
         )
-    if model is None:
-        model = load_model(
+    source = _Source.of(config, model, cache, team)
+    n_layers = source.remember("layers", {}, lambda: source.lens().cfg.n_layers)
+    layer, _ = highlighted_layer(config.layer, n_layers)
+    logger.info("reading the prompts of %s at every layer", ", ".join(contrasts))
+    found = extract(
+        source.model,
+        list(contrasts.values()),
+        protocol=config.protocol,
+        batch_size=config.batch_size,
+        progress=progress,
+        cache=source.cache,
+        team=team,
+    )
+    activations = dict(zip(contrasts, found.values(), strict=True))
+    directions = {part: mean_difference(*activations[part]) for part in MAIN_PARTS}
+    causal = None
+    if config.interventions and can_intervene(contrasts):
+        logger.info("ablating and adding the directions of %s", " and ".join(MAIN_PARTS))
+        causal = source.remember(
+            "interventions",
+            {
+                "prompts": [contrasts[part].sha256 for part in MAIN_PARTS],
+                "layer": layer,
+                "protocol": config.protocol.to_dict(),
+                "seed": config.seed,
+                "directions": list(directions.values()),
+            },
+            lambda: intervene(
+                source.lens(),
+                contrasts,
+                activations,
+                directions,
+                layer=layer,
+                generator=torch.Generator().manual_seed(config.seed),
+                protocol=config.protocol,
+                batch_size=config.batch_size,
+                progress=progress,
+            ),
+            (Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects),
+        )
+    causal_inner_product = source.remember(
+        "causal inner product",
+        {"directions": list(directions.values())},
+        lambda: causal_cosine(
+            directions["refusal"],
+            directions["negativity"],
+            measures.effective_unembedding(source.lens()),
+        ),
+    )
+    results = analyse(
+        activations,
+        config=config,
+        contrasts=contrasts,
+        causal=causal,
+        provenance=provenance(
+            source.remember("provenance", {}, lambda: model_provenance(source.lens())),
+            contrasts,
+            config,
+        ),
+    )
+    metrics = {**results.metrics, "causal inner product": causal_inner_product}
+    return replace(results, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The model of a run, loaded when it is first needed, and what was computed with it before."""
+
+    model: LensModel | LazyModel
+    cache: Cache
+    team: Team
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        model: LensModel | None,
+        cache: Cache | str | Path | None,
+        team: Team,
+    ) -> "_Source":
+        if model is not None:
+            return cls(model, Cache(None), team)
+        lazy = LazyModel(
             config.model,
             device=config.device,
             dtype=config.torch_dtype(),
             revision=config.revision,
         )
-    layer, _ = highlighted_layer(config.layer, model.cfg.n_layers)
-    logger.info("reading the prompts of %s at every layer", ", ".join(contrasts))
-    found = extract(
-        model,
-        list(contrasts.values()),
-        protocol=config.protocol,
-        batch_size=config.batch_size,
-        progress=progress,
-    )
-    activations = dict(zip(contrasts, found.values(), strict=True))
-    causal = None
-    if config.interventions and can_intervene(contrasts):
-        logger.info("ablating and adding the directions of %s", " and ".join(MAIN_PARTS))
-        causal = intervene(
-            model,
-            contrasts,
-            activations,
-            {part: mean_difference(*activations[part]) for part in MAIN_PARTS},
-            layer=layer,
-            generator=torch.Generator().manual_seed(config.seed),
-            protocol=config.protocol,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-    return analyse(
-        activations,
-        config=config,
-        contrasts=contrasts,
-        causal=causal,
-        unembedding=measures.effective_unembedding(model),
-        provenance=provenance(model, contrasts, config),
-    )
+        return cls(lazy, cache if isinstance(cache, Cache) else Cache(cache), team)
+
+    def lens(self) -> LensModel:
+        return self.model() if isinstance(self.model, LazyModel) else self.model
+
+    def remember(
+        self,
+        what: str,
+        decided_by: dict[str, Any],
+        compute: Callable[[], Answer],
+        types: tuple[type, ...] = (),
+    ) -> Answer:
+        """Computed by the leading process alone, and once for all runs that it is the same in."""
+        if not isinstance(self.model, LazyModel):
+            return self.team.once(compute)
+        key = {"what": what, "model": self.model.identity, "decided by": decided_by}
+        return self.team.once(lambda: self.cache.remember(key, compute, types))
 
 
 def analyse(
@@ -232,11 +314,13 @@ def highlighted_layer(layer: int | None, n_layers: int) -> tuple[int, str]:
     )
 
 
-def provenance(model: LensModel, contrasts: dict[str, Contrast], config: Config) -> dict[str, Any]:
+def provenance(
+    model: Mapping[str, Any], contrasts: Mapping[str, Contrast], config: Config
+) -> dict[str, Any]:
     """Where a result came from: model, prompts, protocol, seed and the versions of what made it."""
     packages = ("refusal_lens", "transformer_lens", "transformers", "torch")
     return {
-        "model": model_provenance(model),
+        "model": dict(model),
         "contrasts": {
             part: {
                 "name": contrast.name,

@@ -3,7 +3,7 @@
 import html
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -345,6 +345,43 @@ class Results:
 
         display(HTML(self._repr_html_()))
         display(self.figure())
+
+
+def config_of(path: str | Path) -> Config:
+    """The configuration that repeats a run, from its `results.json`, or the folder that it is in.
+
+    The prompts are the run's own, whatever the bundled ones are by now, and the model's revision is
+    the one that was used.
+
+    Raises:
+        InputError: if the file is missing, damaged or of another format.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    document = artifacts.read_json(path)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise InputError(f"{path} is not of format {FORMAT}: name a results.json of this version")
+    try:
+        saved = document["saved"]["fields"]
+        parts = {"config": saved["config"], "contrasts": saved["contrasts"]}
+        revision = document["provenance"]["model"].get("revision")
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} lacks the configuration of its run: save it anew") from None
+    found = artifacts.unpack({"dict": parts}, {}, SAVED)
+    config, contrasts = found["config"], found["contrasts"]
+    if not isinstance(config, Config) or not isinstance(contrasts, dict):
+        raise InputError(f"{path} lacks the configuration of its run: save it anew")
+    try:
+        refusal, negativity, *controls = contrasts.values()
+        return replace(
+            config,
+            refusal=refusal,
+            negativity=negativity,
+            controls=tuple(controls),
+            revision=config.revision or revision,
+        )
+    except (ValueError, TypeError):
+        raise InputError(f"{path} lacks the contrasts of its run: save it anew") from None
 
 
 def set_names(contrasts: Mapping[str, Contrast]) -> dict[str, tuple[str, str]]:

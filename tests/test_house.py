@@ -17,13 +17,15 @@ FLOORS = [
     {"covariance"},
     {"tables", "template", "token_table", "hub", "hooked", "distributed"},
     {"contrasts", "directions", "similarity", "plotting", "artifacts", "faults"},
-    {"model", "chat", "formats", "statistics", "cache"},
-    {"forward", "verdict", "config", "protocols", "lazy_model"},
+    {"model", "chat", "formats", "statistics", "cache", "verdict"},
+    {"forward", "config", "protocols", "lazy_model"},
     {"residual_stream", "interventions"},
     {"activations"},
+    {"causal", "measures"},
     {"results", "selection", "readings"},
     {"experiment"},
     {"report", "sensitivity", "commands_directions"},
+    {"commands_results"},
     {"cli"},
 ]
 """From the ground up: a module imports only from floors below its own."""
