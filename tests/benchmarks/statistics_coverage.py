@@ -211,7 +211,7 @@ def summarise(setting: Setting, reliability: float, cosine: float, found: Tensor
         plain=float(plain.mean()),
         bias=float(estimate.mean()) - cosine,
         coverage=float(((lower <= cosine) & (cosine <= upper)).double().mean()),
-        width_ratio=float((upper - lower).median()) / true_width if some else nan,
+        width_ratio=float((upper - lower).median()) / true_width if true_width > 0 else nan,
         undecided=1 - float(decided.double().mean()),
         rejected=float((p <= 0.05).double().mean()) if cosine == 0 else nan,
     )
