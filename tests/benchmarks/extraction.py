@@ -10,6 +10,8 @@ over the rounds of the two times' ratio.
 it those are left out. `--out` writes the table as markdown.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -338,10 +340,18 @@ def measure_memory(model_dir: str, prompts: int, threads: int) -> None:
 
     torch.set_num_threads(threads)
     model = load_model(model_dir, device="cpu", dtype=torch.float32)
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    # Tied embeddings share their storage and count once.
+    storages = {weight.untyped_storage().data_ptr(): weight for weight in model.parameters()}
+    weights = sum(weight.untyped_storage().nbytes() for weight in storages.values())
     texts = bundled_prompts(prompts)
-    # One prompt alone brings in the weights' pages and what libraries set up once.
+    # The file is mapped, not read: pages of the embedding that no earlier prompt touched would
+    # count as the reading's own. And one prompt alone brings in what libraries set up once.
+    for weight in model.parameters():
+        weight.sum()
     get_prompt_activations(model, texts[:1], progress=False)
+    # What loading freed is handed back, lest the reading find its memory there, uncounted.
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     answer = get_prompt_activations(model, texts, progress=False)
