@@ -19,7 +19,7 @@ FLOORS = [
     {"contrasts", "directions", "similarity", "plotting", "artifacts", "faults"},
     {"model", "chat", "formats", "statistics", "cache", "verdict"},
     {"forward", "config", "protocols", "lazy_model"},
-    {"residual_stream", "interventions"},
+    {"residual_stream", "interventions", "selection_rule", "specifications"},
     {"activations"},
     {"causal", "measures"},
     {"results", "selection", "readings"},
