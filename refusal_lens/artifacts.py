@@ -211,5 +211,4 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 def _unwritable(folder: Path, error: OSError | ValueError) -> InputError:
     reason = getattr(error, "strerror", None) or str(error)
-    shown = str(folder).replace("\0", "\\0")
-    return InputError(f"can't write to {shown}: {reason}; choose another folder")
+    return InputError(f"can't write to {folder}: {reason}; choose another folder")

@@ -147,9 +147,8 @@ def _table_of_cells(source: str, text: str, delimiter: str) -> Table:
                 rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        what = str(error).replace("\t", "\\t")
         raise InputError(
-            f"{source}, the row that begins on line {line}: {what}; is a quotation mark left open "
+            f"{source}, the row that begins on line {line}: {error}; is a quotation mark left open "
             "or not doubled?"
         ) from error
     if len(rows) < 2:
@@ -224,8 +223,8 @@ def _is_missing(cell: object) -> bool:
 
 
 def brief(text: str) -> str:
-    """The text on one line of at most 80 characters, what can't be seen written out (`\\x1b`)."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    """The text on one line of at most 80 characters."""
+    line = " ".join(text.split())
     return line if len(line) <= 80 else line[:77] + "..."
 
 

@@ -98,6 +98,10 @@ CORPUS: list[tuple[str, bytes]] = [
         b'{"t":{"dtype":"F32","shape":[9999999999],"data_offsets":[0,8]}}\x20',
     ),
     # The delimiter in our one line, and names of a stranger's.
+    (
+        "packed.json",
+        b'{"type": "Estimate", "fields": {"\xe2\x80\xa8value": 0.1, "lower": 0, "upper": 0.2}}',
+    ),
     ("m.tsv", b'""a\tb\nx\ty\n'),
     ("protocol.json", b'{"a\\nb\\u001b[31m": 1}'),
     ("m.json", b'{"a\\nb": 1}'),

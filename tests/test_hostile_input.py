@@ -508,6 +508,12 @@ MODEL_CASES = {
 }
 
 FILE_CASES = {
+    "config_of: another format": (lambda w: rl.config_of(w.file("r.json", "{}")), "not of format"),
+    "config_of: no file": (lambda w: rl.config_of(w.folder / "no"), "no file"),
+    "write_report: below a file": (
+        lambda w: rl.write_report(w.results, w.file("r", b"x") / "y.html"),
+        "can't write",
+    ),
     "Results: no folder": (lambda w: rl.Results.load(w.folder / "no"), "no file"),
     "Results: a file": (lambda w: rl.Results.load(w.file("r.json", "{}")), "can't be read"),
     "Results: not JSON": (saved_with(lambda d: "{"), "is not JSON"),
