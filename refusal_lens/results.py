@@ -136,7 +136,7 @@ class Results:
         from . import plotting
 
         curves = {
-            self.describe(name).removesuffix(" direction"): values
+            self.describe(name).replace(" direction", "").removesuffix(" (control)"): values
             for name, values in self.similarities.items()
             if name.startswith("refusal_vs_") and name != "refusal_vs_mean_negative"
         }

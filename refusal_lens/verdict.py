@@ -214,7 +214,10 @@ def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[str]]:
         f"ablating negativity closes {e.necessity} as much of the gap between harmful and harmless "
         "prompts as ablating refusal does"
     )
-    toll = f"it lowers the refusal of harmful prompts by {e.toll} of that gap"
+    toll = (
+        f"ablating negativity lowers the refusal of harmful prompts by {e.toll} of the gap that "
+        "ablating refusal closes"
+    )
     sufficiency = f"adding negativity brings {e.sufficiency} of what adding refusal brings"
     trigger = f"negative statements are refused {e.trigger} as much as harmful requests"
     mediation = f"ablating refusal takes {e.mediation} as much from them as from harmful requests"

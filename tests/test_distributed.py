@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), "llama")
 
 
-def run(n: int, checkpoint: Path, out: Path, *, dies: int = -1, cache: Path) -> subprocess.CompletedProcess:
+def run(n: int, checkpoint: Path, out: Path, *, dies: int = -1, cache: Path):
     """`n` processes of one run; their outputs together."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

@@ -158,6 +158,39 @@ def test_contrasts_that_share_prompts_are_refused():
         rl.Config(negativity=shared).contrasts()
 
 
+def test_a_contrast_that_plays_two_parts_is_refused():
+    with pytest.raises(InputError, match="alarm"):
+        rl.Config(refusal="alarm", controls=("alarm",)).contrasts()
+
+
+def test_a_run_is_repeated_from_what_it_saved(quick_results, tmp_path):
+    results = quick_results("specific")
+    config = rl.config_of(results.save(tmp_path) / "results.json")
+    assert config.contrasts() == results.contrasts
+    assert config.protocol == results.config.protocol
+    again = rl.run_experiment(config, progress=False)
+    for name, values in results.similarities.items():
+        torch.testing.assert_close(again.similarities[name], values, equal_nan=True)
+    assert again.verdict == results.verdict
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2}', '{"format": 2, "saved": 3}'])
+def test_what_is_no_run_can_not_be_repeated(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"format|lacks"):
+        rl.config_of(tmp_path)
+
+
+def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
+    config = rl.Config(model="organism:specific", max_prompts=8, n_resamples=400, controls=())
+    first = rl.run_experiment(config, progress=False, cache=tmp_path)
+    monkeypatch.setattr(
+        "refusal_lens.lazy_model.load_model", lambda *_, **__: pytest.fail("loaded")
+    )
+    second = rl.run_experiment(config, progress=False, cache=tmp_path)
+    assert same(first, second)
+
+
 def test_a_model_handed_over_is_used_and_left_as_it_was(quick_results):
     model = rl.load_model("organism:specific")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
