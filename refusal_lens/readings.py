@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .residual_stream import names_read, read_residual_stream
 from .chat import ChatInputs, Protocol, build_inputs_with_chat_template
 from .errors import InputError
 from .forward import input_device, undisturbed
 from .model import LensModel
+from .residual_stream import names_read, read_residual_stream
 
 PADDED_ROWS = 32
 """Rows to a run of those that are read at a padding token."""

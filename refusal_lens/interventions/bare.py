@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from ..model import LensModel
 
@@ -40,13 +40,12 @@ class Interventions(Protocol):
 
 
 class Block(NamedTuple):
-    """The weights of one block as `linear` takes them: query, key and value in one, gate and up."""
+    """The weights of one block as `linear` takes them, those of the norms multiplied in."""
 
-    norm: Float[Tensor, " d_model"]
     qkv: Float[Tensor, "qkv d_model"]
     o: Float[Tensor, "d_model z"]
-    mlp_norm: Float[Tensor, " d_model"]
-    gate_up: Float[Tensor, "gate_up d_model"]
+    gate: Float[Tensor, "d_mlp d_model"]
+    up: Float[Tensor, "d_mlp d_model"]
     down: Float[Tensor, "d_model d_mlp"]
 
 
@@ -60,7 +59,6 @@ class BareLlama:
 
     embedding: Float[Tensor, "d_vocab d_model"]
     blocks: list[Block]
-    norm: Float[Tensor, " d_model"]
     unembedding: Float[Tensor, "d_vocab d_model"]
     turn: Complex[Tensor, "pos half"]
     n_heads: int
@@ -87,7 +85,7 @@ class BareLlama:
         The unchanged model is branch 0. The stream is of as many branches as have begun by then.
         """
         last, read = self._walk(interventions, tokens, opening, read_layers)
-        return F.linear(self._normed(last, self.norm), self.unembedding), read
+        return F.linear(self._normed(last), self.unembedding), read
 
     def _walk(
         self,
@@ -104,7 +102,7 @@ class BareLlama:
         if layers is None and len(directions):
             units = F.normalize(directions, dim=-1)
             units = torch.cat([torch.zeros_like(units[:1]), units])[:, None]
-            x = _without(x.expand(len(units), -1, -1), units)
+            x = x - (x @ units.mT) * units
         x = _begun(x, directions, layers, -1)
         start = opening[0][0].shape[2] if opening else 0
         turn = self.turn[start : start + n_tokens, None]
@@ -113,17 +111,20 @@ class BareLlama:
         read = []
         for layer, block in enumerate(self.blocks):
             before = opening[layer] if opening else None
-            rows = rearrange(
-                self._normed(x, block.norm),
-                "branch (prompt pos) d -> (branch prompt) pos d",
-                prompt=n_prompts,
+            z, keys, values = self._attention(
+                block,
+                self._normed(x).view(-1, n_tokens, x.shape[-1]),
+                before,
+                n_prompts,
+                turn,
+                mask,
             )
-            written, keys, values = self._attention(block, rows, before, n_prompts, turn, mask)
             if keep is not None:
                 keep.append((keys, values))
-            x = x + _without(written.view(x.shape), units)
-            gate, up = F.linear(self._normed(x, block.mlp_norm), block.gate_up).chunk(2, dim=-1)
-            x = x + _without(F.linear(F.silu(gate).mul_(up), block.down), units)
+            x = x + _written(z.view(*x.shape[:2], -1), block.o, units)
+            rows = self._normed(x)
+            hidden = F.silu(F.linear(rows, block.gate)).mul_(F.linear(rows, block.up))
+            x = x + _written(hidden, block.down, units)
             x = _begun(x, directions, layers, layer)
             if layer in read_layers:
                 read.append(x.view(len(x), n_prompts, n_tokens, -1)[:, :, -1].clone())
@@ -137,7 +138,8 @@ class BareLlama:
         n_prompts: int,
         turn: Complex[Tensor, "pos 1 half"],
         mask: Float[Tensor, "pos key"],
-    ) -> tuple[Float[Tensor, "row pos d_model"], Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "row pos z"], Tensor, Tensor]:
+        """What the heads gather, and the keys and values."""
         heads, groups = self.n_heads, self.n_key_value_heads
         n_rows, n_tokens, _ = x.shape
         qkv = F.linear(x, block.qkv).unflatten(-1, (heads + 2 * groups, -1))
@@ -154,18 +156,23 @@ class BareLlama:
         scores = (queries @ keys.mT).view(n_rows, groups, -1, n_tokens, mask.shape[1])
         pattern = scores.add_(mask).softmax(-1).flatten(2, 3)
         z = rearrange(pattern @ values, "r g (h pos) d -> r pos (g h d)", pos=n_tokens)
-        return F.linear(z, block.o), keys, values
+        return z, keys, values
 
-    def _normed(self, x: Float[Tensor, "... d"], weight: Float[Tensor, " d"]) -> Tensor:
-        square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
-        return (x * torch.rsqrt(square + self.epsilon)).mul_(weight)
+    def _normed(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        square = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        return x * square.div_(x.shape[-1]).add_(self.epsilon).rsqrt_()
 
 
-def _without(x: Float[Tensor, "branch row d"], units: Float[Tensor, "branch 1 d"] | None) -> Tensor:
-    """What is left of each branch's rows without their component along its unit direction."""
+def _written(
+    hidden: Float[Tensor, "branch row z"],
+    weight: Float[Tensor, "d_model z"],
+    units: Float[Tensor, "branch 1 d_model"] | None,
+) -> Float[Tensor, "branch row d_model"]:
+    """What a layer writes, with each branch's direction projected out of the weights that write."""
     if units is None:
-        return x
-    return torch.addcmul(x, torch.linalg.vecdot(x, units).unsqueeze(-1), units, value=-1)
+        return F.linear(hidden, weight)
+    projected = weight - units.mT @ (units @ weight)
+    return torch.bmm(hidden, projected.mT)
 
 
 def _begun(
@@ -243,22 +250,16 @@ def _of_hooked(model: Any) -> BareLlama | None:
         keys, values = (getattr(a, "_W_K", a.W_K), getattr(a, "_W_V", a.W_V))
         blocks.append(
             _block(
-                block.ln1.w,
-                a.W_Q.mT,
-                keys.mT,
-                values.mT,
+                (block.ln1.w, block.ln2.w),
+                (a.W_Q.mT, keys.mT, values.mT),
                 rearrange(a.W_O, "head d_head d -> d (head d_head)"),
-                block.ln2.w,
-                mlp.W_gate.T,
-                mlp.W_in.T,
-                mlp.W_out.T,
+                (mlp.W_gate.T, mlp.W_in.T, mlp.W_out.T),
             )
         )
     return BareLlama(
         embedding=model.embed.W_E.detach(),
         blocks=blocks,
-        norm=model.ln_final.w.detach(),
-        unembedding=model.unembed.W_U.detach().T.contiguous(),
+        unembedding=model.unembed.W_U.detach().T * model.ln_final.w.detach(),
         turn=turn,
         n_heads=cfg.n_heads,
         n_key_value_heads=groups,
@@ -280,25 +281,16 @@ def _of_bridge(model: Any) -> BareLlama | None:
     blocks = []
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
-        q, k, v = (
+        qkv = [
             parts[f"{at}self_attn.{name}_proj.weight"].unflatten(0, (-1, d_head)) for name in "qkv"
-        )
-        blocks.append(
-            _block(
-                parts[f"{at}input_layernorm.weight"],
-                q,
-                k,
-                v,
-                parts[f"{at}self_attn.o_proj.weight"],
-                parts[f"{at}post_attention_layernorm.weight"],
-                *(parts[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down")),
-            )
-        )
+        ]
+        norms = [parts[f"{at}{name}_layernorm.weight"] for name in ("input", "post_attention")]
+        mlp = [parts[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
+        blocks.append(_block(norms, qkv, parts[f"{at}self_attn.o_proj.weight"], mlp))
     return BareLlama(
         embedding=parts["model.embed_tokens.weight"],
         blocks=blocks,
-        norm=parts["model.norm.weight"],
-        unembedding=parts["lm_head.weight"],
+        unembedding=parts["lm_head.weight"] * parts["model.norm.weight"],
         turn=torch.complex(cos[0, :, :half], sin[0, :, :half]),
         n_heads=heads,
         n_key_value_heads=groups,
@@ -316,20 +308,15 @@ def _parts(hf: Any) -> dict[str, Tensor]:
 
 
 def _block(
-    norm: Tensor,
-    q: Float[Tensor, "head d_head d_model"],
-    k: Float[Tensor, "group d_head d_model"],
-    v: Float[Tensor, "group d_head d_model"],
-    o: Tensor,
-    mlp_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    norms: Sequence[Float[Tensor, " d_model"]],
+    qkv: Sequence[Float[Tensor, "_ d_head d_model"]],
+    o: Float[Tensor, "d_model z"],
+    mlp: Sequence[Tensor],
 ) -> Block:
     def paired(weight: Tensor) -> Tensor:
         return rearrange(weight, "head (part half) d -> head (half part) d", part=2)
 
-    scaled = paired(q) / q.shape[1] ** 0.5
-    qkv = torch.cat([scaled, paired(k), v]).flatten(0, 1)
-    parts = (norm, qkv, o, mlp_norm, torch.cat([gate, up]), down)
+    (q, k, v), (gate, up, down) = qkv, mlp
+    heads = torch.cat([paired(q) / q.shape[1] ** 0.5, paired(k), v]).flatten(0, 1)
+    parts = (heads * norms[0], o, gate * norms[1], up * norms[1], down)
     return Block(*(part.detach().contiguous() for part in parts))

@@ -10,7 +10,9 @@ addition branches off after its own layer, and the layers before are not compute
 - only the last position is unembedded.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
@@ -119,19 +121,45 @@ def _run_all(
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     n_rows = max(2, batch_size or budget // (longest - n_shared))
     order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
+    jobs: list[tuple[list[int], list[int], _Hooked | _Bare]] = []
+    for chunk in _even_parts(order, n_rows - 1) or [[]]:
+        after = None if layers is None else [layers[i] for i in chunk]
+        branches = _Branches(directions[chunk].float().to(device), after)
+        run: _Hooked | _Bare = _Bare(bare, branches) if bare else _Hooked(model, branches)
+        groups = _by_length(ids, n_rows // branches.count)
+        jobs += [(chunk, group, run) for group in groups]
+    opening = torch.tensor([ids[0][:n_shared]], device=device)
+
+    def outcome(job: tuple[list[int], list[int], _Hooked | _Bare]) -> Outcome:
+        chunk, group, run = job
+        if n_shared:
+            run.open(opening)
+        tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
+        return Outcome(group, chunk, *run(tokens, read_layers))
+
     with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
-        for chunk in _even_parts(order, n_rows - 1) or [[]]:
-            after = None if layers is None else [layers[i] for i in chunk]
-            branches = _Branches(directions[chunk].float().to(device), after)
-            opening = torch.tensor([ids[0][:n_shared]], device=device)
-            run: _Hooked | _Bare = _Bare(bare, branches) if bare else _Hooked(model, branches)
-            if n_shared:
-                run.open(opening)
-            for group in _by_length(ids, n_rows // branches.count):
-                tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-                logits, residual = run(tokens, read_layers)
-                yield Outcome(group, chunk, logits, residual)
-                bar.update(len(group) * max(1, len(chunk)))
+        for found in _side_by_side(outcome, jobs) if bare else map(outcome, jobs):
+            yield found
+            bar.update(len(found.prompts) * max(1, len(found.interventions)))
+
+
+def _side_by_side(work: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[Outcome]:
+    """One core to a job: operations as small as these don't gain from sharing theirs."""
+    n_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            n_threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            # A few ahead of the one who reads, so that logits don't pile up.
+            waiting: deque[Future[Outcome]] = deque()
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > 2 * n_threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 class _Branches:
@@ -177,7 +205,9 @@ class _Hooked:
         self.prefix: Prefix | None = None
 
     def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
-        """Keep the keys and values of the opening that all prompts share, in every branch."""
+        """Keep the keys and values of the opening that all prompts share, in every branch, once."""
+        if self.prefix:
+            return
         self.prefix = empty_prefix(self.model)
         options = self.prefix.options(tokens.shape[1], None)
         _forward(self.model, self.branches, tokens, [], options)
@@ -216,7 +246,8 @@ class _Bare:
 
     def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
         """As `_Hooked.open`."""
-        self.opening = self.bare.opening(self.branches, tokens)
+        if self.opening is None:
+            self.opening = self.bare.opening(self.branches, tokens)
 
     def __call__(
         self, tokens: Int[Tensor, "prompt pos"], read_layers: Sequence[int]
