@@ -81,6 +81,7 @@ def test_pack_refuses_what_it_could_not_give_back():
 
 def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "a.json").write_text("old")
+
     def fail_half_way():
         with artifacts.whole_directory(tmp_path) as staging:
             (staging / "a.json").write_text("new")
