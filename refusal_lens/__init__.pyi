@@ -32,6 +32,9 @@ from .model import load_model as load_model
 from .report import write_report as write_report
 from .results import Results as Results
 from .results import config_of as config_of
+from .selection import Selection as Selection
+from .selection import select_direction as select_direction
+from .sensitivity import run_sensitivity as run_sensitivity
 from .similarity import causal_cosine as causal_cosine
 from .similarity import cosine_matrix as cosine_matrix
 from .similarity import cosine_similarity as cosine_similarity
@@ -40,6 +43,7 @@ from .similarity import massive_dimensions as massive_dimensions
 from .similarity import orthogonal_part as orthogonal_part
 from .similarity import standardised_cosine as standardised_cosine
 from .similarity import whitened_cosine as whitened_cosine
+from .specifications import Sensitivity as Sensitivity
 from .statistics import CosineStatistics as CosineStatistics
 from .statistics import cosine_statistics as cosine_statistics
 from .verdict import Verdict as Verdict

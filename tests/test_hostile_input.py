@@ -595,7 +595,8 @@ def some_directions(layers: tuple[int, ...] | None = (0, 1), width: int = 6) -> 
 
 
 CASES = DIRECTION_CASES | PLOT_CASES | TEXT_CASES | MODEL_CASES | FILE_CASES
-NO_INPUT = {"ContrastActivations", "CosineStatistics", "InputError", "Verdict", "plotting"}
+NO_INPUT = {"ContrastActivations", "CosineStatistics", "InputError", "Selection", "Sensitivity"}
+NO_INPUT |= {"Verdict", "plotting"}
 """Public names that only hold what another function gave, or others' functions."""
 
 

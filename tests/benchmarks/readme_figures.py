@@ -1,25 +1,32 @@
-"""Draw the figure of the README from a fresh run, and print the table beside it.
+"""Draw the figures of the README from fresh runs, and print the numbers beside them.
 
-    python tests/benchmarks/readme_figures.py
+    python tests/benchmarks/readme_figures.py [depth] [sensitivity]
 
-Runs the experiment on the three bundled organisms with every prompt (about a minute on two
-cores), writes `notebooks/figures/cosine_across_depth.png` and prints the rows of the README's
-table of verdicts. Drawing it needs the packages kaleido and pillow, and a Chrome or Chromium.
+`depth` runs the experiment on the three bundled organisms with every prompt (about a minute on
+two cores), writes `notebooks/figures/cosine_across_depth.png` and prints the rows of the README's
+table of verdicts; `sensitivity` reads `organism:specific` in every way (another minute), writes
+`notebooks/figures/sensitivity.png` and prints what it found. Drawing needs the packages kaleido and
+pillow, and a Chrome or Chromium.
 """
 
+import sys
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 import refusal_lens as rl
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 ORGANISMS = ("specific", "entangled", "oblivious")
 FIGURES = Path(__file__).parents[2] / "notebooks" / "figures"
 
 
-def main() -> None:
-    """Run, draw and print."""
+def draw_depth() -> None:
+    """The cosine across depth in three models."""
     curves, intervals, rows = {}, {}, []
     for name in ORGANISMS:
         results = rl.run_experiment(rl.Config(model=f"organism:{name}"), progress=False)
@@ -37,13 +44,30 @@ def main() -> None:
         highlight=results.layer,
         title=f"{measure[:1].upper()}{measure[1:]} in three models whose answer is known",
     )
-    FIGURES.mkdir(exist_ok=True)
-    drawn = Image.open(BytesIO(figure.to_image("png", width=760, height=430, scale=2)))
-    # A palette is a quarter of the size, and such a figure has few colours.
-    few = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(FIGURES / "cosine_across_depth.png", optimize=True)
+    write(figure, "cosine_across_depth.png", 430)
     print(*rows, sep="\n")
 
 
+def draw_sensitivity() -> None:
+    """The cosine of one model, read in every way."""
+    model = rl.load_model("organism:specific")
+    contrasts = rl.load_contrast("refusal"), rl.load_contrast("negativity")
+    found = rl.run_sensitivity(model, contrasts, progress=False)
+    print(found)
+    write(found.figure(), "sensitivity.png", None)
+
+
+def write(figure: "go.Figure", name: str, height: int | None) -> None:
+    """Write a figure as a small PNG, twice the size it is shown at."""
+    FIGURES.mkdir(exist_ok=True)
+    drawn = Image.open(BytesIO(figure.to_image("png", width=760, height=height, scale=2)))
+    # A palette is a quarter of the size, and such a figure has few colours.
+    few = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    few.save(FIGURES / name, optimize=True)
+
+
+DRAWINGS = {"depth": draw_depth, "sensitivity": draw_sensitivity}
+
 if __name__ == "__main__":
-    main()
+    for asked in sys.argv[1:] or DRAWINGS:
+        DRAWINGS[asked]()

@@ -1,0 +1,88 @@
+"""Choosing a direction: the three scores of every candidate, against the published method's loop.
+
+    python tests/benchmarks/selection.py [--out FILE]
+
+Candidates are five positions times 32 layers of organism:specific; each is ablated on harmful and on
+harmless prompts and added on harmless ones. The published method is in `published_selection.py`, plain
+Hugging Face code from the paper's formulas, one candidate after another in batches of 32. Same model,
+same prompts, same candidates, in one run; the scores are compared before the times count.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from refusal_lens.contrasts import load_contrast
+from refusal_lens.interventions import find_refusal_tokens
+from refusal_lens.model import load_model, load_tokenizer
+from refusal_lens.protocols import ARDITI
+from refusal_lens.selection import _split, select_direction
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from published_selection import PublishedSelection
+
+ORGANISM = "specific"
+RESULTS = Path(__file__).parent / "results" / "selection.md"
+LARGEST = 1e-4
+REQUIRED = 5
+
+
+def main() -> None:
+    from transformers import AutoModelForCausalLM
+
+    import refusal_lens
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
+    name = f"organism:{ORGANISM}"
+    model, contrast = load_model(name), load_contrast("refusal")
+    train, held_out = _split(contrast)
+    tokens = find_refusal_tokens(model, held_out.target, held_out.baseline, progress=False)
+    folder = Path(refusal_lens.__file__).parent / "organisms" / ORGANISM
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    published = PublishedSelection(hf, load_tokenizer(name), tokens.ids)
+    harmful, harmless = (
+        published.mean_activations(side, 5) for side in (train.target, train.baseline)
+    )
+
+    start = time.perf_counter()
+    ours = select_direction(model, contrast, protocol=ARDITI, refusal_tokens=tokens, progress=False)
+    our_time = time.perf_counter() - start
+    start = time.perf_counter()
+    theirs = published.scores(harmful - harmless, held_out.target, held_out.baseline)
+    their_time = time.perf_counter() - start
+
+    apart = max(
+        float((getattr(ours.scores, score) - values).abs().max())
+        for score, values in theirs.items()
+    )
+    met = "met" if their_time >= REQUIRED * our_time and apart <= LARGEST else "not met"
+    lines = [
+        "# Time to choose a direction",
+        "",
+        f"`python tests/benchmarks/selection.py`: {name}, {ours.scores.ablation.numel()} candidates, "
+        f"{len(held_out.target)} harmful and {len(held_out.baseline)} harmless prompts, "
+        f"{torch.get_num_threads()} threads.",
+        "",
+        "| | seconds |",
+        "|---|---|",
+        f"| `select_direction`, reading the candidates included | {our_time:.1f} |",
+        f"| the published method, scoring alone | {their_time:.1f} |",
+        f"| ratio | {their_time / our_time:.1f} |",
+        "",
+        f"Largest difference of any score: {apart:.1e}. Required: at least {REQUIRED} times as fast, "
+        f"scores within {LARGEST:g}; {met}.",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
