@@ -10,9 +10,7 @@ addition branches off after its own layer, and the layers before are not compute
 - only the last position is unembedded.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
@@ -138,28 +136,9 @@ def _run_all(
         return Outcome(group, chunk, *run(tokens, read_layers))
 
     with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
-        for found in _side_by_side(outcome, jobs) if bare else map(outcome, jobs):
+        for found in map(outcome, jobs):
             yield found
             bar.update(len(found.prompts) * max(1, len(found.interventions)))
-
-
-def _side_by_side(work: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[Outcome]:
-    """One core to a job: operations as small as these don't gain from sharing theirs."""
-    n_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(
-            n_threads, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            # A few ahead of the one who reads, so that logits don't pile up.
-            waiting: deque[Future[Outcome]] = deque()
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > 2 * n_threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 class _Branches:
