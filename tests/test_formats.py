@@ -542,3 +542,9 @@ def test_the_text_of_a_file_with_itself_shows_the_steps_through_depth():
     steps = cosine_similarity(d.vectors[:-1], d.vectors[1:]).tolist()
     for layer, step in enumerate(steps):
         assert f"{layer:>5}  {step:>+7.4f}" in text
+
+
+def test_directions_show_themselves_in_jupyter_as_text_and_never_as_markup():
+    shown = some(model="<b>bold</b>")._repr_html_()
+    assert "&lt;b&gt;bold" in shown
+    assert "<b>" not in shown

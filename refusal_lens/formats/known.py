@@ -1,5 +1,6 @@
 """Directions, together with what is known of where they come from."""
 
+import html
 import json
 import re
 from collections.abc import Mapping
@@ -107,6 +108,9 @@ class Directions:
             f"normalisation {self.normalisation or 'unknown'}",
         ]
         return "\n  ".join([f"{self.source}", ", ".join(facts), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __repr__(self) -> str:
         return f"Directions({self.source}: {self._describe_layers()}, d_model {self.d_model})"
