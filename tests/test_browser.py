@@ -111,6 +111,18 @@ def test_the_slider_can_be_clicked(page):
     wait_for(page, f"return {first} !== {before}")
 
 
+def test_the_layers_can_be_reached_by_the_keyboard(page):
+    from selenium.webdriver.common.keys import Keys
+
+    figure = page.find_element("css selector", "figure:has(#figure-plane)")
+    slider = figure.find_element("css selector", "input[type=range]")
+    first = "document.getElementById('figure-plane').data[0].x[0]"
+    before = page.execute_script(f"return {first}")
+    slider.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    wait_for(page, f"return {first} !== {before}")
+    assert figure.find_element("css selector", "output").text == slider.get_attribute("value")
+
+
 def test_hover_tells_the_numbers_of_a_layer(page):
     from selenium.webdriver.common.action_chains import ActionChains
 

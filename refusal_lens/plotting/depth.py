@@ -1,6 +1,7 @@
 """Similarity, causal effect and size across depth."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -242,15 +243,7 @@ def norms_by_layer(
         positive = values.double().where(values > 0, float("nan"))
         line(chart, name or "norm", positive, drawn[name], form=".3g")
         known += [v for v in numbers(positive) if v is not None]
-    spread = max(known, default=1.0) / min(known, default=1.0)
-    _across_depth(
-        chart,
-        depth,
-        "Euclidean norm (log scale)",
-        type="log",
-        exponentformat="power",
-        dtick="D2" if spread < 30 else 1 if spread < 1e8 else 4,
-    )
+    _across_depth(chart, depth, "Euclidean norm (log scale)", type="log", **_log_ticks(known))
     if highlight is not None and highlight < depth:
         mark_layer(chart, highlight, f"layer {highlight}", depth, theme, at_top=True)
     return chart
@@ -337,6 +330,8 @@ def metric_panel(
     chart.update_xaxes(**layer_axis(depth))
     chart.update_xaxes(title_text=None, dtick=2 * chart.layout.xaxis.dtick)
     chart.update_xaxes(title_text="layer", row=rows)
+    for column in range((len(names) - 1) % columns + 2, columns + 1):  # nothing stands below these
+        chart.update_xaxes(showticklabels=True, row=rows - 1, col=column)
     chart.update_yaxes(range=cosine_limits(list(curves.values())), zeroline=True)
     chart.update_yaxes(title_text="similarity", col=1)
     chart.update_layout(showlegend=False, margin_t=chart.layout.margin.t + 40)
@@ -349,6 +344,26 @@ def cosine_limits(curves: list[Tensor]) -> tuple[float, float]:
     low = min([-0.25, *((v - 0.02) // 0.25 / 4 for v in values)])
     high = max([0.5, *(-((-v - 0.02) // 0.25) / 4 for v in values)])
     return max(-1.0, low) - 0.04, min(1.0, high) + 0.04
+
+
+def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks of a log axis, each written out in full: plotly's own write the 2 of 20 as "2"."""
+    low, high = (math.log10(end(values, default=1.0)) for end in (min, max))
+    first, last = math.floor(low - 0.1), math.ceil(high + 0.1)
+    leading = (1, 2, 5) if high - low < 2.5 else (1,)
+    step = max(1, (last - first) // 8)
+    ticks = [(lead, power) for power in range(first, last + 1, step) for lead in leading]
+    return {
+        "tickvals": [float(f"{lead}e{power}") for lead, power in ticks],
+        "ticktext": [
+            f"{float(f'{lead}e{power}'):g}"
+            if -4 < power < 5
+            else f"10<sup>{power}</sup>".replace("-", "\N{MINUS SIGN}").replace(
+                "10<", "10<" if lead == 1 else f"{lead}\N{MULTIPLICATION SIGN}10<"
+            )
+            for lead, power in ticks
+        ],
+    }
 
 
 def _across_depth(chart: go.Figure, depth: int, quantity: str, **y_axis: Any) -> None:

@@ -17,6 +17,18 @@ Theme = Literal["light", "dark"]
 HEIGHT = 470
 """Pixels; the width is the page's."""
 
+MODEBAR_WITHOUT = [
+    "pan",
+    "zoom",
+    "zoomIn",
+    "zoomOut",
+    "autoScale",
+    "select",
+    "lasso",
+    "sendChartToCloud",
+]
+"""What plotly's buttons leave out, so that they leave room for the title beside them."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -225,6 +237,12 @@ def template(theme: Theme) -> go.layout.Template:
                 "bgcolor": "rgba(0,0,0,0)",
                 "itemwidth": 40,
             },
+            "modebar": {
+                "remove": MODEBAR_WITHOUT,
+                "bgcolor": "rgba(0,0,0,0)",
+                "color": page.muted,
+                "activecolor": page.ink,
+            },
             "hoverlabel": {
                 "align": "left",
                 "bgcolor": page.background,
@@ -314,6 +332,10 @@ def written(value: float | None, form: str = ".3f") -> str:
         return "undefined"
     text = f"{value:{form}}"
     return (text if float(text) else text.lstrip("-")).replace("-", "\N{MINUS SIGN}")
+
+
+NO_TICKS = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
+"""Of an axis of names: no ticks, but their room between name and plot."""
 
 
 def layer_axis(n_layers: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..shapes import check_tensors
 from .curves import check_layer
 from .look import (
+    NO_TICKS,
     Theme,
     escaped,
     figure,
@@ -225,7 +226,7 @@ def cross_effects(
             tickvals=list(range(len(names))),
             ticktext=[wrapped(name, width=width, lines=3) for name in names],
             showline=False,
-            ticks="",
+            **NO_TICKS,
         )
     chart.update_xaxes(side="bottom", range=[-0.5, len(outcomes) - 0.5], tickangle=0)
     chart.update_yaxes(range=[len(interventions) - 0.5, -0.5])

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..shapes import check_tensors
 from .curves import check_layer, check_same_length
 from .look import (
+    NO_TICKS,
     Theme,
     figure,
     headed,
@@ -171,7 +172,8 @@ def projections_by_layer(
     chart.update_xaxes(title_text=f"projection on the {wrapped(direction)} direction")
     chart.update_xaxes(zeroline=True, showgrid=True)
     order = [wrapped(name, width=22, lines=2) for name in projections]
-    chart.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False, ticks="")
+    chart.update_yaxes(categoryorder="array", categoryarray=order[::-1], showgrid=False)
+    chart.update_yaxes(**NO_TICKS)
     chart.update_yaxes(range=[-0.45, len(order) - 0.2])
     if auroc:
         _auroc_panel(chart, auroc, n_layers, shown, theme)
