@@ -23,9 +23,13 @@ from .errors import InputError
 from .forward import Prefix, can_share_prefix, input_device, run_prefix, undisturbed, without_logits
 from .model import LensModel
 
-WORKING_SHARE = 0.04
-"""Working memory of a batch, as a share of the weights, where the batch size is left to us."""
-WORKING_FLOOR = 2**24
+WORKING_SHARE_ON_CPU = 0.015
+WORKING_SHARE_ON_GPU = 0.04
+"""Working memory of a batch, as a share of the weights, where the batch size is left to us.
+
+Less on a CPU: twice as much is really in use there, since the C library holds on to freed memory.
+"""
+WORKING_FLOOR = 2**23
 """... and at least this many bytes, so that small models get more than one prompt to a batch."""
 PREFIX_PAYS = 256
 """Tokens a shared prefix must save before it is worth a pass of its own over the weights."""
@@ -131,8 +135,10 @@ def _plan(
     chosen = torch.tensor(sorted(only), dtype=torch.long)
     pending = chosen[rows.lengths[chosen].argsort(descending=True, stable=True)].tolist()
     plan = []
+    before = len(_shared(model, rows))
     while pending:
-        size = batch_size or _fitting(model, int(rows.lengths[pending[0]]), rows.from_end.shape[1])
+        longest = int(rows.lengths[pending[0]])
+        size = batch_size or _fitting(model, longest, rows.from_end.shape[1], before=before)
         plan.append(pending[:size])
         pending = pending[size:]
     return plan
@@ -150,10 +156,8 @@ def _batches(
 
     if not only:
         return
-    opening = rows.opening()
-    prefix = None
-    if len(opening) * (len(rows) - 1) >= PREFIX_PAYS and can_share_prefix(model, rows.width):
-        prefix = run_prefix(model, opening)
+    opening = _shared(model, rows)
+    prefix = run_prefix(model, opening) if len(opening) else None
     pending = torch.tensor([row for batch in _plan(model, rows, only, 1) for row in batch])
     at_most = batch_size or len(rows)
     done = len(rows) - len(only)
@@ -162,7 +166,8 @@ def _batches(
             size = at_most
             if batch_size is None:
                 longest = int(rows.lengths[pending[0]])
-                size = min(at_most, _fitting(model, longest, rows.from_end.shape[1]))
+                fitting = _fitting(model, longest, rows.from_end.shape[1], before=len(opening))
+                size = min(at_most, fitting)
             batch = pending[:size]
             activations = _forward(model, rows, batch, prefix)
             if activations is not None:
@@ -222,25 +227,34 @@ def names_read(model: LensModel, hook: str) -> list[str]:
     return [f"blocks.{layer}.hook_{hook}" for layer in layers]
 
 
-def _fitting(model: LensModel, width: int, n_positions: int) -> int:
+def _shared(model: LensModel, rows: _Rows) -> Int[Tensor, " pos"]:
+    """The opening that is run once for all rows; empty where that would not pay, or not be right."""
+    opening = rows.opening()
+    pays = len(opening) * (len(rows) - 1) >= PREFIX_PAYS
+    return opening if pays and can_share_prefix(model, rows.width) else opening[:0]
+
+
+def _fitting(model: LensModel, width: int, n_positions: int, *, before: int = 0) -> int:
     """How many prompts of this width make a batch, from the free memory and the weights.
 
+    `before` of their tokens have been run already, and only their keys are there to look at.
     A batch of a few thousand tokens is as fast as any larger one, so there is no need to fill the
-    memory: a twenty-fifth of the weights is enough, and half of what is free the limit.
+    memory: a few hundredths of the weights are enough, and half of what is free the limit.
     """
     cfg, size = model.cfg, next(model.parameters()).element_size()
     device = input_device(model)
-    free = psutil.virtual_memory().available
+    free, share = psutil.virtual_memory().available, WORKING_SHARE_ON_CPU
     if device.type == "cuda":
+        share = WORKING_SHARE_ON_GPU
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    budget = min(free // 2, max(WORKING_FLOOR, int(WORKING_SHARE * weights)))
+    budget = min(free // 2, max(WORKING_FLOOR, int(share * weights)))
 
     streams = 10 * cfg.d_model + 4 * cfg.n_heads * cfg.d_head + 5 * (cfg.d_mlp or 4 * cfg.d_model)
     scores = 4 * 4 * cfg.n_heads * width
     kept = n_positions * cfg.n_layers * cfg.d_model
-    return max(1, budget // (width * (streams * size + scores) + kept * size))
+    return max(1, budget // ((width - before) * (streams * size + scores) + kept * size))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
