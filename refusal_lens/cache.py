@@ -116,7 +116,7 @@ class Cache:
                     return artifacts.unpack(about["tree"], tensors, types)
         answer = compute()
         tree, tensors = artifacts.pack(answer)
-        self._write(shelf, tensors, {"tree": tree})
+        self._write(shelf, _packed(tensors, {"tree": tree}))
         return answer
 
     def activations(self, key: Mapping[str, Any]) -> "StoredActivations | None":
@@ -185,15 +185,10 @@ class Cache:
             path.unlink()
         return None
 
-    def _write(self, shelf: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def _write(self, shelf: Path, content: bytes) -> None:
         """Store a file whole or not at all; a failure stops all further storing."""
         if not self._storing:
             return
-        owned = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
-        }
-        # One field, since safetensors writes several in an order that changes.
-        content = save(owned, {ABOUT: json.dumps(about, sort_keys=True)})
         partial = shelf / f"{PARTIAL}{uuid4().hex}"
         try:
             shelf.mkdir(parents=True, exist_ok=True)
@@ -254,7 +249,10 @@ class StoredActivations:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache") as thread:
 
             def store(prompts: Sequence[str], values: Tensor) -> None:
-                pending.append(thread.submit(self._store, list(prompts), values))
+                # Packed here: torch, called in another thread, would start as many threads again
+                # as the model runs on, and both would wait for one another's.
+                content = self._packed(prompts, values)
+                pending.append(thread.submit(self._cache._write, self._shelf, content))
                 while len(pending) > MOST_QUEUED:
                     pending.popleft().result()
 
@@ -262,19 +260,29 @@ class StoredActivations:
             for writing in pending:
                 writing.result()
 
-    def _store(self, prompts: list[str], values: Float[Tensor, "batch pos layer d_model"]) -> None:
+    def _packed(
+        self, prompts: Sequence[str], values: Float[Tensor, "batch pos layer d_model"]
+    ) -> bytes:
         for dtype in (torch.bfloat16, torch.float16):
-            if torch.equal((narrow := values.to(dtype)).float(), values):
-                values = narrow
+            # One prompt tells as a rule, and the rest are not converted for nothing.
+            if all(torch.equal(part.to(dtype).float(), part) for part in (values[:1], values)):
+                values = values.to(dtype)
                 break
         about = {"key": self._key, "prompts": [_hash(prompt) for prompt in prompts]}
-        self._cache._write(self._shelf, {"activations": values}, about)
+        return _packed({"activations": values}, about)
 
     def _remove_abandoned(self) -> None:
         with suppress(OSError):
             for path in self._shelf.glob(f"{PARTIAL}*"):
                 if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
+
+
+def _packed(tensors: dict[str, Tensor], about: dict[str, Any]) -> bytes:
+    """A file's content."""
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One field, since safetensors writes several in an order that changes.
+    return save(owned, {ABOUT: json.dumps(about, sort_keys=True)})
 
 
 def _finished(shelf: Path) -> list[Path]:
