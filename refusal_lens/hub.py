@@ -143,7 +143,10 @@ def _ask_for_token(name: str) -> str | None:
     from huggingface_hub.utils import is_notebook
 
     if is_notebook():
-        notebook_login(skip_if_logged_in=False)
+        try:
+            notebook_login(skip_if_logged_in=False)
+        except Exception as error:  # the box is the hub's own, and so is whatever stops it
+            logger.warning("the hub's login box can't be shown: %s", error)
         return get_token()
     if sys.stdin is not None and sys.stdin.isatty():
         logger.warning(_gate(name))
@@ -152,10 +155,17 @@ def _ask_for_token(name: str) -> str | None:
 
 
 def _gate(name: str) -> str:
+    from huggingface_hub.utils import is_notebook
+
+    log_in = (
+        "log in with the box above and run this cell again"
+        if is_notebook()
+        else "run: hf auth login"
+    )
     return (
         f"{name} is gated: accept its conditions at https://huggingface.co/{name}, make a token at "
         "https://huggingface.co/settings/tokens, and set the environment variable HF_TOKEN to it "
-        "(or run: hf auth login)"
+        f"(or {log_in})"
     )
 
 

@@ -9,16 +9,21 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+USER_CODE = "WXYZ-1234"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class PretendHub(ThreadingHTTPServer):
-    """Serves `models`, a directory for each hub name, at `main` and at `COMMIT`."""
+    """Serves `models`, a directory for each hub name, at `main` and at `COMMIT`.
+
+    Someone who logs in is given the token, unless `logs_in` is False.
+    """
 
     def __init__(self, models: dict[str, Path], *, gated: set[str], token: str):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models, self.gated, self.token = models, gated, token
         self.asked: list[str] = []
+        self.logs_in = True
 
     @property
     def url(self) -> str:
@@ -43,13 +48,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
+    def do_POST(self):
+        """Log in from a notebook, as the hub has it: show a code, wait, hand over a token."""
+        self.server.asked.append(self.path)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self.server.logs_in:
+            return self._send_json({"error": "access_denied"})
+        if self.path == "/oauth/device":
+            return self._send_json(
+                {
+                    "device_code": "a device",
+                    "user_code": USER_CODE,
+                    "verification_uri": f"{self.server.url}/device",
+                    "interval": 0,
+                    "expires_in": 60,
+                }
+            )
+        return self._send_json({"access_token": self.server.token})
+
     def log_message(self, *arguments):
         pass
 
     def _answer(self):
         self.server.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts == ["api", "whoami-v2"]:
+            token = {"displayName": "from a notebook", "role": "read"}
+            self._send_json({"name": "someone", "auth": {"accessToken": token}})
+        elif parts[:2] == ["api", "models"]:
             self._list("/".join(parts[2:4]))
         else:
             self._serve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
@@ -65,7 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for path in files
         ]
-        self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+        self._send_json(entries)
+
+    def _send_json(self, content: object):
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _serve(self, name: str, revision: str, file: str):
         if name not in self.server.models:
@@ -88,5 +117,5 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)

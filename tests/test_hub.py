@@ -7,9 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
+import huggingface_hub._login
+import nbclient
+import nbformat
 import pytest
 from checkpoints import write_checkpoint
-from pretend_hub import COMMIT, PretendHub
+from pretend_hub import COMMIT, USER_CODE, PretendHub
 
 from refusal_lens.errors import InputError
 from refusal_lens.hub import find_checkpoint
@@ -142,6 +146,30 @@ def test_a_person_at_a_terminal_is_asked_and_what_they_type_is_not_shown(hub, tm
     assert b"accept its conditions" in shown
     assert TOKEN.encode() not in shown
     assert TOKEN.encode() not in everything_under(tmp_path)
+
+
+@pytest.mark.parametrize("logs_in", [True, False])
+def test_in_a_notebook_the_hub_s_login_box_is_shown(hub, tmp_path, monkeypatch, logs_in):
+    pytest.importorskip("ipykernel")
+    if not hasattr(huggingface_hub._login, "request_device_code"):
+        pytest.skip("this huggingface_hub has a login box that only a browser can fill")
+    monkeypatch.setattr(hub, "logs_in", logs_in)
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    cell = nbformat.v4.new_code_cell(FIND.replace("sys.argv[1:]", f"[{GATED!r}]"))
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    shown = json.dumps(cell.outputs)
+    if logs_in:
+        assert USER_CODE in shown
+        assert f"found {COMMIT}" in shown
+    else:
+        assert f"refused {GATED} is gated" in shown
+        assert "log in with the box above and run this cell again" in shown
+        assert "hf auth login" not in shown
+    assert TOKEN not in shown
 
 
 def test_without_network_a_name_never_fetched_is_refused_in_one_line(tmp_path):

@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from checkpoints import FAMILIES, SIZES, hugging_face_layers, write_checkpoint, write_random
 
+from refusal_lens import model as model_module
 from refusal_lens.errors import InputError
 from refusal_lens.model import LensModel, load_model, load_tokenizer, model_provenance
 
@@ -41,7 +43,7 @@ def layers_of(model: LensModel, tokens: torch.Tensor, mask: torch.Tensor) -> tor
         _, cache = model.run_with_cache(
             tokens, attention_mask=mask, names_filter=names.__contains__
         )
-    return torch.stack([cache[name] for name in names], dim=2)
+    return torch.stack([cache[name].to(tokens.device) for name in names], dim=2)
 
 
 def worst_difference(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor) -> float:
@@ -306,3 +308,33 @@ def test_a_mistake_about_the_device_or_dtype_is_named(llama, options, complaint)
 def test_on_a_gpu_the_weights_are_bfloat16_and_there(llama):
     model = load_model(str(llama))
     assert {(w.dtype, w.device.type) for w in model.parameters()} == {(torch.bfloat16, "cuda")}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two CUDA devices")
+def test_the_blocks_spread_over_two_gpus_give_what_one_gives(llama, batch):
+    one, two = (load_model(str(llama), dtype=torch.float32, n_devices=n) for n in (1, 2))
+    assert {w.device.index for w in two.parameters()} == {0, 1}
+    assert worst_difference(*(layers_of(m, *batch).cpu() for m in (two, one)), batch[1]) < 1e-5
+
+
+def test_a_gpu_too_small_is_named_with_what_would_do(monkeypatch):
+    # The driver's two answers are put in its mouth: what is computed from them runs as it is.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * 10**9, 80 * 10**9))
+    config = transformers.LlamaConfig(
+        num_hidden_layers=32, hidden_size=4096, intermediate_size=14336
+    )
+    device = torch.device("cuda", 0)
+
+    def check(dtype: torch.dtype, n_devices: int) -> None:
+        model_module._check_memory(config, "a model", device, dtype, n_devices)
+
+    with pytest.raises(
+        InputError, match=r"needs 1\d\.\d GB and \d+\.\d GB is free on cuda:0.*n_devices"
+    ):
+        check(torch.bfloat16, 1)
+    check(torch.bfloat16, 2)
+    with pytest.raises(InputError, match=r"dtype=torch\.bfloat16, which takes half"):
+        check(torch.float32, 2)
