@@ -341,7 +341,7 @@ def _measure(
     return finished
 
 
-LAYERS_AT_ONCE = 4
+LAYERS_AT_ONCE = 16
 """Layers whose candidates run together, and are kept together once they are finished."""
 
 

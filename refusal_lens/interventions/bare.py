@@ -121,10 +121,10 @@ class BareLlama:
             )
             if keep is not None:
                 keep.append((keys, values))
-            x = x + _written(z.view(*x.shape[:2], -1), block.o, units)
+            x = _written(x, z.view(*x.shape[:2], -1), block.o, units)
             rows = self._normed(x)
             hidden = F.silu(F.linear(rows, block.gate)).mul_(F.linear(rows, block.up))
-            x = x + _written(hidden, block.down, units)
+            x = _written(x, hidden, block.down, units)
             x = _begun(x, directions, layers, layer)
             if layer in read_layers:
                 read.append(x.view(len(x), n_prompts, n_tokens, -1)[:, :, -1].clone())
@@ -164,15 +164,17 @@ class BareLlama:
 
 
 def _written(
+    x: Float[Tensor, "branch row d_model"],
     hidden: Float[Tensor, "branch row z"],
     weight: Float[Tensor, "d_model z"],
     units: Float[Tensor, "branch 1 d_model"] | None,
 ) -> Float[Tensor, "branch row d_model"]:
-    """What a layer writes, with each branch's direction projected out of the weights that write."""
+    """The stream with what a layer writes, each branch's direction projected out of that."""
+    written = torch.addmm(x.flatten(0, 1), hidden.flatten(0, 1), weight.mT).view_as(x)
     if units is None:
-        return F.linear(hidden, weight)
-    projected = weight - units.mT @ (units @ weight)
-    return torch.bmm(hidden, projected.mT)
+        return written
+    along = torch.bmm(hidden, (units @ weight).mT)
+    return written.baddbmm_(along, units, alpha=-1)
 
 
 def _begun(

@@ -29,7 +29,7 @@ from .bare import BareLlama, Opening, bare_llama
 from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
 from .prefix import Prefix, empty_prefix, without_prefix
 
-TOKENS_ON_CPU = 2048
+TOKENS_ON_CPU = 8192
 TOKENS_ON_GPU = 16384
 """Tokens to a run: enough to keep the device busy, and more would only take memory."""
 

@@ -110,7 +110,8 @@ def _effects(
 ) -> Effects:
     check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
-    run = [i for i, direction in enumerate(flat) if not direction.isnan().any()]
+    unknown, nothing = flat.isnan().any(-1), (flat == 0).all(-1)
+    run = (~unknown & ~nothing).nonzero()[:, 0].tolist()
     check_directions(model, flat[run])
     outcomes = run_branches(
         model,
@@ -127,9 +128,10 @@ def _effects(
     for outcome in outcomes:
         odds = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
         unchanged[outcome.prompts] = odds[0]
-        for i, intervention in enumerate(outcome.interventions):
-            log_odds[run[intervention], outcome.prompts] = odds[i + 1]
-            divergence = next_token_kl(outcome.logits[0], outcome.logits[i + 1])
-            kl[run[intervention], outcome.prompts] = divergence.cpu()
+        ran = torch.tensor([run[i] for i in outcome.interventions], dtype=torch.long)
+        where = ran[:, None], torch.tensor(outcome.prompts)
+        log_odds[where] = odds[1:]
+        kl[where] = next_token_kl(outcome.logits[:1], outcome.logits[1:]).cpu()
+    log_odds[nothing], kl[nothing] = unchanged, 0.0
     shape = (*directions.shape[:-1], len(prompts))
     return Effects(unchanged, log_odds.reshape(shape), kl.reshape(shape))

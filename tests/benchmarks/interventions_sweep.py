@@ -5,12 +5,15 @@
 The reference is the loop one would write: for each direction, all 64 prompts in one batch padded on
 the left, hooked with `ablate_direction` or `add_direction`, next-token logits read at the last
 position. `random` is a random Llama of 8 layers, d_model 256 and a vocabulary of 32,000 (25 million
-parameters). Both ways are run in turn, `--rounds` times, and the fastest round of each counts.
+parameters). Both ways are run in turn, `--rounds` times, and the fastest round of each counts. The
+table is written to `--out`.
 """
 
 import argparse
+import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +30,8 @@ from refusal_lens.interventions import (
 )
 from refusal_lens.model import load_model, load_tokenizer
 
+RESULTS = Path(__file__).parent / "results" / "interventions_sweep.md"
+MOST_TIME, LARGEST = 0.4, 1e-4
 TOKENS = RefusalTokens((40,), ("I",), "any token will do", 1.0, 0.0)
 
 
@@ -50,10 +55,13 @@ def random_llama(folder: Path) -> str:
     return str(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="organism:specific")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         name = options.model if options.model != "random" else random_llama(Path(folder) / "model")
@@ -96,7 +104,18 @@ def main() -> None:
             ),
         ),
     }
-    total = [0.0, 0.0]
+    lines = [
+        "# Interventions with the directions of all layers",
+        "",
+        f"`python tests/benchmarks/interventions_sweep.py {options.model}`: {n_layers} directions, "
+        f"{len(prompts)} prompts, {torch.get_num_threads()} threads on {device.type}; fastest of "
+        f"{options.rounds} rounds; torch {version('torch')}, transformer_lens "
+        f"{version('transformer_lens')}.",
+        "",
+        "| | one at a time, s | together, s | ratio | largest difference |",
+        "|---|---|---|---|---|",
+    ]
+    total, apart = [0.0, 0.0], 0.0
     for kind, ways in both_ways.items():
         seconds, found = [[], []], [None, None]
         for _ in range(options.rounds):
@@ -106,13 +125,25 @@ def main() -> None:
                 seconds[i].append(time.perf_counter() - start)
         loop, sweep = (min(each) for each in seconds)
         total = [total[0] + loop, total[1] + sweep]
-        apart = (found[0] - found[1]).abs().max()
-        print(
-            f"{kind}: {n_layers} directions x {len(prompts)} prompts, one at a time {loop:.2f} s, "
-            f"together {sweep:.2f} s, ratio {sweep / loop:.2f}, largest difference {apart:.1e}"
+        difference = float((found[0] - found[1]).abs().max())
+        apart = max(apart, difference)
+        lines.append(
+            f"| {kind} | {loop:.2f} | {sweep:.2f} | {sweep / loop:.2f} | {difference:.1e} |"
         )
-    print(f"both: ratio {total[1] / total[0]:.2f}")
+    ratio = total[1] / total[0]
+    met = ratio <= MOST_TIME and apart <= LARGEST
+    lines += [
+        f"| both | {total[0]:.2f} | {total[1]:.2f} | {ratio:.2f} | {apart:.1e} |",
+        "",
+        f"Refusal log-odds. Required: together at most {MOST_TIME} of one at a time, the same "
+        f"numbers within {LARGEST:g}; {'met' if met else 'MISSED'}.",
+        "",
+    ]
+    print("\n".join(lines))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("\n".join(lines))
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
