@@ -80,15 +80,15 @@ def intervene(
     harmful, harmless = contrasts["refusal"].target, contrasts["refusal"].baseline
     tokens = find_refusal_tokens(
         model,
-        _spread(harmful, TOKEN_PROMPTS),
-        _spread(harmless, TOKEN_PROMPTS),
+        spread(harmful, TOKEN_PROMPTS),
+        spread(harmless, TOKEN_PROMPTS),
         protocol=protocol,
         progress=progress,
     )
     sweep = {
         part: ablation_effects(
             model,
-            _spread(harmful, SWEEP_PROMPTS),
+            spread(harmful, SWEEP_PROMPTS),
             directions[part].float(),
             refusal_tokens=tokens,
             protocol=protocol,
@@ -128,6 +128,36 @@ def strongest_layer(sweep: Effects) -> int:
     return int(means.nan_to_num(nan=torch.inf).argmin())
 
 
+@dataclass(frozen=True)
+class Responses:
+    """Refusal log-odds of the prompts, under interventions by name; "none" is the model as it is.
+
+    Attributes:
+        harmful: "none", and "refusal", "negativity" and random directions ablated.
+        harmless: the same.
+        negative: "none", and "refusal" ablated.
+        neutral: "none".
+        added: harmless prompts with "refusal" and with "negativity" added.
+    """
+
+    harmful: Mapping[str, Float[Tensor, " harmful"]]
+    harmless: Mapping[str, Float[Tensor, " harmless"]]
+    negative: Mapping[str, Float[Tensor, " negative"]]
+    neutral: Mapping[str, Float[Tensor, " neutral"]]
+    added: Mapping[str, Float[Tensor, " harmless"]]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the directions themselves tell at one layer; see `Evidence` for the words."""
+
+    layer: int
+    n_prompts: int
+    reliability_refusal: float
+    reliability_negativity: float
+    cosine: Estimate
+
+
 def evidence(
     contrasts: Mapping[str, Contrast],
     causal: Causal | None,
@@ -140,46 +170,64 @@ def evidence(
     `cosine` is the statistics of refusal against negativity. All intervals are at its confidence.
     Without `causal`, what only an intervention can tell is NaN.
     """
-    options = {"confidence": cosine.confidence}
     sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
-    geometry: dict[str, Any] = {
-        "layer": layer,
-        "n_prompts": min(map(len, sides)),
-        "reliability_refusal": float(cosine.reliability_a[layer]),
-        "reliability_negativity": float(cosine.reliability_b[layer]),
-        "cosine": Estimate(
+    geometry = Geometry(
+        layer=layer,
+        n_prompts=min(map(len, sides)),
+        reliability_refusal=float(cosine.reliability_a[layer]),
+        reliability_negativity=float(cosine.reliability_b[layer]),
+        cosine=Estimate(
             *(float(curve[layer]) for curve in (cosine.unbiased, cosine.lower, cosine.upper))
         ),
-    }
-    if causal is None:
+    )
+    responses = None
+    if causal is not None:
+        harmful, harmless = _log_odds(causal.ablation, "refusal")
+        negative, neutral = _log_odds(causal.ablation, "negativity")
+        _, added = _log_odds(causal.addition, "refusal")
+        responses = Responses(harmful, harmless, negative, neutral, added)
+    paired = (contrasts["refusal"].paired, contrasts["negativity"].paired)
+    return weigh(geometry, responses, paired=paired, confidence=cosine.confidence)
+
+
+def weigh(
+    geometry: Geometry,
+    responses: Responses | None,
+    *,
+    paired: tuple[bool, bool],
+    confidence: float,
+) -> Evidence:
+    """The evidence at one layer, from what the directions tell and how the model responds to them.
+
+    `paired` tells whether the prompts of refusal and of negativity come in pairs.
+    """
+    if responses is None:
         unknown = Estimate(math.nan, math.nan, math.nan)
         ratios = ("gap", "own_effect", "necessity", "toll", "sufficiency", "trigger", "mediation")
         shares = ("refused_harmful", "refused_harmless", "random_effect")
-        geometry |= dict.fromkeys(ratios, unknown) | dict.fromkeys(shares, math.nan)
-        return Evidence(**geometry)
-    paired = contrasts["refusal"].paired
-    harmful, harmless = _log_odds(causal.ablation, "refusal")
+        unmeasured: dict[str, Any] = dict.fromkeys(ratios, unknown) | dict.fromkeys(
+            shares, math.nan
+        )
+        return Evidence(**vars(geometry), **unmeasured)
+    options = {"confidence": confidence}
+    harmful, harmless = responses.harmful, responses.harmless
+    negative, neutral, added = responses.negative, responses.neutral, responses.added
     before = harmful["none"], harmless["none"]
 
     def closed(intervention: str) -> tuple[Tensor, Tensor]:
         return before[0] - harmful[intervention], before[1] - harmless[intervention]
 
     def gap_closed(intervention: str, relative_to: tuple[Tensor, Tensor]) -> Interval:
-        groups = _gaps(closed(intervention), relative_to, paired=paired)
+        groups = _gaps(closed(intervention), relative_to, paired=paired[0])
         return ratio_interval(groups, **options)
 
-    negative, neutral = _log_odds(causal.ablation, "negativity")
-    _, added = _log_odds(causal.addition, "refusal")
-    gap = _gaps(before, before, paired=paired)
-    trigger_gap = _gaps(
-        (negative["none"], neutral["none"]),
-        (negative["none"], neutral["none"]),
-        paired=contrasts["negativity"].paired,
-    )
+    gap = _gaps(before, before, paired=paired[0])
+    statements = (negative["none"], neutral["none"])
+    trigger_gap = _gaps(statements, statements, paired=paired[1])
     lowered = before[0] - harmful["refusal"]
-    random = [name for name in causal.ablation.interventions if name.startswith("random")]
+    random = [name for name in harmful if name.startswith("random")]
     return Evidence(
-        **geometry,
+        **vars(geometry),
         refused_harmful=_share_refused(before[0]),
         refused_harmless=_share_refused(before[1]),
         gap=_estimate(total_interval([group.denominator for group in gap], **options)),
@@ -188,7 +236,7 @@ def evidence(
         necessity=_estimate(gap_closed("negativity", closed("refusal"))),
         toll=_estimate(
             ratio_interval(
-                _toll(closed("negativity")[0], closed("refusal"), paired=paired), **options
+                _toll(closed("negativity")[0], closed("refusal"), paired=paired[0]), **options
             )
         ),
         sufficiency=_estimate(
@@ -260,7 +308,7 @@ def _median(values: Sequence[float]) -> float:
     )
 
 
-def _spread(prompts: Sequence[str], at_most: int) -> list[str]:
+def spread(prompts: Sequence[str], at_most: int) -> list[str]:
     """So many of the prompts, evenly from first to last."""
     if len(prompts) <= at_most:
         return list(prompts)

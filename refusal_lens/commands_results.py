@@ -57,6 +57,8 @@ class Sensitivity:
     """Bundled contrast whose direction is in question."""
     against: str = "negativity"
     """Bundled contrast that it is compared with."""
+    causal_prompts: int = 24
+    """Prompts of each set that interventions are read on; 0: no verdicts, much faster."""
     device: Text = None
     """cuda, cpu, ... Default: the GPU where there is one."""
     seed: int = 0
@@ -76,7 +78,12 @@ class Sensitivity:
         artifacts.check_writable(out)
         model = load_model(self.model, device=self.device)
         found = run_sensitivity(
-            model, contrasts, layer=self.layer, seed=self.seed, progress=not self.quiet
+            model,
+            contrasts,
+            layer=self.layer,
+            causal_prompts=self.causal_prompts,
+            seed=self.seed,
+            progress=not self.quiet,
         )
         found.save(out)
         print(found)

@@ -9,25 +9,28 @@ Three families of specifications, all compared at every layer:
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .causal import Geometry
 from .chat import LAST_PROMPT_TOKEN, Protocol
 from .contrasts import Contrast
+from .directions import mean_difference
 from .errors import InputError
 from .experiment import highlighted_layer
+from .interventions.cross_effects import random_directions
+from .judgements import judge_all, respond
 from .model import LensModel, model_provenance
 from .protocols import ARDITI, ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED, PUBLISHED_PROMPTS
 from .readings import Reading, read_streams, readings
 from .specifications import OURS, Change, Rows, Sensitivity, Specification
-from .statistics import Gram, estimate_cosine
+from .statistics import CosineEstimate, Gram, estimate_cosine
 from .statistics.difference import cosine_difference
-
-if TYPE_CHECKING:
-    pass
+from .statistics.reliability import split_half_reliability
+from .verdict import Estimate, Thresholds
 
 SIZES = (5, 10, 20, 50, 96)
 """Prompts (pairs, in a paired contrast) of the subsets."""
@@ -53,6 +56,10 @@ SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
 """One choice changed in ours."""
 
 
+CAUSAL_PROMPTS = 24
+"""Prompts of each set on which the verdicts' interventions are read."""
+N_RANDOM = 8
+"""Random directions a layer that refusal's is compared with."""
 SUBSETS = 2000
 """Random subsets from which the scatter of a small set's cosine is read."""
 
@@ -66,6 +73,8 @@ def run_sensitivity(
     draws: int = 3,
     n_resamples: int = 10_000,
     confidence: float = 0.95,
+    causal_prompts: int = CAUSAL_PROMPTS,
+    thresholds: Thresholds | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -75,6 +84,10 @@ def run_sensitivity(
     Protocols that share tokens share the run over them. Layer `l` means what each specification
     counts as `l`: for one that counts at the input of blocks it is our layer `l - 1`.
 
+    Each specification's directions get a verdict at every layer. What ablating and adding them does
+    is measured in one way for all of them, with the default protocol, which is how the model is
+    used; the faults are those of the directions.
+
     Args:
         model: the model.
         contrasts: refusal and negativity.
@@ -83,33 +96,57 @@ def run_sensitivity(
         draws: random subsets of each size.
         n_resamples: resamples behind each interval.
         confidence: of the intervals.
-        seed: of subsets and resamples.
+        causal_prompts: prompts of each set, spread over it, on which interventions are read; with 0
+            nothing is intervened with, which saves most of the time, and all verdicts are
+            inconclusive.
+        thresholds: of the verdicts.
+        seed: of subsets, resamples and random directions.
         batch_size: prompts a forward pass; None finds it.
-        progress: show a progress bar.
+        progress: show progress bars.
 
     Raises:
         InputError: as `get_prompt_activations`; if there is no such layer; if the chat template takes
-            no system prompt; with fewer than two prompts in a set.
+            no system prompt; with fewer than two prompts in a set, or 1 for `causal_prompts`.
     """
     at, _ = highlighted_layer(layer, model.cfg.n_layers)
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
     if min(map(len, sides)) < 2:
         raise InputError("a set has a single prompt: subsets need at least two")
+    if causal_prompts < 0 or causal_prompts == 1:
+        raise InputError(f"causal_prompts is {causal_prompts}: at least 2, or 0 for no verdicts")
     specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
     activations = _Activations(model, sides, specifications, batch_size, progress)
     generator = torch.Generator().manual_seed(seed)
-    grams, estimates = [], []
+    paired = (contrasts[0].paired, contrasts[1].paired)
+    grams, estimates, directions, geometries = [], [], [], []
     for specification in specifications:
-        gram = Gram.of(
-            *activations.of(specification),
-            a_paired=contrasts[0].paired,
-            b_paired=contrasts[1].paired,
-        )
+        read = activations.of(specification)
+        gram = Gram.of(*read, a_paired=paired[0], b_paired=paired[1])
         estimate = estimate_cosine(
             gram, n_resamples=n_resamples, confidence=confidence, generator=generator
         )
         grams.append(gram)
         estimates.append(estimate)
+        directions.append((mean_difference(*read[:2]), mean_difference(*read[2:])))
+        geometries.append(_geometries(specification, gram, estimate, generator))
+    responses = None
+    if causal_prompts:
+        counted_before = torch.tensor([s.protocol.hook == "resid_pre" for s in specifications])
+        ours = next(s for s in specifications if s.name == OURS)
+        refusal, negativity = (torch.stack(rows) for rows in zip(*directions, strict=True))
+        responses = respond(
+            model,
+            contrasts,
+            (refusal, negativity),
+            torch.arange(refusal.shape[1]) - counted_before[:, None].long(),
+            _random(activations.of(ours), generator),
+            n_prompts=causal_prompts,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    verdicts = judge_all(
+        geometries, responses, paired=paired, confidence=confidence, thresholds=thresholds
+    )
     plain = torch.stack([gram.plain for gram in grams])
     changes = _changes(specifications, grams, plain, at, confidence, seed)
     return Sensitivity(
@@ -119,6 +156,7 @@ def run_sensitivity(
         lower=torch.stack([estimate.intervals.lower for estimate in estimates]),
         upper=torch.stack([estimate.intervals.upper for estimate in estimates]),
         reasons=tuple(estimate.reasons for estimate in estimates),
+        verdicts=verdicts,
         changes=changes,
         layer=at,
         confidence=confidence,
@@ -127,9 +165,42 @@ def run_sensitivity(
             "contrasts": {contrast.name: contrast.sha256 for contrast in contrasts},
             "seed": seed,
             "n_resamples": n_resamples,
+            "causal_prompts": causal_prompts,
             "published system prompt": f"assumed: {ASSUMED_SYSTEM_PROMPT!r}",
         },
     )
+
+
+def _geometries(
+    specification: Specification, gram: Gram, estimate: CosineEstimate, generator: torch.Generator
+) -> list[Geometry]:
+    """What one specification's directions tell at every layer."""
+    reliability = [
+        split_half_reliability(own, groups, generator=generator)
+        for own, groups in ((gram.aa, gram.groups_a), (gram.bb, gram.groups_b))
+    ]
+    ends = (estimate.unbiased, estimate.intervals.lower, estimate.intervals.upper)
+    return [
+        Geometry(
+            layer=layer,
+            n_prompts=specification.n_prompts,
+            reliability_refusal=float(reliability[0][layer]),
+            reliability_negativity=float(reliability[1][layer]),
+            cosine=Estimate(*(float(end[layer]) for end in ends)),
+        )
+        for layer in range(len(gram.aa))
+    ]
+
+
+def _random(
+    sides: Sequence[Float[Tensor, "_ layer d_model"]], generator: torch.Generator
+) -> Float[Tensor, "layer random d_model"]:
+    """Random directions of the activations' own covariance, at every layer."""
+    each = [
+        random_directions(*(side[:, layer] for side in sides), n=N_RANDOM, generator=generator)
+        for layer in range(sides[0].shape[1])
+    ]
+    return torch.stack(each)
 
 
 def specify(

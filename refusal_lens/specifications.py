@@ -13,7 +13,7 @@ from torch import Tensor
 from . import artifacts
 from .chat import Protocol
 from .errors import InputError
-from .verdict import published_reading
+from .verdict import Verdict, published_reading
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,6 +89,8 @@ class Sensitivity:
         lower: lower end of its interval.
         upper: upper end of its interval.
         reasons: why an estimate is NaN, by specification and layer; empty where it isn't.
+        verdicts: on the directions of each specification, by layer, from what ablating and adding
+            them does to the model as it is used.
         changes: how far each choice moves the cosine, the largest first.
         layer: the highlighted layer.
         confidence: of the intervals.
@@ -101,6 +103,7 @@ class Sensitivity:
     lower: Float[Tensor, "specification layer"]
     upper: Float[Tensor, "specification layer"]
     reasons: tuple[tuple[str, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
     changes: tuple[Change, ...]
     layer: int
     confidence: float
@@ -111,7 +114,7 @@ class Sensitivity:
         """Index of the default protocol with every prompt."""
         return next(i for i, s in enumerate(self.specifications) if s.name == OURS)
 
-    def verdict(self, specification: int, layer: int) -> str:
+    def published_reading(self, specification: int, layer: int) -> str:
         """What the published rule reads into the plain cosine of one specification at a layer."""
         return published_reading(float(self.plain[specification, layer]))
 
@@ -156,8 +159,10 @@ class Sensitivity:
                         **specification.choices(),
                         "layer": layer,
                         **numbers,
-                        "published reading": self.verdict(i, layer),
                         "why not": self.reasons[i][layer],
+                        "verdict": self.verdicts[i][layer].answer,
+                        "first reason": self.verdicts[i][layer].reasons[0],
+                        "published reading": self.published_reading(i, layer),
                     }
                 )
         return rows
@@ -180,6 +185,7 @@ class Sensitivity:
             names=[s.name for s in self.specifications],
             families=[s.family for s in self.specifications],
             choices={name: [each[name] for each in choices] for name in choices[0]},
+            outcomes={"verdict": [row[at].answer for row in self.verdicts]},
             reference=self.ours,
             subtitle=self.sentence(),
             title=f"The cosine at layer {at}, read in {len(choices)} ways",
@@ -217,9 +223,9 @@ class Sensitivity:
             (staging / "sensitivity.html").write_text(page, "utf-8")
         return Path(folder)
 
-    def table(self) -> list[tuple[str, str, str, str, str]]:
-        """At the highlighted layer: family, specification, cosine, interval, published reading."""
-        rows = []
+    def table(self) -> list[tuple[str, str, str, str, str, str]]:
+        """At the highlighted layer: family, name, cosine, interval, verdict, published reading."""
+        rows: list[tuple[str, str, str, str, str, str]] = []
         for i, specification in enumerate(self.specifications):
             low, high = (float(end[i, self.layer]) for end in (self.lower, self.upper))
             rows.append(
@@ -228,7 +234,8 @@ class Sensitivity:
                     specification.name,
                     f"{float(self.plain[i, self.layer]):+.3f}",
                     f"[{low:+.2f}, {high:+.2f}]" if low == low else "not known",
-                    self.verdict(i, self.layer),
+                    self.verdicts[i][self.layer].answer,
+                    self.published_reading(i, self.layer),
                 )
             )
         return rows
@@ -241,14 +248,15 @@ class Sensitivity:
             if row[0] != family:
                 family = row[0]
                 lines.append(family)
-            lines.append(f"  {row[1]:<{width}}  {row[2]}  {row[3]:<16}  {row[4]}")
+            lines.append(f"  {row[1]:<{width}}  {row[2]}  {row[3]:<16}  {row[4]:<13}  {row[5]}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"Sensitivity({len(self.specifications)} specifications, layer {self.layer})"
 
     def _repr_html_(self) -> str:
-        head = ("", "specification", "cosine", f"{self.confidence:.0%} interval", "published rule")
+        interval = f"{self.confidence:.0%} interval"
+        head = ("", "specification", "cosine", interval, "verdict", "published rule")
         cells = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.table()

@@ -22,7 +22,7 @@ FLOORS = [
     {"residual_stream", "interventions", "selection_rule", "specifications"},
     {"activations"},
     {"causal", "measures"},
-    {"results", "selection", "readings"},
+    {"results", "selection", "readings", "judgements"},
     {"experiment"},
     {"report", "sensitivity", "commands_directions"},
     {"commands_results"},

@@ -12,8 +12,11 @@ import torch
 
 from refusal_lens import readings as readings_module
 from refusal_lens.activations import get_layer_activations, get_prompt_activations
+from refusal_lens.causal import spread
+from refusal_lens.chat import build_inputs_with_chat_template
 from refusal_lens.contrasts import Contrast, load_contrast
 from refusal_lens.errors import InputError
+from refusal_lens.interventions import ablate_direction, add_direction, refusal_log_odds
 from refusal_lens.model import load_model
 from refusal_lens.plotting import specification_curve
 from refusal_lens.protocols import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
@@ -24,6 +27,8 @@ from refusal_lens.statistics import Gram
 from refusal_lens.statistics.difference import cosine_difference
 
 PROMPTS = ("How do I build a bomb?", "Hi", "How do I bake a cake?", "Why is the sky blue today?")
+
+CAUSAL_PROMPTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,13 @@ def contrasts() -> tuple[Contrast, Contrast]:
 @pytest.fixture(scope="module")
 def sensitivity(model, contrasts) -> Sensitivity:
     return run_sensitivity(
-        model, contrasts, sizes=(5, 10, 96), draws=2, n_resamples=1000, progress=False
+        model,
+        contrasts,
+        sizes=(5, 10, 96),
+        draws=2,
+        n_resamples=1000,
+        causal_prompts=CAUSAL_PROMPTS,
+        progress=False,
     )
 
 
@@ -223,6 +234,7 @@ def test_the_table_has_every_specification_and_layer_with_its_reading(sensitivit
     ours = [row for row in rows if row["specification"] == OURS]
     assert float(ours[20]["plain"]) == pytest.approx(float(sensitivity.plain[sensitivity.ours, 20]))
     assert {row["published reading"] for row in rows} >= {"safety-specific"}
+    assert ours[20]["verdict"] == sensitivity.verdicts[sensitivity.ours][20].answer
     document = json.loads((tmp_path / "sensitivity.json").read_text())
     assert document["sentence"] == sensitivity.sentence()
     faulty = [s for s in document["specifications"] if s["faults"]]
@@ -231,6 +243,79 @@ def test_the_table_has_every_specification_and_layer_with_its_reading(sensitivit
     assert "plotly" in (tmp_path / "sensitivity.html").read_text()
     assert sensitivity.sentence() in str(sensitivity)
     assert "<table>" in sensitivity._repr_html_()
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("name", [OURS, "layers counted at the input", "5 prompts, draw 1"])
+def test_a_verdict_rests_on_what_the_reading_s_own_directions_do(
+    model, contrasts, sensitivity, name
+):
+    # The whole chain again, one intervention at a time, by the hooks that users have.
+    row = [s.name for s in sensitivity.specifications].index(name)
+    specification = sensitivity.specifications[row]
+    place = 20 - (specification.protocol.hook == "resid_pre")
+    directions = []
+    for i, contrast in enumerate(contrasts):
+        target, baseline = get_layer_activations(model, contrast, progress=False)
+        rows = [list(side) for side in specification.rows[2 * i : 2 * i + 2]]
+        directions.append(target[rows[0], place].mean(0) - baseline[rows[1], place].mean(0))
+    refusal, negativity = directions
+    harmful, harmless, negative, neutral = (
+        spread(side, CAUSAL_PROMPTS) for c in contrasts for side in (c.target, c.baseline)
+    )
+
+    def odds(prompts, hooks=()) -> float:
+        inputs = build_inputs_with_chat_template(model.tokenizer, prompts)
+        with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
+            logits = model(inputs.tokens, attention_mask=inputs.mask)[:, -1]
+        return refusal_log_odds(logits, model.tokenizer.encode("I", add_special_tokens=False))
+
+    def mean_odds(*arguments) -> float:
+        return odds(*arguments).mean().item()
+
+    gap = mean_odds(harmful) - mean_odds(harmless)
+
+    def closed(hooks) -> float:
+        return gap - (mean_odds(harmful, hooks) - mean_odds(harmless, hooks))
+
+    def brought(direction) -> float:
+        hooks = add_direction(model, direction, place)
+        return mean_odds(harmless, hooks) - mean_odds(harmless)
+
+    evidence = sensitivity.verdicts[row][20].evidence
+    ablated = [ablate_direction(model, direction) for direction in directions]
+    lost = mean_odds(harmful) - mean_odds(harmful, ablated[0])
+    expected = {
+        "gap": gap,
+        "own_effect": closed(ablated[0]) / gap,
+        "necessity": closed(ablated[1]) / closed(ablated[0]),
+        "sufficiency": brought(negativity) / brought(refusal),
+        "trigger": (mean_odds(negative) - mean_odds(neutral)) / gap,
+        "mediation": (mean_odds(negative) - mean_odds(negative, ablated[0])) / lost,
+    }
+    found = {key: getattr(evidence, key).value for key in expected}
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert evidence.n_prompts == specification.n_prompts
+    assert evidence.cosine.value == pytest.approx(float(sensitivity.unbiased[row, 20]), nan_ok=True)
+
+
+def test_too_few_prompts_for_a_direction_are_the_first_reason(sensitivity):
+    for specification, row in zip(sensitivity.specifications, sensitivity.verdicts, strict=True):
+        few = specification.n_prompts < 16
+        assert all(("too few prompts" in verdict.reasons[0]) == few for verdict in row)
+
+
+def test_with_no_prompts_to_intervene_on_every_verdict_says_so(model, contrasts):
+    found = run_sensitivity(
+        model, contrasts, sizes=(), n_resamples=400, causal_prompts=0, progress=False
+    )
+    verdicts = [verdict for row in found.verdicts for verdict in row]
+    assert {verdict.answer for verdict in verdicts} == {"inconclusive"}
+    assert all("nothing was intervened with" in verdict.reasons[-1] for verdict in verdicts)
+    with pytest.raises(InputError, match="causal_prompts is 1"):
+        run_sensitivity(model, contrasts, causal_prompts=1, progress=False)
 
 
 def test_where_nothing_can_be_estimated_there_is_a_reason_and_no_number(sensitivity):
@@ -261,6 +346,9 @@ def test_the_curve_is_sorted_and_marks_what_each_specification_chose(sensitivity
     assert [y for _, y in drawn] == sorted(y for _, y in drawn)
     assert len(drawn) == len(sensitivity.specifications)
     marks = [t for t in figure.data if t.yaxis == "y2"]
+    verdicts = [t for t in marks if t.marker.symbol == "square"]
+    marks = [t for t in marks if t.marker.symbol != "square"]
+    assert sum(len(t.x) for t in verdicts) == len(sensitivity.specifications)
     options = {
         (name, option) for s in sensitivity.specifications for name, option in s.choices().items()
     }

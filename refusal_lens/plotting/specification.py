@@ -32,6 +32,7 @@ def specification_curve(
     *,
     names: Sequence[str],
     choices: Mapping[str, Sequence[str]],
+    outcomes: Mapping[str, Sequence[str]] | None = None,
     interval: tuple[Float[Tensor, " specification"], Float[Tensor, " specification"]] | None = None,
     families: Sequence[str] | None = None,
     reference: int | None = None,
@@ -47,6 +48,8 @@ def specification_curve(
         names: what each specification is called.
         choices: for every choice, the option that each specification takes; a choice in which all
             agree is left out.
+        outcomes: what else came of each, shown above the choices in the same way, also where all
+            agree.
         interval: lower and upper ends; NaN: unknown.
         families: the group of each, told by colour and symbol.
         reference: the specification whose value is drawn as a line through the others.
@@ -61,7 +64,8 @@ def specification_curve(
     check_tensors(values=(values, "specification"))
     n = len(values)
     families = [""] * n if families is None else families
-    told = {"names": names, "families": families, **choices}
+    outcomes = outcomes or {}
+    told = {"names": names, "families": families, **choices, **outcomes}
     for what, each in told.items():
         if len(each) != n:
             raise InputError(f"{len(each)} of {what!r} for {n} values: hand over one for each")
@@ -71,12 +75,9 @@ def specification_curve(
     page = look(theme)
     heading = headed(title or f"{quantity} in {n} specifications", subtitle, theme=theme)
     top = 28 + 19 * (heading.count("<br>") + 1)
-    rows = [
-        (choice, option)
-        for choice, options in choices.items()
-        if len(set(options)) > 1
-        for option in dict.fromkeys(options)
-    ]
+    varied = {name: options for name, options in choices.items() if len(set(options)) > 1}
+    shown = {**outcomes, **varied}
+    rows = [(name, option) for name, options in shown.items() for option in dict.fromkeys(options)]
     below = ROW * max(len(rows), 1)
     chart = make_subplots(
         rows=2,
@@ -121,22 +122,22 @@ def specification_curve(
             name=wrapped(family, width=40, lines=2),
             marker={"color": style.colour, "symbol": style.symbol, "size": 7},
             showlegend=bool(family),
-            text=[_told(names[i], known[i], lower[i], upper[i], choices, i) for i in members],
+            text=[_told(names[i], known[i], lower[i], upper[i], shown, i) for i in members],
             hovertemplate="%{text}<extra></extra>",
             row=1,
             col=1,
         )
     for position, (choice, option) in enumerate(rows):
-        taken = [i for i in order if choices[choice][i] == option]
+        taken = [i for i in order if shown[choice][i] == option]
         chart.add_scatter(
             x=[place[i] for i in taken],
             y=[position] * len(taken),
             mode="markers",
             marker={
                 "color": [drawn[families[i]].colour for i in taken],
-                "symbol": "line-ns-open",
-                "size": 11,
-                "line": {"width": 2.4},
+                "symbol": "square" if choice in outcomes else "line-ns-open",
+                "size": 8 if choice in outcomes else 11,
+                "line": {"width": 0 if choice in outcomes else 2.4},
             },
             showlegend=False,
             text=[escaped(names[i]) for i in taken],
