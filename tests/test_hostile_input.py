@@ -879,6 +879,18 @@ def test_a_control_vector_is_written_on_the_command_line(world):
 COMMAND = [sys.executable, "-m", "refusal_lens"]
 
 
+def test_ctrl_c_while_importing_ends_with_one_line_too(tmp_path):
+    # What the command imports first is interrupted, at a moment that no timing can miss.
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "refusal_lens", "demo"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (130, "refusal-lens: stopped\n")
+
+
 def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
     code = (
         "import os, signal, sys, threading\n"

@@ -47,14 +47,14 @@ def main() -> None:
     folder = Path(refusal_lens.__file__).parent / "organisms" / ORGANISM
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     published = PublishedSelection(hf, load_tokenizer(name), tokens.ids)
-    harmful, harmless = (
-        published.mean_activations(side, 5) for side in (train.target, train.baseline)
-    )
 
     start = time.perf_counter()
     ours = select_direction(model, contrast, protocol=ARDITI, refusal_tokens=tokens, progress=False)
     our_time = time.perf_counter() - start
     start = time.perf_counter()
+    harmful, harmless = (
+        published.mean_activations(side, 5) for side in (train.target, train.baseline)
+    )
     theirs = published.scores(harmful - harmless, held_out.target, held_out.baseline)
     their_time = time.perf_counter() - start
 
@@ -70,10 +70,10 @@ def main() -> None:
         f"{len(held_out.target)} harmful and {len(held_out.baseline)} harmless prompts, "
         f"{torch.get_num_threads()} threads.",
         "",
-        "| | seconds |",
+        "| reading the candidates and scoring them | seconds |",
         "|---|---|",
-        f"| `select_direction`, reading the candidates included | {our_time:.1f} |",
-        f"| the published method, scoring alone | {their_time:.1f} |",
+        f"| `select_direction` | {our_time:.1f} |",
+        f"| the published method | {their_time:.1f} |",
         f"| ratio | {their_time / our_time:.1f} |",
         "",
         f"Largest difference of any score: {apart:.1e}. Required: at least {REQUIRED} times as fast, "
