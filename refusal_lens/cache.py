@@ -116,7 +116,9 @@ class Cache:
                     return artifacts.unpack(about["tree"], tensors, types)
         answer = compute()
         tree, tensors = artifacts.pack(answer)
-        self._write(shelf, _packed(tensors, {"tree": tree}))
+        # What shares its memory with another, as two parts of one tensor do, can't be stored.
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._write(shelf, _packed(own, {"tree": tree}))
         return answer
 
     def activations(self, key: Mapping[str, Any]) -> "StoredActivations | None":

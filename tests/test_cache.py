@@ -279,6 +279,18 @@ def test_what_was_computed_once_is_remembered_bit_for_bit(cache):
     assert len(calls) == 3
 
 
+def test_tensors_that_share_their_memory_are_remembered_too(cache):
+    whole = torch.arange(6.0)
+    answer = {"whole": whole, "again": whole, "part": whole[2:4]}
+    cache.remember({"a": 1}, lambda: answer)
+
+    def never():
+        raise AssertionError("computed again")
+
+    found = cache.remember({"a": 1}, never)
+    assert all(torch.equal(found[name], tensor) for name, tensor in answer.items())
+
+
 def test_a_key_is_what_it_holds_and_not_the_order_it_is_written_in():
     one = {"a": torch.ones(2, 3), "b": [1, 2.5, None, float("nan")]}
     assert digest(one) == digest(dict(reversed(one.items())))
