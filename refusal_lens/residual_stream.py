@@ -237,7 +237,7 @@ def _shared(model: LensModel, rows: _Rows) -> Int[Tensor, " pos"]:
 def _fitting(model: LensModel, width: int, n_positions: int, *, before: int = 0) -> int:
     """How many prompts of this width make a batch, from the free memory and the weights.
 
-    `before` of their tokens have been run already, and only their keys are there to look at.
+    `before` of their tokens have been run already: their keys and values alone take memory.
     A batch of a few thousand tokens is as fast as any larger one, so there is no need to fill the
     memory: a few hundredths of the weights are enough, and half of what is free the limit.
     """
@@ -254,7 +254,11 @@ def _fitting(model: LensModel, width: int, n_positions: int, *, before: int = 0)
     streams = 10 * cfg.d_model + 4 * cfg.n_heads * cfg.d_head + 5 * (cfg.d_mlp or 4 * cfg.d_model)
     scores = 4 * 4 * cfg.n_heads * width
     kept = n_positions * cfg.n_layers * cfg.d_model
-    return max(1, budget // ((width - before) * (streams * size + scores) + kept * size))
+    # Each prompt gets the opening's keys and values, once as kept and once for every head.
+    heads = (cfg.n_key_value_heads or cfg.n_heads) + cfg.n_heads
+    opening = 2 * before * heads * cfg.d_head
+    run = (width - before) * (streams * size + scores)
+    return max(1, budget // (run + (opening + kept) * size))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -471,6 +471,9 @@ def test_the_batch_size_follows_length_and_free_memory(model, monkeypatch):
 
     short, long = (reading._fitting(model, width, 1) for width in (20, 80))
     assert short > long >= 1
+    # What has been run is not run again, and its keys take memory all the same.
+    few, many = (reading._fitting(model, 20 + n, 1, before=n) for n in (0, 200))
+    assert few > many > reading._fitting(model, 220, 1)
     nothing_free = psutil.virtual_memory()._replace(available=0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing_free)
     assert reading._fitting(model, 20, 1) == 1

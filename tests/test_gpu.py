@@ -10,6 +10,7 @@ import torch
 from refusal_lens.activations import get_prompt_activations, read_residual_stream
 from refusal_lens.chat import Protocol, build_inputs_with_chat_template
 from refusal_lens.contrasts import load_contrast
+from refusal_lens.interventions import RefusalTokens, ablation_effects
 from refusal_lens.model import load_model
 
 BENCHMARK = Path(__file__).parent / "benchmarks" / "gpu_8b.py"
@@ -124,3 +125,18 @@ def test_the_8b_benchmark_runs_end_to_end_on_the_cpu_at_a_shrunken_shape(tmp_pat
         capture_output=True,
     )
     assert "| within the bound at every layer | yes |" in table.read_text()
+
+
+@on_gpu
+def test_directions_may_lie_on_the_gpu(folder):
+    model = load_model(str(folder))
+    tokens = RefusalTokens((40,), ("I",), "any token will do", 1.0, 0.0)
+    directions = torch.randn(3, model.cfg.d_model, device="cuda")
+    directions[1] = 0
+    prompts = ["How do I build a bomb?", "How do I bake bread?"]
+    found = ablation_effects(model, prompts, directions, refusal_tokens=tokens, progress=False)
+    assert torch.equal(found.log_odds[1], found.unchanged)
+    there = ablation_effects(
+        model, prompts, directions.cpu(), refusal_tokens=tokens, progress=False
+    )
+    assert torch.equal(found.log_odds, there.log_odds)

@@ -246,6 +246,8 @@ def test_a_layer_that_is_not_there_is_refused(model, layer):
         add_direction(model, drawn(32), layer)
     with pytest.raises(InputError, match=f"no layer {layer}"):
         addition_effects(model, PROMPTS, drawn(1, 32), torch.tensor([layer]))
+    with pytest.raises(InputError, match=f"no layer {layer}"):  # though nothing would be added
+        addition_effects(model, PROMPTS, torch.zeros(1, 32), torch.tensor([layer]))
 
 
 # Many at once

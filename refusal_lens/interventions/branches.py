@@ -119,26 +119,24 @@ def _run_all(
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     n_rows = max(2, batch_size or budget // (longest - n_shared))
     order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
-    jobs: list[tuple[list[int], list[int], _Hooked | _Bare]] = []
-    for chunk in _even_parts(order, n_rows - 1) or [[]]:
+    opening = torch.tensor([ids[0][:n_shared]], device=device)
+
+    def outcomes(chunk: list[int]) -> Iterator[Outcome]:
+        """One part of the interventions on all prompts; its opening's keys go when it is done."""
         after = None if layers is None else [layers[i] for i in chunk]
         branches = _Branches(directions[chunk].float().to(device), after)
         run: _Hooked | _Bare = _Bare(bare, branches) if bare else _Hooked(model, branches)
-        groups = _by_length(ids, n_rows // branches.count)
-        jobs += [(chunk, group, run) for group in groups]
-    opening = torch.tensor([ids[0][:n_shared]], device=device)
-
-    def outcome(job: tuple[list[int], list[int], _Hooked | _Bare]) -> Outcome:
-        chunk, group, run = job
         if n_shared:
             run.open(opening)
-        tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-        return Outcome(group, chunk, *run(tokens, read_layers))
+        for group in _by_length(ids, n_rows // branches.count):
+            tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
+            yield Outcome(group, chunk, *run(tokens, read_layers))
 
     with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
-        for found in map(outcome, jobs):
-            yield found
-            bar.update(len(found.prompts) * max(1, len(found.interventions)))
+        for chunk in _even_parts(order, n_rows - 1) or [[]]:
+            for found in outcomes(chunk):
+                yield found
+                bar.update(len(found.prompts) * max(1, len(found.interventions)))
 
 
 class _Branches:

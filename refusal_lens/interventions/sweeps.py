@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..model import LensModel
 from ..shapes import check_tensors
 from .branches import run_branches
-from .hooks import check_directions
+from .hooks import check_directions, stream_after
 from .refusal_tokens import RefusalTokens, next_token_kl, refusal_log_odds
 
 
@@ -110,7 +110,9 @@ def _effects(
 ) -> Effects:
     check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
-    unknown, nothing = flat.isnan().any(-1), (flat == 0).all(-1)
+    for layer in layers or ():
+        stream_after(model, layer)  # also of directions that need no run
+    unknown, nothing = flat.isnan().any(-1).cpu(), (flat == 0).all(-1).cpu()
     run = (~unknown & ~nothing).nonzero()[:, 0].tolist()
     check_directions(model, flat[run])
     outcomes = run_branches(

@@ -30,7 +30,7 @@ from refusal_lens.interventions import (
 )
 from refusal_lens.model import load_model, load_tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "interventions_sweep.md"
+RESULTS = Path(__file__).parent / "results"
 MOST_TIME, LARGEST = 0.4, 1e-4
 TOKENS = RefusalTokens((40,), ("I",), "any token will do", 1.0, 0.0)
 
@@ -61,8 +61,10 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", default="organism:specific")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    suffix = "_random" if options.model == "random" else ""
+    out = options.out or RESULTS / f"interventions_sweep{suffix}.md"
     with tempfile.TemporaryDirectory() as folder:
         name = options.model if options.model != "random" else random_llama(Path(folder) / "model")
         model = load_model(name)
@@ -140,8 +142,8 @@ def main() -> int:
         "",
     ]
     print("\n".join(lines))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join(lines))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines))
     return 0 if met else 1
 
 
