@@ -146,7 +146,8 @@ def _ask_for_token(name: str) -> str | None:
         try:
             notebook_login(skip_if_logged_in=False)
         except Exception as error:  # the box is the hub's own, and so is whatever stops it
-            logger.warning("the hub's login box can't be shown: %s", error)
+            why = f"{type(error).__name__}: {error}"
+            logger.warning("the hub's login box can't be shown (%s)", why)
         return get_token()
     if sys.stdin is not None and sys.stdin.isatty():
         logger.warning(_gate(name))
@@ -158,7 +159,7 @@ def _gate(name: str) -> str:
     from huggingface_hub.utils import is_notebook
 
     log_in = (
-        "log in with the box above and run this cell again"
+        "run huggingface_hub.login() in a cell of its own, and this one again"
         if is_notebook()
         else "run: hf auth login"
     )

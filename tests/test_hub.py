@@ -167,7 +167,7 @@ def test_in_a_notebook_the_hub_s_login_box_is_shown(hub, tmp_path, monkeypatch, 
         assert f"found {COMMIT}" in shown
     else:
         assert f"refused {GATED} is gated" in shown
-        assert "log in with the box above and run this cell again" in shown
+        assert "run huggingface_hub.login() in a cell of its own" in shown
         assert "hf auth login" not in shown
     assert TOKEN not in shown
 
