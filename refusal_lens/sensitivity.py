@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .causal import Geometry
+from . import artifacts
+from .causal import FEWEST_PROMPTS, Geometry
 from .chat import LAST_PROMPT_TOKEN, Protocol
 from .contrasts import Contrast
 from .directions import mean_difference
@@ -106,14 +107,16 @@ def run_sensitivity(
 
     Raises:
         InputError: as `get_prompt_activations`; if there is no such layer; if the chat template takes
-            no system prompt; with fewer than two prompts in a set, or 1 for `causal_prompts`.
+            no system prompt; with fewer than two prompts in a set, or from 1 to 3 `causal_prompts`.
     """
     at, _ = highlighted_layer(layer, model.cfg.n_layers)
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
     if min(map(len, sides)) < 2:
         raise InputError("a set has a single prompt: subsets need at least two")
-    if causal_prompts < 0 or causal_prompts == 1:
-        raise InputError(f"causal_prompts is {causal_prompts}: at least 2, or 0 for no verdicts")
+    if causal_prompts and causal_prompts < FEWEST_PROMPTS:
+        raise InputError(
+            f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0 for no verdicts"
+        )
     specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
     activations = _Activations(model, sides, specifications, batch_size, progress)
     generator = torch.Generator().manual_seed(seed)
@@ -166,6 +169,7 @@ def run_sensitivity(
             "seed": seed,
             "n_resamples": n_resamples,
             "causal_prompts": causal_prompts,
+            "thresholds": artifacts.plain(thresholds or Thresholds()),
             "published system prompt": f"assumed: {ASSUMED_SYSTEM_PROMPT!r}",
         },
     )

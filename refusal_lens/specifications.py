@@ -215,6 +215,9 @@ class Sensitivity:
             ],
             "provenance": artifacts.plain(self.provenance),
             "table": rows,
+            "evidence": [
+                [artifacts.plain(verdict.evidence) for verdict in row] for row in self.verdicts
+            ],
         }
         page = self.figure().to_html(include_plotlyjs=True, full_html=True)
         with artifacts.whole_directory(folder) as staging:

@@ -237,6 +237,10 @@ def test_the_table_has_every_specification_and_layer_with_its_reading(sensitivit
     assert ours[20]["verdict"] == sensitivity.verdicts[sensitivity.ours][20].answer
     document = json.loads((tmp_path / "sensitivity.json").read_text())
     assert document["sentence"] == sensitivity.sentence()
+    at_ours = document["evidence"][sensitivity.ours][20]
+    gap = sensitivity.verdicts[sensitivity.ours][20].evidence.gap
+    assert at_ours["gap"]["value"] == pytest.approx(gap.value)
+    assert document["provenance"]["thresholds"]["margin"] == 0.25
     faulty = [s for s in document["specifications"] if s["faults"]]
     assert faulty
     assert all(s["protocol"]["allow_faults"] for s in faulty)
