@@ -232,7 +232,8 @@ def report(records: list[dict], seeds: int) -> str:
         "",
         f"`python tests/benchmarks/validity.py --zoo DIR`: {seeds} models of each kind, "
         f"{N_LAYERS} layers, width 64, {N_STEPS} steps, one thread each; {versions}. What the kinds "
-        "are is told at the top of that file.",
+        "are is told at the top of that file, and what was tried before: the kinds were fixed after "
+        "trials in which verdicts missed too. The true answer is what a model was trained to do.",
         "",
         "| kind | true answer | " + " | ".join(f"ours: {a}" for a in ANSWERS) + " | right |",
         "|---|---|" + "---|" * (len(ANSWERS) + 1),
