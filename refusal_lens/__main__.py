@@ -3,12 +3,12 @@
 import sys
 
 
-def main() -> None:
-    """Entry point of the command; Ctrl-C ends it with one line also while it is still importing."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `refusal-lens`; on Ctrl-C, also while it is still importing, status 130."""
     try:
         from .cli import main as run
 
-        run()
+        run(arguments)
     except KeyboardInterrupt:
         print("refusal-lens: stopped", file=sys.stderr)
         sys.exit(130)

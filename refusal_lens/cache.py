@@ -245,15 +245,17 @@ class StoredActivations:
 
     @contextmanager
     def writer(self) -> Iterator[Callable[[Sequence[str], Tensor], None]]:
-        """A function that stores a batch, beside the run: leaving waits for the last one."""
+        """A function that stores a batch, written beside the run: leaving waits for the last one."""
         self._remove_abandoned()
         pending: deque[Future[None]] = deque()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache") as thread:
 
             def store(prompts: Sequence[str], values: Tensor) -> None:
+                if not self._cache._storing:
+                    return
                 # Packed here: torch, called in another thread, would start as many threads again
                 # as the model runs on, and both would wait for one another's.
-                content = self._packed(prompts, values)
+                content = self._content(prompts, values)
                 pending.append(thread.submit(self._cache._write, self._shelf, content))
                 while len(pending) > MOST_QUEUED:
                     pending.popleft().result()
@@ -262,7 +264,7 @@ class StoredActivations:
             for writing in pending:
                 writing.result()
 
-    def _packed(
+    def _content(
         self, prompts: Sequence[str], values: Float[Tensor, "batch pos layer d_model"]
     ) -> bytes:
         for dtype in (torch.bfloat16, torch.float16):

@@ -264,7 +264,7 @@ def _own_contrast(flag: str, target: str | None, baseline: str | None) -> "Contr
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `refusal-lens`: exit status 0, 2 for a mistake of the user's, 130 on Ctrl-C."""
+    """Run one command; exit status 0, or 2 for a mistake of the user's."""
     commands: dict[str, Callable] = {
         "demo": Demo,
         "run": Run,
@@ -295,9 +295,6 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"refusal-lens: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("refusal-lens: stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

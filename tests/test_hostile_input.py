@@ -894,12 +894,13 @@ def test_ctrl_c_while_importing_ends_with_one_line_too(tmp_path):
 def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
     code = (
         "import os, signal, sys, threading\n"
-        "from refusal_lens import cli, experiment\n"
+        "from refusal_lens import experiment\n"
+        "from refusal_lens.__main__ import main\n"
         "def stopped(*_, **__):\n"
         "    print('working', flush=True)\n"
         "    signal.pause()\n"
         "experiment.run_experiment = stopped\n"
-        f"cli.main(['demo', '--out', {str(tmp_path / 'out')!r}])\n"
+        f"main(['demo', '--out', {str(tmp_path / 'out')!r}])\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

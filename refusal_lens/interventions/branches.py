@@ -182,9 +182,7 @@ class _Hooked:
         self.prefix: Prefix | None = None
 
     def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
-        """Keep the keys and values of the opening that all prompts share, in every branch, once."""
-        if self.prefix:
-            return
+        """Keep the keys and values of the opening that all prompts share, in every branch."""
         self.prefix = empty_prefix(self.model)
         options = self.prefix.options(tokens.shape[1], None)
         _forward(self.model, self.branches, tokens, [], options)
@@ -223,8 +221,7 @@ class _Bare:
 
     def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
         """As `_Hooked.open`."""
-        if self.opening is None:
-            self.opening = self.bare.opening(self.branches, tokens)
+        self.opening = self.bare.opening(self.branches, tokens)
 
     def __call__(
         self, tokens: Int[Tensor, "prompt pos"], read_layers: Sequence[int]
