@@ -218,7 +218,9 @@ def _run_missing(
         )
         with stored.writer() if stored else nullcontext() as store:
             for rows, batch in batches:
-                activations[rows] = batch
+                # Row by row: converted on the way, without a copy of the whole batch.
+                for row, read in zip(rows.tolist(), batch, strict=True):
+                    activations[row] = read
                 if store:
                     store([prompts[row] for row in rows.tolist()], batch)
 

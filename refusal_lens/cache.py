@@ -267,7 +267,7 @@ class StoredActivations:
     def _content(
         self, prompts: Sequence[str], values: Float[Tensor, "batch pos layer d_model"]
     ) -> bytes:
-        for dtype in (torch.bfloat16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16) if values.dtype == torch.float32 else ():
             # One prompt tells as a rule, and the rest are not converted for nothing.
             if all(torch.equal(part.to(dtype).float(), part) for part in (values[:1], values)):
                 values = values.to(dtype)

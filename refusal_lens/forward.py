@@ -55,6 +55,24 @@ def without_logits(model: Model) -> dict[str, Any]:
     }
 
 
+def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
+    """A `pos_slice` for `run_with_cache` that copies these columns, counted from the first.
+
+    A list would be sent to the GPU again at every layer, each time waiting for all before it.
+    """
+    from transformer_lens.utilities.slice import Slice
+
+    sent: dict[torch.device, Tensor] = {}
+
+    class Columns(Slice):
+        def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
+            if tensor.device not in sent:
+                sent[tensor.device] = columns.to(tensor.device, non_blocking=True)
+            return tensor.index_select(dim, sent[tensor.device])
+
+    return Columns(columns)
+
+
 def can_share_prefix(model: Model, longest: int) -> bool:
     """Whether rows of up to `longest` tokens are read the same with their common opening run once.
 

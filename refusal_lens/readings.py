@@ -82,7 +82,7 @@ def read_streams(
         for batch, streams in read_residual_stream(
             model, inputs, batch_size=batch_size, progress=progress
         ):
-            for row, read in zip(batch.tolist(), streams, strict=True):
+            for row, read in zip(batch.tolist(), streams.float(), strict=True):
                 ids, lengths = rows[row]
                 for length, stream in zip(lengths, read, strict=False):
                     found[Reading(ids[:length])] = stream

@@ -4,14 +4,17 @@ One forward pass per prompt gives all layers and positions. What makes it cheap:
 
 - batches are formed by length, longest first, so that little is spent on padding and a batch that
   is too large for the memory shows at once;
-- `run_with_cache` copies out the positions asked for as it goes (a *list* as `pos_slice` copies;
-  an int or a slice would be a view that keeps the whole `[batch pos d_model]` alive);
+- `run_with_cache` copies out the positions asked for as it goes (`forward.copy_columns`; an int or
+  a slice as `pos_slice` would be a view that keeps the whole `[batch pos d_model]` alive);
 - no logits: nothing reads them, and over Llama-3's vocabulary they are the run's largest tensor;
 - the tokens that all prompts open with (the template's, and the system prompt) run once, and every
-  batch reads their keys and values.
+  batch reads their keys and values;
+- a GPU is never waited for within a batch, and runs the next one while what the last one read is
+  copied off it and put where it belongs.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -20,11 +23,19 @@ from torch import Tensor
 
 from .chat import ChatInputs
 from .errors import InputError
-from .forward import Prefix, can_share_prefix, input_device, run_prefix, undisturbed, without_logits
+from .forward import (
+    Prefix,
+    can_share_prefix,
+    copy_columns,
+    input_device,
+    run_prefix,
+    undisturbed,
+    without_logits,
+)
 from .model import LensModel
 
 WORKING_SHARE_ON_CPU = 0.015
-WORKING_SHARE_ON_GPU = 0.04
+WORKING_SHARE_ON_GPU = 0.05
 """Working memory of a batch, as a share of the weights, where the batch size is left to us.
 
 Less on a CPU: twice as much is really in use there, since the C library holds on to freed memory.
@@ -46,11 +57,12 @@ def read_residual_stream(
 ) -> Iterator[tuple[Int[Tensor, " batch"], Float[Tensor, "batch pos layer d_model"]]]:
     """Run tokens through the model, yielding each batch as it is finished: its rows, what was read.
 
-    The level below the chat template, for tokens that are there already and for callers that store
-    activations as they come. Rows come longest first, each exactly once. Between batches the
-    model is as it was found, so the iteration can be left at any point. `labels` name the rows in
-    errors. `only` are the rows still to run: those that a run which was left had not yielded come
-    in the same batches now, and so with the same bits.
+    What was read is on the CPU, in the model's dtype. The level below the chat template, for tokens
+    that are there already and for callers that store activations as they come. Rows come longest
+    first, each exactly once. Between batches the model is as it was found, so the iteration can be
+    left at any point. `labels` name the rows in errors. `only` are the rows still to run: those
+    that a run which was left had not yielded come in the same batches now, and so with the same
+    bits.
 
     Raises:
         InputError: as `get_prompt_activations`, and where the rows are not padded on the left.
@@ -161,6 +173,7 @@ def _batches(
     pending = torch.tensor([row for batch in _plan(model, rows, only, 1) for row in batch])
     at_most = batch_size or len(rows)
     done = len(rows) - len(only)
+    leaving: _Leaving | None = None
     with tqdm(total=len(rows), initial=done, unit="prompt", disable=not progress) as bar:
         while len(pending):
             size = at_most
@@ -171,18 +184,52 @@ def _batches(
             batch = pending[:size]
             activations = _forward(model, rows, batch, prefix)
             if activations is not None:
-                _check_finite(activations, batch, labels)
                 pending = pending[len(batch) :]
-                bar.update(len(batch))
-                yield batch, activations.to("cpu", torch.float32)
+                before, leaving = leaving, _Leaving(batch, activations)
+                if before:
+                    yield before.arrived(labels, bar)
+                if not leaving.on_its_way:
+                    yield leaving.arrived(labels, bar)
+                    leaving = None
             elif len(batch) > 1:
                 at_most = len(batch) // 2
             else:
+                if leaving:
+                    yield leaving.arrived(labels, bar)
                 row = int(batch)
                 raise InputError(
                     f"{labels[row]} ({rows.lengths[row]} tokens) does not fit in the "
                     f"free memory of {input_device(model)}: free some, or shorten the prompt"
                 )
+        if leaving:
+            yield leaving.arrived(labels, bar)
+
+
+class _Leaving:
+    """What a batch read, on its way to the CPU; a GPU goes on meanwhile."""
+
+    def __init__(self, rows: Int[Tensor, " batch"], activations: Tensor):
+        self.on_its_way = activations.device.type == "cuda"
+        self._rows = rows
+        finite = activations.isfinite().all(-1).all(1)
+        # Without blocking, the copies go to pinned memory, in their turn among the device's work.
+        self._finite = finite.to("cpu", non_blocking=self.on_its_way)
+        self._activations = activations.to("cpu", non_blocking=self.on_its_way)
+        if self.on_its_way:
+            self._copied = torch.cuda.current_stream(activations.device).record_event()
+
+    def arrived(self, labels: Sequence[str], bar: Any) -> tuple[Tensor, Tensor]:
+        """The rows and what was read of them, once it is here and found to be finite."""
+        if self.on_its_way:
+            self._copied.synchronize()
+        if not self._finite.all():
+            index, layer = (~self._finite).nonzero()[0].tolist()
+            raise InputError(
+                f"{labels[int(self._rows[index])]} gives a non-finite activation at layer {layer} in "
+                f"{self._activations.dtype}: load the model in a wider dtype (bfloat16 or float32)"
+            )
+        bar.update(len(self._rows))
+        return self._rows, self._activations
 
 
 def _forward(
@@ -191,9 +238,11 @@ def _forward(
     """What one pass reads, in the model's dtype and on its device; `None` if memory ran out."""
     rest = rows.lengths[batch] - (prefix.length if prefix else 0)
     width = int(rest.max())
-    tokens = rows.tokens[batch, -width:].to(input_device(model))
-    mask = (torch.arange(-width, 0) >= -rest[:, None]).to(tokens)
+    mask = torch.arange(-width, 0) >= -rest[:, None]
     columns, where = rows.from_end[batch].unique(return_inverse=True)
+    # Any copy that blocks would wait for the batch before this one.
+    tokens = rows.tokens[batch, -width:].to(input_device(model), non_blocking=True)
+    mask = mask.to(tokens, non_blocking=True)
     names = names_read(model, rows.hook)
     try:
         options = without_logits(model) | (
@@ -203,13 +252,14 @@ def _forward(
             _, cache = model.run_with_cache(
                 tokens,
                 names_filter=names,
-                pos_slice=columns.tolist(),
+                pos_slice=copy_columns(columns % width),
                 return_cache_object=False,
                 **options,
             )
         device = cache[names[0]].device
         read = torch.stack([cache[name].to(device) for name in names], dim=2)
-        return read[torch.arange(len(batch))[:, None], where]
+        where = where.to(device, non_blocking=True)
+        return read[torch.arange(len(batch), device=device)[:, None], where]
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -265,17 +315,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(
         error
     )
-
-
-def _check_finite(
-    activations: Float[Tensor, "batch pos layer d_model"],
-    batch: Int[Tensor, " batch"],
-    labels: Sequence[str],
-) -> None:
-    finite = activations.isfinite().all(-1).all(1)
-    if not finite.all():
-        index, layer = (~finite).nonzero()[0].tolist()
-        raise InputError(
-            f"{labels[int(batch[index])]} gives a non-finite activation at layer {layer} in "
-            f"{activations.dtype}: load the model in a wider dtype (bfloat16 or float32)"
-        )

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from refusal_lens import residual_stream
 from refusal_lens.activations import get_prompt_activations, read_residual_stream
 from refusal_lens.chat import Protocol, build_inputs_with_chat_template
 from refusal_lens.contrasts import load_contrast
@@ -81,6 +83,24 @@ def test_on_the_gpu_any_batch_gives_what_each_prompt_gives_alone(folder, prompts
         model, prompts[:8], protocol=protocol, batch_size=1, progress=False
     )
     assert relative_error(batched[:8], alone) < 1e-5
+
+
+@on_gpu
+def test_a_batch_never_waits_for_the_gpu(folder, prompts):
+    model = load_model(str(folder), device="cuda", dtype=torch.bfloat16)
+    if hasattr(model, "original_model"):
+        pytest.skip("a TransformerBridge runs Hugging Face's own forward pass, which may wait")
+    inputs = build_inputs_with_chat_template(model.tokenizer, prompts)
+    rows, batch = residual_stream._Rows(inputs), torch.arange(4)
+    prefix = residual_stream.run_prefix(model, rows.opening())
+    residual_stream._forward(model, rows, batch, prefix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        residual_stream._forward(model, rows, batch, prefix)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu

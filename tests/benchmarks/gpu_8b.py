@@ -1,6 +1,7 @@
 """Llama-3-8B's true shape, bfloat16, random weights, on a GPU: `python tests/benchmarks/gpu_8b.py`.
 
-Writes a checkpoint of that shape (16 GB, in a temporary folder), loads it with `load_model`, reads
+Writes a checkpoint of that shape (16 GB; kept with `--directory`, and used again if it is there;
+`loading.py` and `extraction.py` take the same folder), loads it with `load_model`, reads
 the activations of 512 prompts with `get_layer_activations`, and compares them with Hugging Face's.
 Prints a markdown table: time and peak memory of loading, prompts per second, the share of the
 card's matrix peak (that of a large matrix product, measured in the same run), and the agreement.
@@ -45,7 +46,7 @@ def main(
     *,
     prompts: int = 512,
     shrink: bool = False,
-    folder: Path | None = None,
+    directory: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Run it all and print the table.
@@ -53,14 +54,14 @@ def main(
     Args:
         prompts: how many prompts to read.
         shrink: a narrow model on the CPU instead of the true shape on the GPU.
-        folder: where to write the checkpoint; a temporary folder unless given.
+        directory: where the checkpoint is kept; a temporary folder unless given.
         out: a markdown file to write.
     """
     if not (shrink or torch.cuda.is_available()):
         raise SystemExit("no CUDA device: use --shrink to run the same on the CPU, much narrower")
     device = torch.device("cpu" if shrink else "cuda")
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        lines = measure(Path(made) / "llama-3-8b-shape", device, prompts)
+    with tempfile.TemporaryDirectory() as made:
+        lines = measure(directory or Path(made) / "llama-3-8b-shape", device, prompts)
     table = "\n".join(lines)
     print(table)
     if out:
@@ -68,9 +69,14 @@ def main(
 
 
 def measure(folder: Path, device: torch.device, n_prompts: int) -> list[str]:
-    size = save_checkpoint(folder, device)
+    if not (folder / "config.json").exists():
+        save_checkpoint(folder, device)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     peak = matrix_peak(device)
     contrast = bundled(n_prompts)
+
+    import transformer_lens  # noqa: F401  (no part of loading)
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     memory = Memory(device)
     start = time.perf_counter()
@@ -103,18 +109,16 @@ def measure(folder: Path, device: torch.device, n_prompts: int) -> list[str]:
     del model
     gc.collect()
 
-    right, bare_seconds = hugging_face(folder, device, sequences, batches)
+    right, bare_seconds, their_seconds = hugging_face(folder, device, sequences, batches)
     difference = (read.target[: len(right)] - right).norm(dim=-1) / right.norm(dim=-1)
-    # Both round the residual stream to bfloat16 twice a block, each time by up to the unit roundoff
-    # of its norm and in no common direction; what is added was rounded on the way, too. So the
-    # distance grows as a random walk of 2 (layer + 1) steps, by about two roundoffs for each side.
-    bound = 4 * UNIT_ROUNDOFF * (2 * torch.arange(1, depth + 1)).sqrt()
+    bound = rounding_bound(depth)
     within = bool((difference <= bound).all())
     flops = 2 * (size / 2 - 2 * vocabulary) * sum(tokens)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     rows = [
         ("weights", f"{size / 1e9:.2f} GB"),
         ("load_model", f"{load_seconds:.1f} s"),
+        ("Hugging Face's from_pretrained, after it", f"{their_seconds:.1f} s"),
         ("peak host memory while loading", f"{on_host / size:.2f} of the weights"),
         ("peak device memory while loading", f"{on_device / size:.2f} of the weights"),
         (f"get_layer_activations, {len(texts)} prompts", f"{seconds:.2f} s"),
@@ -150,8 +154,18 @@ def measure(folder: Path, device: torch.device, n_prompts: int) -> list[str]:
     ]
 
 
-def save_checkpoint(folder: Path, device: torch.device) -> int:
-    """Random weights of Llama-3-8B's shape (or a narrow one for the CPU); their size in bytes."""
+def rounding_bound(n_layers: int) -> Tensor:
+    """How far two right answers in bfloat16 may lie apart at each layer, relative to their norm.
+
+    Both round the residual stream twice a block, each time by up to the unit roundoff of its norm
+    and in no common direction; what is added was rounded on the way, too. So the distance grows as
+    a random walk of 2 (layer + 1) steps, by about two roundoffs for each side.
+    """
+    return 4 * UNIT_ROUNDOFF * (2 * torch.arange(1, n_layers + 1)).sqrt()
+
+
+def save_checkpoint(folder: Path, device: torch.device) -> None:
+    """Random weights of Llama-3-8B's shape, or a narrow one for the CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     narrow = 1 if device.type == "cuda" else 16
@@ -180,7 +194,6 @@ def save_checkpoint(folder: Path, device: torch.device) -> int:
         torch.set_default_dtype(before)
     model.save_pretrained(folder, max_shard_size="5GB")
     llama3_tokenizer().save_pretrained(folder)
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 def bundled(count: int) -> Contrast:
@@ -238,11 +251,17 @@ def hugging_face(
     device: torch.device,
     sequences: list[list[int]],
     batches: list[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, float]:
-    """Its streams at the last token, each sequence alone, and its seconds for bare batches."""
+) -> tuple[Tensor, float, float]:
+    """Its streams at the last token, each sequence alone, its seconds for bare batches and to load."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map=None if device.type == "cpu" else device
+    )
+    synchronise(device)
+    load_seconds = time.perf_counter() - start
+    model = model.eval()
     streams: list[Tensor] = []
     hooks = [
         block.register_forward_hook(
@@ -261,7 +280,9 @@ def hugging_face(
         for tokens, mask in batches:
             model.model(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
 
-    return torch.stack(streams).unflatten(0, (len(sequences), -1)), timed(bare, device)
+    bare()  # as ours has had a batch before the clock started
+    answer = torch.stack(streams).unflatten(0, (len(sequences), -1))
+    return answer, timed(bare, device), load_seconds
 
 
 if __name__ == "__main__":
