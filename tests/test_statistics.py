@@ -13,7 +13,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from refusal_lens.errors import InputError
-from refusal_lens.statistics import Gram, cosine_statistics
+from refusal_lens.statistics import (
+    Gram,
+    cosine_statistics,
+    estimate_cosine,
+    intervals,
+    nulls,
+)
 from refusal_lens.statistics.cosine import norm_undetected, unbiased_cosine
 from refusal_lens.statistics.gram import noise_products, unbiased_squared_norm
 from refusal_lens.statistics.noise import Noise
@@ -151,8 +157,26 @@ def test_the_p_value_counts_relabellings_that_reach_further():
         )
 
     every = [abs(statistic(signs)) for signs in itertools.product((1.0, -1.0), repeat=7)]
-    share = np.mean([value >= every[0] * (1 - 1e-5) for value in every])
-    assert float(null.p_value[0]) == pytest.approx(share, abs=0.03)
+    # Each relabelling counts as 5 % farther out.
+    share = np.mean([1.05 * value >= every[0] * (1 - 1e-5) for value in every])
+    plain = np.mean([value >= every[0] * (1 - 1e-5) for value in every])
+    assert share > plain + 0.03
+    assert float(null.p_value[0]) == pytest.approx(share, abs=0.012)
+
+
+def test_intervals_and_null_lie_5_percent_farther_out_than_resamples_say(monkeypatch):
+    gram = gram_of(sets(n=40))
+    options = {"n_resamples": 2000, "confidence": 0.95}
+    estimated = estimate_cosine(gram, **options, generator=seeded()).intervals
+    null = permutation_null(gram, **options, generator=seeded())
+    for module in (intervals, nulls):
+        monkeypatch.setattr(module, "WIDENING", 1.0)
+    narrow = estimate_cosine(gram, **options, generator=seeded()).intervals
+    unwidened = permutation_null(gram, **options, generator=seeded())
+    ratio = (estimated.upper - estimated.lower) / (narrow.upper - narrow.lower)
+    assert bool(((ratio > 1.02) & (ratio < 1.15)).all())
+    for end in ("lower", "upper"):
+        assert torch.allclose(getattr(null, end), 1.05 * getattr(unwidened, end))
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -1,6 +1,6 @@
 r"""Do the intervals of the unbiased cosine hold what they promise? A simulation with a known answer.
 
-    python tests/benchmarks/statistics_coverage.py [--draws 1000] [--out FILE] [--processes 1]
+    python tests/benchmarks/statistics_coverage.py [--draws 1000] [--seed 0] [--processes 1]
 
 Two paired contrasts of n pairs each in 4096 dimensions. A pair's difference is a fixed signal plus
 normal noise with variances proportional to `i ** -0.75` over dimensions i = 1..4096 ("anisotropic";
@@ -33,8 +33,12 @@ What was tried before this interval, and failed (64 pairs, coverage of the 95 % 
   at a cosine of 0.9, light-tailed at 0.
 * that ratio against its own resampled quantiles, read at the estimate: 91 to 100 %. Weak signals
   have estimates far from the truth, and the quantiles depend on where they are read.
-* read at the interval's ends (what is used): see the table. Student's t in place of the normal
+* read at the interval's ends, as it is now. Student's t in place of the normal
   distribution lifted 16 pairs from 88 to 91 % at worst.
+* with nothing more, 92.0 to 92.6 % with 256 pairs, reliability 0.3 and 0.6 and a cosine of 0
+  or 0.1 (another seed 91.9 to 93.7 %), and the permutation test rejected 6.0 % on average, 7.3 % at
+  most. A higher least share (0.65, 0.7) or least linear part (0.4, 0.55) moved that by 0.2 % at most,
+  since it moves the resamples, too. All quantiles 5 % farther out: what is used now.
 * plain ratio of unbiased products, without the correction: off by 0.03 at a reliability of 0.3 and a
   cosine of 0.9. The correction as `1 - x` instead of `1 / (1 + x)` overdoes it where norms are weak.
 * permutation of one contrast's labels with the inner product itself as the statistic misses the share
@@ -217,12 +221,13 @@ def summarise(setting: Setting, reliability: float, cosine: float, found: Tensor
     )
 
 
-def table(rows: list[Row], draws: int) -> str:
+def table(rows: list[Row], draws: int, seed: int = 0) -> str:
     """The rows in Markdown, what they must meet, and which don't."""
     lines = [
         "# Coverage of the unbiased cosine's 95 % interval",
         "",
-        f"`python tests/benchmarks/statistics_coverage.py --draws {draws}`, {RESAMPLES} resamples "
+        f"`python tests/benchmarks/statistics_coverage.py --draws {draws} --seed {seed}`, {RESAMPLES} "
+        "resamples "
         "each. How it is drawn, what reliability means and what was tried before: that file's first "
         "lines. Bias, coverage and width are of the draws that got an estimate; NaN is the share "
         "that got a reason instead. Width is the median interval's over the central 95 % of the "
@@ -264,12 +269,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     settings = GRID + HARDER
     with ProcessPoolExecutor(arguments.processes) as pool:
-        jobs = [pool.submit(simulate, setting, draws=arguments.draws) for setting in settings]
+        options = {"draws": arguments.draws, "seed": arguments.seed}
+        jobs = [pool.submit(simulate, setting, **options) for setting in settings]
         rows = [row for job in jobs for row in job.result()]
-    text = table(rows, arguments.draws)
+    text = table(rows, arguments.draws, arguments.seed)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
     print(text)
