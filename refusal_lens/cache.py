@@ -39,6 +39,7 @@ ABOUT = "refusal_lens"
 """The one field of a file's metadata: JSON of what its tensors are."""
 ABANDONED = 3600.0
 """Seconds after which an unfinished file is the leaving of a process that died."""
+HALF = (torch.bfloat16, torch.float16)
 MOST_QUEUED = 8
 """Batches that may wait to be written before the model waits for the disk."""
 
@@ -267,11 +268,13 @@ class StoredActivations:
     def _content(
         self, prompts: Sequence[str], values: Float[Tensor, "batch pos layer d_model"]
     ) -> bytes:
-        for dtype in (torch.bfloat16, torch.float16) if values.dtype == torch.float32 else ():
-            # One prompt tells as a rule, and the rest are not converted for nothing.
-            if all(torch.equal(part.to(dtype).float(), part) for part in (values[:1], values)):
-                values = values.to(dtype)
-                break
+        if values.dtype not in HALF:
+            values = values.float()
+            for dtype in HALF:
+                # One prompt tells as a rule, and the rest are not converted for nothing.
+                if all(torch.equal(part.to(dtype).float(), part) for part in (values[:1], values)):
+                    values = values.to(dtype)
+                    break
         about = {"key": self._key, "prompts": [_hash(prompt) for prompt in prompts]}
         return _packed({"activations": values}, about)
 

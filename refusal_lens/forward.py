@@ -55,6 +55,20 @@ def without_logits(model: Model) -> dict[str, Any]:
     }
 
 
+def must_block(device: torch.device) -> bool:
+    """Whether a copy to or from a device must be waited for; on CUDA it need not.
+
+    CUDA has taken what it was given from ordinary memory before it returns. MPS has not, and reads
+    memory that may be another tensor's by then.
+    """
+    return device.type != "cuda"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device, without waiting for what the device was asked to do before."""
+    return tensor.to(device, non_blocking=not must_block(device))
+
+
 def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
     """A `pos_slice` for `run_with_cache` that copies these columns, counted from the first.
 
@@ -62,13 +76,13 @@ def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
     """
     from transformer_lens.utilities.slice import Slice
 
-    sent: dict[torch.device, Tensor] = {}
+    there: dict[torch.device, Tensor] = {}
 
     class Columns(Slice):
         def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
-            if tensor.device not in sent:
-                sent[tensor.device] = columns.to(tensor.device, non_blocking=True)
-            return tensor.index_select(dim, sent[tensor.device])
+            if tensor.device not in there:
+                there[tensor.device] = sent(columns, tensor.device)
+            return tensor.index_select(dim, there[tensor.device])
 
     return Columns(columns)
 

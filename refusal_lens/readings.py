@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chat import ChatInputs, Protocol, build_inputs_with_chat_template
 from .errors import InputError
-from .forward import input_device, undisturbed
+from .forward import copy_columns, input_device, undisturbed
 from .model import LensModel
 from .residual_stream import names_read, read_residual_stream
 
@@ -149,7 +149,7 @@ def _read_padding(model: LensModel, batch: Sequence[Reading]) -> Iterator[Tensor
         _, cache = model.run_with_cache(
             tokens,
             names_filter=names,
-            pos_slice=columns,
+            pos_slice=copy_columns(torch.tensor(columns)),
             return_cache_object=False,
         )
     streams = torch.stack([cache[name].to("cpu", torch.float32) for name in names], dim=2)

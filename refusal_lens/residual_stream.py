@@ -9,8 +9,8 @@ One forward pass per prompt gives all layers and positions. What makes it cheap:
 - no logits: nothing reads them, and over Llama-3's vocabulary they are the run's largest tensor;
 - the tokens that all prompts open with (the template's, and the system prompt) run once, and every
   batch reads their keys and values;
-- a GPU is never waited for within a batch, and runs the next one while what the last one read is
-  copied off it and put where it belongs.
+- CUDA is not waited for within a batch of a HookedTransformer, and runs the next one while what the
+  last one read is copied off it and put where it belongs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,9 @@ from .forward import (
     can_share_prefix,
     copy_columns,
     input_device,
+    must_block,
     run_prefix,
+    sent,
     undisturbed,
     without_logits,
 )
@@ -57,12 +59,12 @@ def read_residual_stream(
 ) -> Iterator[tuple[Int[Tensor, " batch"], Float[Tensor, "batch pos layer d_model"]]]:
     """Run tokens through the model, yielding each batch as it is finished: its rows, what was read.
 
-    What was read is on the CPU, in the model's dtype. The level below the chat template, for tokens
-    that are there already and for callers that store activations as they come. Rows come longest
-    first, each exactly once. Between batches the model is as it was found, so the iteration can be
-    left at any point. `labels` name the rows in errors. `only` are the rows still to run: those
-    that a run which was left had not yielded come in the same batches now, and so with the same
-    bits.
+    On CUDA a batch comes when the next one has been sent off. What was read is on the CPU, in the
+    model's dtype. The level below the chat template, for tokens that are there already and for
+    callers that store activations as they come. Rows come longest first, each exactly once. Between
+    batches the model is as it was found, so the iteration can be left at any point. `labels` name
+    the rows in errors. `only` are the rows still to run: those that a run which was left had not
+    yielded come in the same batches now, and so with the same bits.
 
     Raises:
         InputError: as `get_prompt_activations`, and where the rows are not padded on the left.
@@ -182,10 +184,15 @@ def _batches(
                 fitting = _fitting(model, longest, rows.from_end.shape[1], before=len(opening))
                 size = min(at_most, fitting)
             batch = pending[:size]
-            activations = _forward(model, rows, batch, prefix)
-            if activations is not None:
+            try:
+                read = _forward(model, rows, batch, prefix)
+            except BaseException:
+                if leaving:
+                    yield leaving.arrived(labels, bar)
+                raise
+            if read is not None:
                 pending = pending[len(batch) :]
-                before, leaving = leaving, _Leaving(batch, activations)
+                before, leaving = leaving, read
                 if before:
                     yield before.arrived(labels, bar)
                 if not leaving.on_its_way:
@@ -206,21 +213,26 @@ def _batches(
 
 
 class _Leaving:
-    """What a batch read, on its way to the CPU; a GPU goes on meanwhile."""
+    """What a batch read, in the model's dtype, on its way to the CPU; CUDA goes on meanwhile."""
 
-    def __init__(self, rows: Int[Tensor, " batch"], activations: Tensor):
-        self.on_its_way = activations.device.type == "cuda"
+    def __init__(
+        self,
+        rows: Int[Tensor, " batch"],
+        activations: Float[Tensor, "batch pos layer d_model"],
+    ):
+        self.on_its_way = not must_block(activations.device)
         self._rows = rows
         finite = activations.isfinite().all(-1).all(1)
         # Without blocking, the copies go to pinned memory, in their turn among the device's work.
         self._finite = finite.to("cpu", non_blocking=self.on_its_way)
         self._activations = activations.to("cpu", non_blocking=self.on_its_way)
-        if self.on_its_way:
+        self._copied = None
+        if activations.device.type == "cuda":
             self._copied = torch.cuda.current_stream(activations.device).record_event()
 
     def arrived(self, labels: Sequence[str], bar: Any) -> tuple[Tensor, Tensor]:
         """The rows and what was read of them, once it is here and found to be finite."""
-        if self.on_its_way:
+        if self._copied:
             self._copied.synchronize()
         if not self._finite.all():
             index, layer = (~self._finite).nonzero()[0].tolist()
@@ -234,15 +246,15 @@ class _Leaving:
 
 def _forward(
     model: LensModel, rows: _Rows, batch: Int[Tensor, " batch"], prefix: Prefix | None
-) -> Float[Tensor, "batch pos layer d_model"] | None:
-    """What one pass reads, in the model's dtype and on its device; `None` if memory ran out."""
+) -> _Leaving | None:
+    """What one pass reads; `None` if memory ran out."""
     rest = rows.lengths[batch] - (prefix.length if prefix else 0)
     width = int(rest.max())
     mask = torch.arange(-width, 0) >= -rest[:, None]
     columns, where = rows.from_end[batch].unique(return_inverse=True)
     # Any copy that blocks would wait for the batch before this one.
-    tokens = rows.tokens[batch, -width:].to(input_device(model), non_blocking=True)
-    mask = mask.to(tokens, non_blocking=True)
+    tokens = sent(rows.tokens[batch, -width:], input_device(model))
+    mask = sent(mask.to(tokens.dtype), tokens.device)
     names = names_read(model, rows.hook)
     try:
         options = without_logits(model) | (
@@ -258,8 +270,8 @@ def _forward(
             )
         device = cache[names[0]].device
         read = torch.stack([cache[name].to(device) for name in names], dim=2)
-        where = where.to(device, non_blocking=True)
-        return read[torch.arange(len(batch), device=device)[:, None], where]
+        row = torch.arange(len(batch), device=device)[:, None]
+        return _Leaving(batch, read[row, sent(where, device)])
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise

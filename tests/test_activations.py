@@ -394,6 +394,32 @@ def test_the_model_is_left_as_it_was_found(model):
     assert state(model) != before
 
 
+def test_where_the_next_batch_runs_ahead_nothing_is_lost_or_changed(model, monkeypatch):
+    inputs = build_inputs_with_chat_template(model.tokenizer, PROMPTS)
+    one_by_one = list(read_residual_stream(model, inputs, batch_size=2))
+    # As on CUDA: a batch is handed over when the next one has been sent off.
+    monkeypatch.setattr(reading, "must_block", lambda device: False)
+    ahead = list(read_residual_stream(model, inputs, batch_size=2))
+    for (rows, batch), (same_rows, same) in zip(one_by_one, ahead, strict=True):
+        assert torch.equal(rows, same_rows)
+        assert torch.equal(batch, same)
+
+    run, began = reading._forward, []
+
+    def fail_at_the_third(*args):
+        began.append(args)
+        if len(began) == 3:
+            raise ValueError("a hook's own mistake")
+        return run(*args)
+
+    monkeypatch.setattr(reading, "_forward", fail_at_the_third)
+    batches = read_residual_stream(model, inputs, batch_size=2)
+    assert torch.equal(next(batches)[0], one_by_one[0][0])
+    assert torch.equal(next(batches)[0], one_by_one[1][0])
+    with pytest.raises(ValueError, match="own mistake"):
+        next(batches)
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 def test_an_interruption_leaves_the_model_as_it_was_found(model, interruption):
     def interrupt(*_):
