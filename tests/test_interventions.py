@@ -24,8 +24,10 @@ from refusal_lens.interventions import (
     refusal_log_odds,
 )
 from refusal_lens.interventions import branches as branching
+from refusal_lens.interventions.bare import _attended, bare_llama
 from refusal_lens.interventions.cross_effects import held_out_scores, random_directions
 from refusal_lens.interventions.hooks import writes
+from refusal_lens.interventions.prompt_tree import PromptTree
 from refusal_lens.model import load_model
 
 FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "phi3")
@@ -296,6 +298,86 @@ def test_prompts_that_share_nothing_and_a_single_prompt_give_the_same(model, mon
     monkeypatch.undo()
     shared = addition_effects(model, PROMPTS, directions, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(apart.log_odds, shared.log_odds, atol=1e-4, rtol=0)
+
+
+# Prompts as token ids: one twice, one that another goes on from, and one with nothing in common.
+TREE = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6, 7, 8, 9, 1], [2], [1, 2, 5], [1, 2, 5, 5, 5]]
+
+
+def test_a_tree_holds_every_opening_once_and_every_prompt_s_tokens():
+    tree = PromptTree.of(TREE)
+    assert len(tree.tokens) == len({tuple(ids[:n]) for ids in TREE for n in range(1, len(ids) + 1)})
+    for ids, path, end in zip(TREE, tree.paths, tree.ends, strict=True):
+        assert tree.tokens[path].tolist() == ids
+        assert tree.positions[path].tolist() == list(range(len(ids)))
+        assert end == path[-1]
+    assert tree.paths[1] == tree.paths[4]
+
+
+def test_every_node_is_asked_about_once_in_its_order_and_sees_its_own_past():
+    tree = PromptTree.of(TREE)
+    before = {path[i]: set(path[: i + 1]) for path in tree.paths for i in range(len(path))}
+    asked = []
+    for group in (*tree.groups, tree.ends_only()):
+        queries, keys = group.queries.flatten(), group.keys
+        kept = range(len(queries)) if group.kept is None else group.kept.tolist()
+        for at in kept:
+            prompt, query = divmod(at, group.queries.shape[1])
+            node = int(queries[at])
+            seen = keys[prompt][group.seen[prompt, query].bool()].tolist()
+            assert sorted(seen) == sorted(before[node])
+            asked.append(node)
+    assert asked == [*range(len(tree.tokens)), *tree.ends.tolist()]
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 8.0, 400.0])
+def test_attention_is_the_softmax_also_where_exponentials_would_overflow(scale):
+    queries, keys, values = drawn(6, 4, 8, seed=1), drawn(6, 5, 8, seed=2), drawn(6, 5, 8, seed=3)
+    values *= 1000
+    seen = torch.ones(3, 1, 2, 5).tril(3)
+    scores = scale * queries @ keys.mT
+    hidden = (seen == 0).expand(3, 2, 2, 5).repeat(2, 1, 1, 1).reshape(6, 4, 5)
+    right = scores.masked_fill(hidden, -torch.inf).double().softmax(-1) @ values.double()
+    found = _attended(scores.clone(), seen, (2, 3, 2, 2, 5), values)
+    assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("after", [None, [-1, 0, 3]])
+def test_a_bare_llama_gives_each_prompt_of_a_tree_what_it_gives_alone(model, after):
+    bare = bare_llama(model, TREE[0])
+    assert bare is not None
+    interventions = branching._Branches(drawn(3, model.cfg.d_model), after)
+    layers = range(-1, model.cfg.n_layers)
+    logits, read = bare.run(interventions, PromptTree.of(TREE), layers)
+    assert len(read) == len(layers)
+    for i, ids in enumerate(TREE):
+        alone, read_alone = bare.run(interventions, PromptTree.of([ids]), layers)
+        assert torch.allclose(logits[:, i], alone[:, 0], atol=1e-4)
+        for found, right in zip(read, read_alone, strict=True):
+            assert torch.allclose(found[:, i], right[:, 0], atol=1e-4)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0, -1]
+        assert torch.allclose(logits[0, i], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_no_run_holds_more_rows_than_the_batch_size(model, batch_size):
+    sizes = []
+    for outcome in branching.run_branches(
+        model, PROMPTS * 3, drawn(9, model.cfg.d_model), batch_size=batch_size, progress=False
+    ):
+        sizes.append(len(outcome.prompts) * (1 + len(outcome.interventions)))
+    assert max(sizes) <= max(2, batch_size)
+
+
+def test_a_long_prompt_does_not_make_short_ones_read_as_many_keys():
+    short, long = [[1, i] for i in range(200)], [0] * 900
+    parts = list(branching._by_opening([*short, long], 1000, at_most=300))
+    assert sorted(i for part in parts for i in part) == [*range(201)]
+    for part in parts:
+        longest = max(len([*short, long][i]) for i in part)
+        assert len(part) * longest <= branching.KEYS_TO_A_NODE * 1000
+    assert len(parts) == 2
 
 
 def test_effects_have_the_shape_of_the_directions(model):

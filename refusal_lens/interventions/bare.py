@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
 from ..model import LensModel
+from .prompt_tree import Group, PromptTree
 
 MOST_WEIGHTS = 2**28
 """Above this many weights the products take most of the time, and a second copy too much memory."""
 SAME = 1e-4
 """Largest difference of two logits, relative to the largest logit, that is rounding."""
+SAFE_SCORE = 40.0
+"""Up to here exponentials of scores, their sums, and their products with values that any model has are
+normal numbers of float32."""
 
 
 @runtime_checkable
@@ -42,15 +46,22 @@ class Interventions(Protocol):
 class Block(NamedTuple):
     """The weights of one block as `linear` takes them, those of the norms multiplied in."""
 
-    qkv: Float[Tensor, "qkv d_model"]
+    qk: Float[Tensor, "qk d_model"]
+    v: Float[Tensor, "v d_model"]
     o: Float[Tensor, "d_model z"]
     gate: Float[Tensor, "d_mlp d_model"]
     up: Float[Tensor, "d_mlp d_model"]
     down: Float[Tensor, "d_model d_mlp"]
 
 
-Opening = list[tuple[Tensor, Tensor]]
-"""Keys and values of the tokens that all prompts open with, `[branch head pos d_head]`, by layer."""
+class Located(NamedTuple):
+    """A `Group` among the rows `[(branch node head), d_head]`, branch by branch."""
+
+    queries: Int[Tensor, "branch at"]
+    keys: Int[Tensor, "branch at"]
+    values: Int[Tensor, "branch at"]
+    seen: Float[Tensor, "prompt 1 query key"]
+    kept: Int[Tensor, " kept"] | None
 
 
 @dataclass(frozen=True)
@@ -66,101 +77,122 @@ class BareLlama:
     epsilon: float
 
     @torch.no_grad()
-    def opening(self, interventions: Interventions, tokens: Int[Tensor, "1 pos"]) -> Opening:
-        """Run the tokens that all prompts open with, once in every branch."""
-        kept: Opening = []
-        self._walk(interventions, tokens, None, (), keep=kept)
-        return kept
-
-    @torch.no_grad()
     def run(
-        self,
-        interventions: Interventions,
-        tokens: Int[Tensor, "prompt pos"],
-        opening: Opening | None,
-        read_layers: Sequence[int] = (),
+        self, interventions: Interventions, tree: PromptTree, read_layers: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "branch prompt d_vocab"], list[Float[Tensor, "_ prompt d_model"]]]:
-        """Logits of the last position in every branch, and the stream there after some layers.
+        """Logits of each prompt's last position in every branch, and the stream there after layers.
 
         The unchanged model is branch 0. The stream is of as many branches as have begun by then.
         """
-        last, read = self._walk(interventions, tokens, opening, read_layers)
-        return F.linear(self._normed(last), self.unembedding), read
-
-    def _walk(
-        self,
-        interventions: Interventions,
-        tokens: Int[Tensor, "prompt pos"],
-        opening: Opening | None,
-        read_layers: Sequence[int],
-        keep: Opening | None = None,
-    ) -> tuple[Float[Tensor, "branch prompt d_model"], list[Tensor]]:
         directions, layers = interventions.directions, interventions.layers
-        n_prompts, n_tokens = tokens.shape
-        x = rearrange(self.embedding[tokens], "prompt pos d -> 1 (prompt pos) d")
+        x = self.embedding[tree.tokens][None]
         units = None
         if layers is None and len(directions):
             units = F.normalize(directions, dim=-1)
             units = torch.cat([torch.zeros_like(units[:1]), units])[:, None]
-            x = x - (x @ units.mT) * units
+            x = _without(x.expand(len(units), -1, -1).clone(), units)
         x = _begun(x, directions, layers, -1)
-        start = opening[0][0].shape[2] if opening else 0
-        turn = self.turn[start : start + n_tokens, None]
-        ahead = torch.ones(n_tokens, start + n_tokens, dtype=torch.bool).triu(start + 1)
-        mask = torch.zeros(ahead.shape).masked_fill(ahead, -torch.inf)
-        read = []
+        read = [x[:, tree.ends]] if -1 in read_layers else []
+        # Of every head, so that one long product turns them all.
+        turn = self.turn[tree.positions].tile(self.n_heads + self.n_key_value_heads)
+        n_branches = 1 + len(directions)
+        groups = [self._located(group, tree, n_branches) for group in tree.groups]
+        ends = self._located(tree.ends_only(), tree, n_branches)
+        # Kept over the layers: their memory would be handed back and fetched anew at each.
+        d_mlp = len(self.blocks[0].gate)
+        gate, up = x.new_empty(2, n_branches * len(tree.tokens), d_mlp)
         for layer, block in enumerate(self.blocks):
-            before = opening[layer] if opening else None
-            z, keys, values = self._attention(
-                block,
-                self._normed(x).view(-1, n_tokens, x.shape[-1]),
-                before,
-                n_prompts,
-                turn,
-                mask,
-            )
-            if keep is not None:
-                keep.append((keys, values))
-            x = _written(x, z.view(*x.shape[:2], -1), block.o, units)
+            at_end = layer == len(self.blocks) - 1
             rows = self._normed(x)
-            hidden = F.silu(F.linear(rows, block.gate)).mul_(F.linear(rows, block.up))
-            x = _written(x, hidden, block.down, units)
+            qk, v = F.linear(rows, block.qk), F.linear(rows, block.v)
+            z = self._attention(qk, v, turn, [ends] if at_end else groups)
+            if at_end:
+                # Nothing reads the other positions any more.
+                x = x[:, tree.ends]
+            x = _written(x, z, block.o, units)
+            rows = self._normed(x).flatten(0, 1)
+            hidden = torch.mm(rows, block.gate.T, out=gate[: len(rows)])
+            F.silu(hidden, inplace=True).mul_(torch.mm(rows, block.up.T, out=up[: len(rows)]))
+            x = _written(x, hidden.view(*x.shape[:2], -1), block.down, units)
             x = _begun(x, directions, layers, layer)
             if layer in read_layers:
-                read.append(x.view(len(x), n_prompts, n_tokens, -1)[:, :, -1].clone())
-        return x.view(len(x), n_prompts, n_tokens, -1)[:, :, -1], read
+                read.append(x if at_end else x[:, tree.ends])
+        return F.linear(self._normed(x), self.unembedding), read
+
+    def _located(self, group: Group, tree: PromptTree, n_branches: int) -> Located:
+        """Where a group's queries, keys and values stand among the rows of all heads and branches."""
+        n_kv = self.n_key_value_heads
+        n_qk = self.n_heads + n_kv
+        head = rearrange(torch.arange(self.n_heads), "(kv h) -> kv 1 h 1", kv=n_kv)
+        kv_head = rearrange(torch.arange(n_kv), "kv -> kv 1 1")
+        queries = group.queries[:, None] * n_qk + head
+        keys = group.keys * n_qk + self.n_heads + kv_head
+        values = group.keys * n_kv + kv_head
+        branch = torch.arange(n_branches)[:, None] * len(tree.tokens)
+        return Located(
+            queries=branch * n_qk + queries.flatten(),
+            keys=branch * n_qk + keys.flatten(),
+            values=branch * n_kv + values.flatten(),
+            seen=group.seen[:, None],
+            kept=group.kept,
+        )
 
     def _attention(
         self,
-        block: Block,
-        x: Float[Tensor, "row pos d_model"],
-        before: tuple[Tensor, Tensor] | None,
-        n_prompts: int,
-        turn: Complex[Tensor, "pos 1 half"],
-        mask: Float[Tensor, "pos key"],
-    ) -> tuple[Float[Tensor, "row pos z"], Tensor, Tensor]:
-        """What the heads gather, and the keys and values."""
-        heads, groups = self.n_heads, self.n_key_value_heads
-        n_rows, n_tokens, _ = x.shape
-        qkv = F.linear(x, block.qkv).unflatten(-1, (heads + 2 * groups, -1))
-        turned = torch.view_as_complex(qkv[..., : heads + groups, :].unflatten(-1, (-1, 2))) * turn
-        qk = torch.view_as_real(turned).flatten(-2)
-        keys = qk[..., heads:, :].transpose(1, 2)
-        values = qkv[..., heads + groups :, :].transpose(1, 2)
-        if before is not None:
-            keys, values = (
-                torch.cat([_for_prompts(opening, n_prompts), new], dim=2)
-                for opening, new in zip(before, (keys, values), strict=True)
+        qk: Float[Tensor, "branch node qk"],
+        v: Float[Tensor, "branch node v"],
+        turn: Complex[Tensor, "node turned"],
+        groups: Sequence[Located],
+    ) -> Float[Tensor, "branch kept z"]:
+        """What the heads gather at the groups' queries, one group after another."""
+        n_branches, n_kv = len(qk), self.n_key_value_heads
+        d_head = v.shape[-1] // n_kv
+        turned = torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn)
+        qk, v = torch.view_as_real(turned).view(-1, d_head), v.view(-1, d_head)
+        gathered = []
+        for group in groups:
+            n_prompts, _, n_queries, n_keys = group.seen.shape
+            rows = n_branches * n_kv * n_prompts
+            queries, keys, values = (
+                source.index_select(0, at[:n_branches].flatten()).view(rows, -1, d_head)
+                for source, at in ((qk, group.queries), (qk, group.keys), (v, group.values))
             )
-        queries = rearrange(qk[..., :heads, :], "r pos (g h) d -> r g (h pos) d", g=groups)
-        scores = (queries @ keys.mT).view(n_rows, groups, -1, n_tokens, mask.shape[1])
-        pattern = scores.add_(mask).softmax(-1).flatten(2, 3)
-        z = rearrange(pattern @ values, "r g (h pos) d -> r pos (g h d)", pos=n_tokens)
-        return z, keys, values
+            scores = torch.bmm(queries, keys.mT)
+            shape = (n_branches * n_kv, n_prompts, -1, n_queries, n_keys)
+            z = _attended(scores, group.seen, shape, values)
+            z = rearrange(
+                z,
+                "(b kv p) (h q) d -> b (p q) (kv h d)",
+                b=n_branches,
+                kv=n_kv,
+                q=n_queries,
+            )
+            gathered.append(z if group.kept is None else z.index_select(1, group.kept))
+        return torch.cat(gathered, dim=1) if len(gathered) > 1 else gathered[0]
 
     def _normed(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         square = torch.linalg.vecdot(x, x).unsqueeze(-1)
         return x * square.div_(x.shape[-1]).add_(self.epsilon).rsqrt_()
+
+
+def _attended(
+    scores: Float[Tensor, "row asked key"],
+    seen: Float[Tensor, "prompt 1 query key"],
+    shape: tuple[int, ...],
+    values: Float[Tensor, "row key d_head"],
+) -> Float[Tensor, "row asked d_head"]:
+    """Softmax of the scores over the keys that are seen, times the values. Overwrites the scores.
+
+    Where no exponential can overflow or vanish, none needs its row's largest taken off first, and
+    a row can be divided by its sum after the product: over so few keys that is twice as fast.
+    """
+    least, most = scores.aminmax()
+    if least > -SAFE_SCORE and most < SAFE_SCORE:
+        weights = scores.exp_()
+        weights.view(shape).mul_(seen)
+        return torch.bmm(weights, values).div_(weights.sum(-1, keepdim=True))
+    scores.view(shape).masked_fill_(seen == 0, -torch.inf)
+    return torch.bmm(scores.softmax(-1), values)
 
 
 def _written(
@@ -171,10 +203,15 @@ def _written(
 ) -> Float[Tensor, "branch row d_model"]:
     """The stream with what a layer writes, each branch's direction projected out of that."""
     written = torch.addmm(x.flatten(0, 1), hidden.flatten(0, 1), weight.mT).view_as(x)
-    if units is None:
-        return written
-    along = torch.bmm(hidden, (units @ weight).mT)
-    return written.baddbmm_(along, units, alpha=-1)
+    # The stream has had none of the direction before, so it can be taken off the sum.
+    return written if units is None else _without(written, units)
+
+
+def _without(
+    x: Float[Tensor, "branch row d_model"], units: Float[Tensor, "branch 1 d_model"]
+) -> Float[Tensor, "branch row d_model"]:
+    """Project each branch's direction out, in place."""
+    return x.baddbmm_(torch.bmm(x, units.mT), units, alpha=-1)
 
 
 def _begun(
@@ -186,10 +223,6 @@ def _begun(
     """The branches that there are, and those that begin after this layer."""
     new = [i for i, at in enumerate(layers or ()) if at == layer]
     return torch.cat([x, x[:1] + directions[new][:, None]]) if new else x
-
-
-def _for_prompts(rows: Float[Tensor, "branch ..."], n_prompts: int) -> Float[Tensor, "row ..."]:
-    return rows[:, None].expand(-1, n_prompts, *rows.shape[1:]).flatten(0, 1)
 
 
 def bare_llama(model: LensModel, ids: Sequence[int]) -> BareLlama | None:
@@ -228,7 +261,7 @@ def _reproduces(bare: BareLlama, model: LensModel, ids: Sequence[int]) -> bool:
     row = torch.tensor([list(ids)])
     with undisturbed(model):
         expected = model(row, attention_mask=torch.ones_like(row))[0, -1]
-    found, _ = bare.run(_Nothing(model.cfg.d_model), row, None)
+    found, _ = bare.run(_Nothing(model.cfg.d_model), PromptTree.of([ids]))
     apart = (found[0, 0] - expected).abs().max()
     return bool(apart <= SAME * expected.abs().max().clamp_min(1.0))
 
@@ -319,6 +352,6 @@ def _block(
         return rearrange(weight, "head (part half) d -> head (half part) d", part=2)
 
     (q, k, v), (gate, up, down) = qkv, mlp
-    heads = torch.cat([paired(q) / q.shape[1] ** 0.5, paired(k), v]).flatten(0, 1)
-    parts = (heads * norms[0], o, gate * norms[1], up * norms[1], down)
+    qk = torch.cat([paired(q) / q.shape[1] ** 0.5, paired(k)]).flatten(0, 1)
+    parts = (qk * norms[0], v.flatten(0, 1) * norms[0], o, gate * norms[1], up * norms[1], down)
     return Block(*(part.detach().contiguous() for part in parts))

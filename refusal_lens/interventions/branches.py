@@ -8,6 +8,9 @@ addition branches off after its own layer, and the layers before are not compute
   row of tokens and of mask can drive a run whose batch grows);
 - the tokens that all prompts open with run once a branch, not once a branch and prompt;
 - only the last position is unembedded.
+
+A small Llama on the CPU runs as a `BareLlama` instead, on prompts of any length together, and there
+whatever tokens *some* of them open with run once for these.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +28,20 @@ from ..chat import Protocol, encode_prompts
 from ..errors import InputError
 from ..forward import can_share_prefix, input_device, undisturbed
 from ..model import LensModel
-from .bare import BareLlama, Opening, bare_llama
+from .bare import BareLlama, bare_llama
 from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
 from .prefix import Prefix, empty_prefix, without_prefix
+from .prompt_tree import PromptTree, new_tokens
 
 TOKENS_ON_CPU = 8192
 TOKENS_ON_GPU = 16384
 """Tokens to a run: enough to keep the device busy, and more would only take memory."""
+BRANCHES_TOGETHER = 32
+"""Branches for which a part of the prompts leaves room, where there are so many, in a `BareLlama`.
+
+Every run does the unchanged model once more, so few interventions to a run would be a waste."""
+KEYS_TO_A_NODE = 4
+"""Keys and values that the prompts of a run may read, as a multiple of the nodes it may have."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,7 @@ def run_branches(
             f"prompt {longest} has {len(ids[longest])} tokens, the model's context holds "
             f"{model.cfg.n_ctx}: shorten the prompt"
         )
+    read_layers = sorted(set(read_layers))
     for layer in (*(layers or ()), *read_layers):
         stream_after(model, layer)
     return _run_all(model, ids, directions, layers, read_layers, batch_size, progress)
@@ -113,30 +124,67 @@ def _run_all(
     from tqdm.auto import tqdm
 
     device = input_device(model)
+    order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
+
+    def branches(chunk: list[int]) -> _Branches:
+        after = None if layers is None else [layers[i] for i in chunk]
+        return _Branches(directions[chunk].float().to(device), after)
+
+    if bare := bare_llama(model, ids[0]):
+        outcomes = _run_bare(bare, ids, order, branches, read_layers, batch_size)
+    else:
+        outcomes = _run_hooked(model, ids, order, branches, read_layers, batch_size)
+    with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
+        for found in outcomes:
+            yield found
+            bar.update(len(found.prompts) * max(1, len(found.interventions)))
+
+
+def _run_hooked(
+    model: LensModel,
+    ids: list[list[int]],
+    order: list[int],
+    branches: Callable[[list[int]], "_Branches"],
+    read_layers: Sequence[int],
+    batch_size: int | None,
+) -> Iterator[Outcome]:
+    """Part by part of the interventions on all prompts, those of one length together."""
+    device = input_device(model)
     longest = max(map(len, ids))
     n_shared = _shared_opening(ids) if can_share_prefix(model, longest) else 0
-    bare = bare_llama(model, ids[0])
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     n_rows = max(2, batch_size or budget // (longest - n_shared))
-    order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
     opening = torch.tensor([ids[0][:n_shared]], device=device)
-
-    def outcomes(chunk: list[int]) -> Iterator[Outcome]:
-        """One part of the interventions on all prompts; its opening's keys go when it is done."""
-        after = None if layers is None else [layers[i] for i in chunk]
-        branches = _Branches(directions[chunk].float().to(device), after)
-        run: _Hooked | _Bare = _Bare(bare, branches) if bare else _Hooked(model, branches)
+    for chunk in _even_parts(order, n_rows - 1) or [[]]:
+        run = _Hooked(model, branches(chunk))
         if n_shared:
             run.open(opening)
-        for group in _by_length(ids, n_rows // branches.count):
+        for group in _by_length(ids, n_rows // run.branches.count):
             tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
             yield Outcome(group, chunk, *run(tokens, read_layers))
+        del run  # and with it the opening's keys
 
-    with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
-        for chunk in _even_parts(order, n_rows - 1) or [[]]:
-            for found in outcomes(chunk):
-                yield found
-                bar.update(len(found.prompts) * max(1, len(found.interventions)))
+
+def _run_bare(
+    bare: BareLlama,
+    ids: list[list[int]],
+    order: list[int],
+    branches: Callable[[list[int]], "_Branches"],
+    read_layers: Sequence[int],
+    batch_size: int | None,
+) -> Iterator[Outcome]:
+    """Part by part of the prompts, those that open alike together, under all interventions."""
+    together = min(1 + len(order), BRANCHES_TOGETHER)
+    n_rows = batch_size or len(ids) * together
+    for part in _by_opening(ids, TOKENS_ON_CPU // together, at_most=n_rows // together):
+        tree = PromptTree.of([ids[i] for i in part])
+        n_branches = TOKENS_ON_CPU // len(tree.tokens)
+        if batch_size:
+            n_branches = min(n_branches, batch_size // len(part))
+        for chunk in _even_parts(order, n_branches - 1) or [[]]:
+            run = branches(chunk)
+            logits, begun = bare.run(run, tree, read_layers)
+            yield Outcome(part, chunk, logits, _residual(logits, begun, run.directions.shape[1]))
 
 
 class _Branches:
@@ -200,7 +248,7 @@ class _Hooked:
             return x
 
         model = self.model
-        hooks = [(stream_after(model, layer), read_last) for layer in sorted(read_layers)]
+        hooks = [(stream_after(model, layer), read_last) for layer in read_layers]
         options = without_prefix(model, n_tokens)
         if self.prefix:
             options = self.prefix.options(n_tokens, n_prompts)
@@ -210,26 +258,6 @@ class _Hooked:
             rearrange(x, "(branch prompt) d -> branch prompt d", prompt=n_prompts) for x in read
         ]
         return logits, _residual(logits, begun, model.cfg.d_model)
-
-
-class _Bare:
-    """The same through a `BareLlama`."""
-
-    def __init__(self, bare: BareLlama, branches: _Branches):
-        self.bare, self.branches = bare, branches
-        self.opening: Opening | None = None
-
-    def open(self, tokens: Int[Tensor, "1 pos"]) -> None:
-        """As `_Hooked.open`."""
-        self.opening = self.bare.opening(self.branches, tokens)
-
-    def __call__(
-        self, tokens: Int[Tensor, "prompt pos"], read_layers: Sequence[int]
-    ) -> tuple[
-        Float[Tensor, "branch prompt d_vocab"], Float[Tensor, "branch prompt layer d_model"]
-    ]:
-        logits, begun = self.bare.run(self.branches, tokens, self.opening, read_layers)
-        return logits, _residual(logits, begun, self.branches.directions.shape[1])
 
 
 def _residual(
@@ -280,6 +308,27 @@ def _by_length(ids: list[list[int]], at_most: int) -> Iterator[list[int]]:
     order = sorted(range(len(ids)), key=lambda prompt: -len(ids[prompt]))
     for _, same in groupby(order, key=lambda prompt: len(ids[prompt])):
         yield from _even_parts(list(same), at_most)
+
+
+def _by_opening(ids: list[list[int]], n_nodes: int, *, at_most: int) -> Iterator[list[int]]:
+    """Prompts in the order of their tokens, as many as make a tree of so many nodes, or one.
+
+    Every prompt reads as many keys as the longest of its part has tokens.
+    """
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    part: list[int] = []
+    size = longest = 0
+    for prompt, new in zip(order, new_tokens([ids[i] for i in order]), strict=True):
+        length = len(ids[prompt])
+        n_keys = (len(part) + 1) * max(longest, length)
+        if part and (
+            size + new > n_nodes or n_keys > KEYS_TO_A_NODE * n_nodes or len(part) >= at_most
+        ):
+            yield part
+            part, size, longest, new = [], 0, 0, length
+        part.append(prompt)
+        size, longest = size + new, max(longest, length)
+    yield part
 
 
 def _even_parts(items: list[int], at_most: int) -> list[list[int]]:

@@ -80,7 +80,7 @@ def refusal_log_odds(
     is_refusal = torch.zeros(d_vocab, dtype=torch.bool, device=logits.device)
     is_refusal[ids] = True
     wide = logits.float()
-    refusal = wide.masked_fill(~is_refusal, -torch.inf).logsumexp(-1)
+    refusal = wide[..., is_refusal].logsumexp(-1)
     rest = wide.masked_fill(is_refusal, -torch.inf).logsumexp(-1)
     p, not_p = (refusal - rest).sigmoid(), (rest - refusal).sigmoid()
     return (p + EPSILON).log() - (not_p + EPSILON).log()
@@ -92,7 +92,7 @@ def next_token_kl(
     """Kullback-Leibler divergence KL(unchanged || changed) of next-token distributions, in nats."""
     check_tensors(logits=(logits, "*batch d_vocab"), changed=(changed, "*batch d_vocab"))
     before, after = logits.float().log_softmax(-1), changed.float().log_softmax(-1)
-    return (before.exp() * (before - after)).sum(-1).clamp_min(0)
+    return torch.einsum("...v,...v->...", before.exp(), before - after).clamp_min(0)
 
 
 def find_refusal_tokens(
