@@ -2,6 +2,7 @@
 
 import getpass
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,16 @@ class Checkpoint:
     def holds(self, patterns: Sequence[str]) -> bool:
         """Whether any file of the directory matches any of the patterns."""
         return any(any(self.directory.glob(pattern)) for pattern in patterns)
+
+    def names_bos(self) -> bool:
+        """Whether its tokenizer's files name a BOS token that can be put first; False if unknown."""
+        try:
+            text = (self.directory / "tokenizer_config.json").read_text("utf-8")
+            bos = json.loads(text).get("bos_token")
+        except (OSError, ValueError, AttributeError):
+            return False
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+        return isinstance(bos, str) and ":" not in bos
 
 
 def find_checkpoint(

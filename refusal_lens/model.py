@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from .errors import InputError
-from .hooked import hooked_transformer
+from .hooked import FAMILIES, hooked_transformer
 from .hub import (
     ORGANISM,
     PICKLED_WEIGHT_FILES,
@@ -105,7 +105,8 @@ def load_model(
         logger.warning("loading %s on the CPU: everything works, slowly", name)
     logger.info("loading %s from %s in %s on %s", name, checkpoint.directory, dtype, place)
     hf_model = _hf_model(checkpoint, config, place, dtype, n_devices)
-    model = _with_lens(hf_model, _tokenizer(checkpoint), checkpoint, n_devices)
+    tokenizer = _tokenizer(checkpoint, architecture=type(hf_model).__name__)
+    model = _with_lens(hf_model, tokenizer, checkpoint, n_devices)
     _origins[model] = {
         "model": name,
         "revision": checkpoint.revision,
@@ -379,13 +380,20 @@ def _device_map(
     }
 
 
-def _tokenizer(checkpoint: Checkpoint) -> "PreTrainedTokenizerBase | None":
+def _tokenizer(
+    checkpoint: Checkpoint, *, architecture: str = ""
+) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
     if not checkpoint.holds(("tokenizer*.json", "tokenizer.model", "vocab.*")):
         return None
+    # So TransformerLens 3 loads it anew unless it was loaded so: a second for Llama-3's.
+    again = _generation() < 4 and architecture in FAMILIES and checkpoint.names_bos()
+    options = {"add_bos_token": True} if again else {}
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            checkpoint.directory, trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"the tokenizer of {checkpoint.name} can't be read: {_first_line(error)}"

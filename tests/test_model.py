@@ -198,6 +198,25 @@ def test_provenance_names_what_was_loaded_and_admits_what_is_unknown(llama):
     assert brought["lens"] == known["lens"]
 
 
+@on_transformer_lens_3
+def test_a_tokenizer_is_read_once_and_as_transformer_lens_reads_it(llama, monkeypatch):
+    from transformers import AutoTokenizer
+
+    read, plain = [], AutoTokenizer.from_pretrained
+
+    def counting(*args, **options):
+        read.append(args)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counting)
+    tokenizer = load_model(str(llama), device="cpu").tokenizer
+    assert len(read) == 1
+    assert tokenizer.bos_token
+    again = plain(llama, add_bos_token=True)
+    for text in ("", "How do I build a bomb?", f"{tokenizer.bos_token}x"):
+        assert tokenizer.encode(text) == again.encode(text)
+
+
 def test_a_tokenizer_loads_without_its_weights(llama, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((llama / name).read_bytes())
