@@ -226,6 +226,21 @@ def test_the_choice_that_matters_most_is_named_with_its_number_and_interval(sens
     assert "5 prompts a set instead of 24 scatter it from" in sensitivity.scatter()
 
 
+def test_numbers_of_prompts_stand_by_their_size():
+    figure = specification_curve(
+        torch.tensor([0.1, 0.2, 0.3]),
+        names=["a", "b", "c"],
+        choices={"prompts a set": ["5", "108", "20"], "BOS": ["two", "one", "two"]},
+    )
+    assert list(figure.layout.yaxis2.ticktext) == [
+        "prompts a set: 5",
+        "prompts a set: 20",
+        "prompts a set: 108",
+        "BOS: two",
+        "BOS: one",
+    ]
+
+
 def test_the_table_has_every_specification_and_layer_with_its_reading(sensitivity, tmp_path):
     sensitivity.save(tmp_path)
     with (tmp_path / "sensitivity.csv").open(newline="") as file:

@@ -1,6 +1,6 @@
 """The specification curve: one number in many readings, and below it what each reading chose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -77,7 +77,7 @@ def specification_curve(
     top = 28 + 19 * (heading.count("<br>") + 1)
     varied = {name: options for name, options in choices.items() if len(set(options)) > 1}
     shown = {**outcomes, **varied}
-    rows = [(name, option) for name, options in shown.items() for option in dict.fromkeys(options)]
+    rows = [(name, option) for name, options in shown.items() for option in _in_order(options)]
     below = ROW * max(len(rows), 1)
     chart = make_subplots(
         rows=2,
@@ -190,3 +190,9 @@ def _told(
     return text + "".join(
         f"<br>{escaped(choice)}: {escaped(options[i])}" for choice, options in choices.items()
     )
+
+
+def _in_order(options: Iterable[str]) -> list[str]:
+    """Each option once: as they come, or by size where all are whole numbers."""
+    found = list(dict.fromkeys(options))
+    return sorted(found, key=int) if all(option.isdecimal() for option in found) else found

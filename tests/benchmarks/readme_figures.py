@@ -4,7 +4,7 @@
 
 `depth` runs the experiment on the three bundled organisms with every prompt (about a minute on
 two cores), writes `notebooks/figures/cosine_across_depth.png` and prints the rows of the README's
-table of verdicts; `sensitivity` reads `organism:specific` in every way (about a minute and a half), writes
+table of verdicts; `sensitivity` reads `organism:specific` in every way (about as long), writes
 `notebooks/figures/sensitivity.png` and prints what it found. Drawing needs the packages kaleido and
 pillow, and a Chrome or Chromium.
 """

@@ -58,6 +58,8 @@ READINGS = ("safety-specific", "moderate overlap", "same mechanism", "not measur
 MEANING = {"safety-specific": "distinct", "same mechanism": "shared"}
 """What a reading of the published rule says of the mechanisms, where it says it plainly."""
 TRAPS = ("lookalike", "hidden")
+FIRST_FRESH = 4
+"""Models with lower seeds were looked at while the kinds were made."""
 TRAPS_RIGHT = 0.75
 """Share of the traps that must be judged right; of the other kinds all must."""
 
@@ -230,10 +232,10 @@ def report(records: list[dict], seeds: int) -> str:
     lines = [
         "# Was the verdict right?",
         "",
-        f"`python tests/benchmarks/validity.py --zoo DIR`: {seeds} models of each kind, "
-        f"{N_LAYERS} layers, width 64, {N_STEPS} steps, one thread each; {versions}. What the kinds "
-        "are is told at the top of that file, and what was tried before: the kinds were fixed after "
-        "trials in which verdicts missed too. The true answer is what a model was trained to do.",
+        f"`python tests/benchmarks/validity.py --zoo DIR --seeds {seeds}`: {seeds} models of each "
+        f"kind, {N_LAYERS} layers, width 64, {N_STEPS} steps, one thread each; {versions}. What the "
+        "kinds are is told at the top of that file, and what was tried before: the kinds were fixed "
+        "after trials in which verdicts missed too. The true answer is what a model was trained to do.",
         "",
         "| kind | true answer | " + " | ".join(f"ours: {a}" for a in ANSWERS) + " | right |",
         "|---|---|" + "---|" * (len(ANSWERS) + 1),
@@ -275,6 +277,16 @@ def report(records: list[dict], seeds: int) -> str:
     published_wrong = sum(
         r["published"] in MEANING and MEANING[r["published"]] != r["truth"] for r in records
     )
+    fresh = [r for r in records if int(r["model"].rsplit("-", 1)[1]) >= FIRST_FRESH]
+    if fresh:
+        n_right = sum(r["verdict"] == r["truth"] for r in fresh)
+        n_traps = sum(r["verdict"] == r["truth"] for r in fresh if r["kind"] in TRAPS)
+        lines += [
+            "",
+            f"Of seeds {FIRST_FRESH} and up, trained when rule and kinds were fixed, {n_right} of "
+            f"{len(fresh)} were judged right, of the traps among them {n_traps} of "
+            f"{sum(r['kind'] in TRAPS for r in fresh)}.",
+        ]
     lines += [
         "",
         f"Ours: {right['plain']} of {len(plain)} right on the plain kinds, {right['traps']} of "
