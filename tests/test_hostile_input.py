@@ -899,6 +899,8 @@ def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
         "def stopped(*_, **__):\n"
         "    print('working', flush=True)\n"
         "    signal.pause()\n"
+        # A shell starts what it runs in the background with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "experiment.run_experiment = stopped\n"
         f"main(['demo', '--out', {str(tmp_path / 'out')!r}])\n"
     )
@@ -908,7 +910,10 @@ def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, said) == (130, "refusal-lens: stopped\n")
 
 
