@@ -40,6 +40,7 @@ ABOUT = "refusal_lens"
 ABANDONED = 3600.0
 """Seconds after which an unfinished file is the leaving of a process that died."""
 HALF = (torch.bfloat16, torch.float16)
+"""What activations are stored in where that loses nothing."""
 MOST_QUEUED = 8
 """Batches that may wait to be written before the model waits for the disk."""
 

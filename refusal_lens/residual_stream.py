@@ -14,7 +14,6 @@ One forward pass per prompt gives all layers and positions. What makes it cheap:
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import psutil
 import torch
@@ -170,46 +169,67 @@ def _batches(
 
     if not only:
         return
+    done = len(rows) - len(only)
+    with tqdm(total=len(rows), initial=done, unit="prompt", disable=not progress) as bar:
+        for read in _one_behind(_passes(model, rows, only, batch_size, labels)):
+            activations = read.arrived(labels)
+            bar.update(len(read.rows))
+            yield read.rows, activations
+
+
+def _one_behind(passes: Iterator["_Leaving"]) -> Iterator["_Leaving"]:
+    """What each pass read, when the next one has been sent off; if that fails, before its error.
+
+    At once where the copy off the device had to be waited for: nothing would be gained.
+    """
+    waiting: _Leaving | None = None
+    while True:
+        try:
+            read = next(passes, None)
+        except BaseException:
+            if waiting:
+                yield waiting
+            raise
+        if waiting:
+            yield waiting
+        if read is None:
+            return
+        waiting = read if read.on_its_way else None
+        if not waiting:
+            yield read
+
+
+def _passes(
+    model: LensModel,
+    rows: _Rows,
+    only: Sequence[int],
+    batch_size: int | None,
+    labels: Sequence[str],
+) -> Iterator["_Leaving"]:
+    """Pass after pass, each of as many rows as fit, longest rows first."""
     opening = _shared(model, rows)
     prefix = run_prefix(model, opening) if len(opening) else None
     pending = torch.tensor([row for batch in _plan(model, rows, only, 1) for row in batch])
     at_most = batch_size or len(rows)
-    done = len(rows) - len(only)
-    leaving: _Leaving | None = None
-    with tqdm(total=len(rows), initial=done, unit="prompt", disable=not progress) as bar:
-        while len(pending):
-            size = at_most
-            if batch_size is None:
-                longest = int(rows.lengths[pending[0]])
-                fitting = _fitting(model, longest, rows.from_end.shape[1], before=len(opening))
-                size = min(at_most, fitting)
-            batch = pending[:size]
-            try:
-                read = _forward(model, rows, batch, prefix)
-            except BaseException:
-                if leaving:
-                    yield leaving.arrived(labels, bar)
-                raise
-            if read is not None:
-                pending = pending[len(batch) :]
-                before, leaving = leaving, read
-                if before:
-                    yield before.arrived(labels, bar)
-                if not leaving.on_its_way:
-                    yield leaving.arrived(labels, bar)
-                    leaving = None
-            elif len(batch) > 1:
-                at_most = len(batch) // 2
-            else:
-                if leaving:
-                    yield leaving.arrived(labels, bar)
-                row = int(batch)
-                raise InputError(
-                    f"{labels[row]} ({rows.lengths[row]} tokens) does not fit in the "
-                    f"free memory of {input_device(model)}: free some, or shorten the prompt"
-                )
-        if leaving:
-            yield leaving.arrived(labels, bar)
+    while len(pending):
+        size = at_most
+        if batch_size is None:
+            longest = int(rows.lengths[pending[0]])
+            fitting = _fitting(model, longest, rows.from_end.shape[1], before=len(opening))
+            size = min(at_most, fitting)
+        batch = pending[:size]
+        read = _forward(model, rows, batch, prefix)
+        if read is not None:
+            pending = pending[len(batch) :]
+            yield read
+        elif len(batch) > 1:
+            at_most = len(batch) // 2
+        else:
+            row = int(batch)
+            raise InputError(
+                f"{labels[row]} ({rows.lengths[row]} tokens) does not fit in the "
+                f"free memory of {input_device(model)}: free some, or shorten the prompt"
+            )
 
 
 class _Leaving:
@@ -220,8 +240,8 @@ class _Leaving:
         rows: Int[Tensor, " batch"],
         activations: Float[Tensor, "batch pos layer d_model"],
     ):
+        self.rows = rows
         self.on_its_way = not must_block(activations.device)
-        self._rows = rows
         finite = activations.isfinite().all(-1).all(1)
         # Without blocking, the copies go to pinned memory, in their turn among the device's work.
         self._finite = finite.to("cpu", non_blocking=self.on_its_way)
@@ -230,18 +250,17 @@ class _Leaving:
         if activations.device.type == "cuda":
             self._copied = torch.cuda.current_stream(activations.device).record_event()
 
-    def arrived(self, labels: Sequence[str], bar: Any) -> tuple[Tensor, Tensor]:
-        """The rows and what was read of them, once it is here and found to be finite."""
+    def arrived(self, labels: Sequence[str]) -> Float[Tensor, "batch pos layer d_model"]:
+        """What was read, once it is here and found to be finite."""
         if self._copied:
             self._copied.synchronize()
         if not self._finite.all():
             index, layer = (~self._finite).nonzero()[0].tolist()
             raise InputError(
-                f"{labels[int(self._rows[index])]} gives a non-finite activation at layer {layer} in "
+                f"{labels[int(self.rows[index])]} gives a non-finite activation at layer {layer} in "
                 f"{self._activations.dtype}: load the model in a wider dtype (bfloat16 or float32)"
             )
-        bar.update(len(self._rows))
-        return self._rows, self._activations
+        return self._activations
 
 
 def _forward(

@@ -109,82 +109,78 @@ def run_branches(
     read_layers = sorted(set(read_layers))
     for layer in (*(layers or ()), *read_layers):
         stream_after(model, layer)
-    return _run_all(model, ids, directions, layers, read_layers, batch_size, progress)
+    asked = _Asked(ids, directions, layers, read_layers, batch_size, input_device(model))
+    bare = bare_llama(model, ids[0])
+    outcomes = _run_bare(bare, asked) if bare else _run_hooked(model, asked)
+    return _shown(outcomes, asked, progress)
 
 
-def _run_all(
-    model: LensModel,
-    ids: list[list[int]],
-    directions: Float[Tensor, "intervention d_model"],
-    layers: Sequence[int] | None,
-    read_layers: Sequence[int],
-    batch_size: int | None,
-    progress: bool,
-) -> Iterator[Outcome]:
+def _shown(outcomes: Iterator[Outcome], asked: "_Asked", progress: bool) -> Iterator[Outcome]:
     from tqdm.auto import tqdm
 
-    device = input_device(model)
-    order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
-
-    def branches(chunk: list[int]) -> _Branches:
-        after = None if layers is None else [layers[i] for i in chunk]
-        return _Branches(directions[chunk].float().to(device), after)
-
-    if bare := bare_llama(model, ids[0]):
-        outcomes = _run_bare(bare, ids, order, branches, read_layers, batch_size)
-    else:
-        outcomes = _run_hooked(model, ids, order, branches, read_layers, batch_size)
-    with tqdm(total=len(ids) * max(1, len(order)), unit="prompt", disable=not progress) as bar:
+    total = len(asked.ids) * max(1, len(asked.order))
+    with tqdm(total=total, unit="prompt", disable=not progress) as bar:
         for found in outcomes:
             yield found
             bar.update(len(found.prompts) * max(1, len(found.interventions)))
 
 
-def _run_hooked(
-    model: LensModel,
-    ids: list[list[int]],
-    order: list[int],
-    branches: Callable[[list[int]], "_Branches"],
-    read_layers: Sequence[int],
-    batch_size: int | None,
-) -> Iterator[Outcome]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be run: prompts as token ids, under interventions."""
+
+    ids: list[list[int]]
+    directions: Float[Tensor, "intervention d_model"]
+    layers: Sequence[int] | None
+    read_layers: Sequence[int]
+    batch_size: int | None
+    device: torch.device
+
+    @property
+    def order(self) -> list[int]:
+        """The interventions, additions in the order of layers."""
+        layers = self.layers
+        return sorted(range(len(self.directions)), key=lambda i: layers[i] if layers else 0)
+
+    def branches(self, chunk: list[int]) -> "_Branches":
+        """Some of the interventions, beside the unchanged model."""
+        after = None if self.layers is None else [self.layers[i] for i in chunk]
+        return _Branches(self.directions[chunk].float().to(self.device), after)
+
+
+def _run_hooked(model: LensModel, asked: _Asked) -> Iterator[Outcome]:
     """Part by part of the interventions on all prompts, those of one length together."""
-    device = input_device(model)
+    ids, device = asked.ids, asked.device
     longest = max(map(len, ids))
     n_shared = _shared_opening(ids) if can_share_prefix(model, longest) else 0
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
-    n_rows = max(2, batch_size or budget // (longest - n_shared))
+    n_rows = max(2, asked.batch_size or budget // (longest - n_shared))
     opening = torch.tensor([ids[0][:n_shared]], device=device)
-    for chunk in _even_parts(order, n_rows - 1) or [[]]:
-        run = _Hooked(model, branches(chunk))
+    for chunk in _even_parts(asked.order, n_rows - 1) or [[]]:
+        run = _Hooked(model, asked.branches(chunk))
         if n_shared:
             run.open(opening)
         for group in _by_length(ids, n_rows // run.branches.count):
             tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-            yield Outcome(group, chunk, *run(tokens, read_layers))
+            yield Outcome(group, chunk, *run(tokens, asked.read_layers))
         del run  # and with it the opening's keys
 
 
-def _run_bare(
-    bare: BareLlama,
-    ids: list[list[int]],
-    order: list[int],
-    branches: Callable[[list[int]], "_Branches"],
-    read_layers: Sequence[int],
-    batch_size: int | None,
-) -> Iterator[Outcome]:
+def _run_bare(bare: BareLlama, asked: _Asked) -> Iterator[Outcome]:
     """Part by part of the prompts, those that open alike together, under all interventions."""
+    ids, order = asked.ids, asked.order
     together = min(1 + len(order), BRANCHES_TOGETHER)
-    n_rows = batch_size or len(ids) * together
+    n_rows = asked.batch_size or len(ids) * together
     for part in _by_opening(ids, TOKENS_ON_CPU // together, at_most=n_rows // together):
         tree = PromptTree.of([ids[i] for i in part])
         n_branches = TOKENS_ON_CPU // len(tree.tokens)
-        if batch_size:
-            n_branches = min(n_branches, batch_size // len(part))
+        if asked.batch_size:
+            n_branches = min(n_branches, asked.batch_size // len(part))
         for chunk in _even_parts(order, n_branches - 1) or [[]]:
-            run = branches(chunk)
-            logits, begun = bare.run(run, tree, read_layers)
-            yield Outcome(part, chunk, logits, _residual(logits, begun, run.directions.shape[1]))
+            branches = asked.branches(chunk)
+            logits, begun = bare.run(branches, tree, asked.read_layers)
+            residual = _residual(logits, begun, branches.directions.shape[1])
+            yield Outcome(part, chunk, logits, residual)
 
 
 class _Branches:
