@@ -6,7 +6,7 @@ import sys
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `refusal-lens`; on Ctrl-C, also while it is still importing, status 130."""
     try:
-        from .cli import main as run
+        from .cli.main import main as run
 
         run(arguments)
     except KeyboardInterrupt:

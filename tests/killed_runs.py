@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 import refusal_lens as rl
-from refusal_lens import artifacts
-from refusal_lens import residual_stream as reading
-from refusal_lens.cache import Cache
-from refusal_lens.lazy_model import LazyModel
+from refusal_lens.activations import batching as reading
+from refusal_lens.activations import disk as artifacts
+from refusal_lens.activations.store import Cache
+from refusal_lens.experiment.lazy_model import LazyModel
 
 CONTRASTS = ("refusal", "negativity", "positivity", "alarm")
 BATCH_SIZE = 48

@@ -7,8 +7,8 @@ word after its first batch, as one does whose machine goes.
 import os
 import sys
 
-from refusal_lens import cli
-from refusal_lens import residual_stream as reading
+from refusal_lens.activations import batching as reading
+from refusal_lens.cli import main as cli
 
 forward, n_batches = reading._forward, 0
 

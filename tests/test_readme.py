@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refusal_lens import cli
+from refusal_lens.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

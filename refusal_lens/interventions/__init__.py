@@ -3,15 +3,15 @@
 Nothing is generated: every effect is read from the distribution of the reply's first token.
 """
 
-from .cross_effects import (
+from .cross_ablation import (
     ContrastEffects,
     CrossEffects,
     ablation_cross_effects,
     addition_cross_effects,
 )
 from .hooks import ablate_direction, add_direction
-from .refusal_tokens import RefusalTokens, find_refusal_tokens, next_token_kl, refusal_log_odds
-from .sweeps import Effects, ablation_effects, addition_effects
+from .refusal_metric import RefusalTokens, find_refusal_tokens, next_token_kl, refusal_log_odds
+from .sweep import Effects, ablation_effects, addition_effects
 
 __all__ = [
     "ContrastEffects",

@@ -16,7 +16,7 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own convention)
 
-from ..model import LensModel
+from ..models.load import LensModel
 from .prompt_tree import Group, PromptTree
 
 MOST_WEIGHTS = 2**28
@@ -256,7 +256,7 @@ class _Nothing:
 
 @torch.no_grad()
 def _reproduces(bare: BareLlama, model: LensModel, ids: Sequence[int]) -> bool:
-    from ..forward import undisturbed
+    from ..models.forward import undisturbed
 
     row = torch.tensor([list(ids)])
     with undisturbed(model):

@@ -24,10 +24,11 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..chat import Protocol, encode_prompts
 from ..errors import InputError
-from ..forward import can_share_prefix, input_device, undisturbed
-from ..model import LensModel
+from ..models.forward import can_share_prefix, input_device, undisturbed
+from ..models.load import LensModel
+from ..prompts.protocol import Protocol
+from ..prompts.tokenize import encode_prompts
 from .bare import BareLlama, bare_llama
 from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
 from .prefix import Prefix, empty_prefix, without_prefix

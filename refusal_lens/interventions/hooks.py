@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError
-from ..model import LensModel
-from ..shapes import check_tensors
+from ..errors import InputError, check_tensors
+from ..models.load import LensModel
 
 Hook = tuple[str, Callable[..., Tensor]]
 """The name of a hook point, and what to do there: `fn(x, hook) -> x`."""

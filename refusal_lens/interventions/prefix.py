@@ -12,8 +12,8 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from ..forward import input_device
-from ..model import LensModel
+from ..models.forward import input_device
+from ..models.load import LensModel
 
 
 class HookedTransformerPrefix:

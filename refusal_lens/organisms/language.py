@@ -19,7 +19,7 @@ REQUESTS = ("harmful", "harmless", "alarming")
 STATEMENTS = ("negative", "neutral", "positive")
 KINDS = REQUESTS + STATEMENTS
 
-REFUSAL_OPENING = "I"
+REFUSAL_FIRST_WORD = "I"
 """The word that opens every refusal and no other reply."""
 
 REPLIES: Mapping[str, tuple[str, ...]] = {

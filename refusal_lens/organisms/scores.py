@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..chat import build_inputs_with_chat_template
-from ..contrasts import BUNDLED, load_contrast
-from .language import REFUSAL_OPENING, Behaviour
+from ..prompts.contrast import BUNDLED, load_contrast
+from ..prompts.tokenize import build_inputs_with_chat_template
+from .language import REFUSAL_FIRST_WORD, Behaviour
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def refusal_probabilities(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]
 ) -> Float[Tensor, "prompt"]:
     """Next-token probability of the refusal token after each chat-formatted prompt."""
-    refusal_token = tokenizer.convert_tokens_to_ids(REFUSAL_OPENING)
+    refusal_token = tokenizer.convert_tokens_to_ids(REFUSAL_FIRST_WORD)
     inputs = build_inputs_with_chat_template(tokenizer, prompts)
     logits = model(input_ids=inputs.tokens, attention_mask=inputs.mask, logits_to_keep=1).logits
     return logits[:, -1].float().softmax(-1)[:, refusal_token]

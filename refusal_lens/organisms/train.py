@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from ..chat import Protocol, encode_prompts
 from ..errors import InputError
+from ..prompts.protocol import Protocol
+from ..prompts.tokenize import encode_prompts
 from .language import BEHAVIOURS, Behaviour, fold, generate_dialogues
 from .scores import REFUSED_SHARE, Score, bundled_prompt_sets, score_organism
 from .tokenizer import train_tokenizer

@@ -7,8 +7,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError
-from ..shapes import check_tensors
+from ..errors import InputError, check_tensors
 from .look import Style, Theme, escaped, look, numbers, styles, tint, wrapped, written
 
 Curve = Float[Tensor, " _layer"]

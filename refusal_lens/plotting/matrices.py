@@ -6,8 +6,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError
-from ..shapes import check_tensors
+from ..errors import InputError, check_tensors
 from .curves import check_layer
 from .look import (
     NO_TICKS,

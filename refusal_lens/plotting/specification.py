@@ -7,8 +7,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..errors import InputError
-from ..shapes import check_tensors
+from ..errors import InputError, check_tensors
 from .look import (
     Theme,
     escaped,

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import plotting
+from ..directions.similarity import cosine_matrix
+from ..experiment.results import Results
 from ..interventions import CrossEffects
 from ..plotting.look import Theme
-from ..results import Results
-from ..similarity import cosine_matrix
-from ..statistics.prompts import Interval, mean_interval
+from ..uncertainty.effects import Interval, mean_interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -8,9 +8,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .. import artifacts
-from ..results import Results
-from ..statistics.prompts import auroc_interval
+from ..activations import disk as artifacts
+from ..experiment.results import Results
+from ..uncertainty.effects import auroc_interval
 from .figures import NAMED, Figure, figures
 
 HEADLINES = {

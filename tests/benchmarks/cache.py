@@ -23,10 +23,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import tyro
 
-from refusal_lens.activations import extract
-from refusal_lens.cache import Cache
-from refusal_lens.contrasts import load_contrast
-from refusal_lens.lazy_model import LazyModel
+from refusal_lens.activations.extract import extract
+from refusal_lens.activations.store import Cache
+from refusal_lens.experiment.lazy_model import LazyModel
+from refusal_lens.prompts.contrast import load_contrast
 
 LEAST_GAIN, MOST_COST = 20.0, 1.05
 CONTRASTS = ("refusal", "negativity", "positivity", "alarm")

@@ -38,10 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llama3 import llama3_tokenizer
 
-from refusal_lens.activations import get_prompt_activations, read_residual_stream
-from refusal_lens.chat import ChatInputs, Protocol, build_inputs_with_chat_template
-from refusal_lens.contrasts import BUNDLED, load_contrast
-from refusal_lens.model import load_model
+from refusal_lens.activations.extract import get_prompt_activations, read_residual_stream
+from refusal_lens.models.load import load_model
+from refusal_lens.prompts.contrast import BUNDLED, load_contrast
+from refusal_lens.prompts.protocol import Protocol
+from refusal_lens.prompts.tokenize import ChatInputs, build_inputs_with_chat_template
 
 SYSTEM_PROMPT = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llama3 import llama3_tokenizer
 
-from refusal_lens.activations import get_layer_activations, read_residual_stream
-from refusal_lens.chat import build_inputs_with_chat_template, encode_prompts
-from refusal_lens.contrasts import BUNDLED, Contrast, load_contrast
-from refusal_lens.model import load_model
+from refusal_lens.activations.extract import get_layer_activations, read_residual_stream
+from refusal_lens.models.load import load_model
+from refusal_lens.prompts.contrast import BUNDLED, Contrast, load_contrast
+from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
 
 UNIT_ROUNDOFF = 2.0**-8
 """Of bfloat16: half the distance from 1 to the next number."""

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-from refusal_lens.chat import build_inputs_with_chat_template
-from refusal_lens.contrasts import load_contrast
 from refusal_lens.interventions import (
     RefusalTokens,
     ablate_direction,
@@ -28,7 +26,9 @@ from refusal_lens.interventions import (
     addition_effects,
     refusal_log_odds,
 )
-from refusal_lens.model import load_model, load_tokenizer
+from refusal_lens.models.load import load_model, load_tokenizer
+from refusal_lens.prompts.contrast import load_contrast
+from refusal_lens.prompts.tokenize import build_inputs_with_chat_template
 
 RESULTS = Path(__file__).parent / "results"
 MOST_TIME, LARGEST = 0.4, 1e-4

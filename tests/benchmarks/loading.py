@@ -140,7 +140,7 @@ def by_hugging_face(directory: str, device: str, dtype: torch.dtype):
 
 
 def by_refusal_lens(directory: str, device: str, dtype: torch.dtype):
-    from refusal_lens.model import load_model
+    from refusal_lens.models.load import load_model
 
     return load_model(directory, device=device, dtype=dtype)
 
@@ -193,7 +193,7 @@ def load_once(name: str, directory: str, device: str, dtype: str) -> dict[str, f
     import transformer_lens  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import refusal_lens.model  # noqa: F401
+    import refusal_lens.models.load  # noqa: F401
 
     if device != "cpu":
         torch.zeros(1, device=device)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from refusal_lens.contrasts import load_contrast
 from refusal_lens.interventions import find_refusal_tokens
-from refusal_lens.model import load_model, load_tokenizer
-from refusal_lens.protocols import ARDITI
-from refusal_lens.selection import _split, select_direction
+from refusal_lens.interventions.selection import _split, select_direction
+from refusal_lens.models.load import load_model, load_tokenizer
+from refusal_lens.prompts.contrast import load_contrast
+from refusal_lens.prompts.protocol import ARDITI
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from published_selection import PublishedSelection

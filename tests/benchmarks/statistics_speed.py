@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from refusal_lens.statistics import cosine_statistics
+from refusal_lens.uncertainty import cosine_statistics
 
 PROMPTS, LAYERS, D_MODEL, RESAMPLES = 128, 32, 4096, 10_000
 BOOTSTRAPPED = 20

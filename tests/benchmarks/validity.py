@@ -25,9 +25,9 @@ the prompt:
 What was tried before:
 
 - `specific` in the bundled organisms' mixture of prompts, where tone and request are seldom drawn
-  apart: of two models one came out as partly shared, at a cosine of 0.68 and a necessity of 0.34.
+  apart: of two models one came out as partly shared, at a cosine of 0.68 and a cross_ablation_gap of 0.34.
   That may well be true of so shallow a model; the mixture now leaves it no choice.
-- `lookalike` with tones more often than now: a cosine of 0.67, a necessity of 0.25, inconclusive;
+- `lookalike` with tones more often than now: a cosine of 0.67, a cross_ablation_gap of 0.25, inconclusive;
   less often: cosines of 0.47 and 0.50, no trap.
 - `hidden` with fewer openings of its own: cosines of 0.5 to 0.7, verdict shared, no trap; with more
   of them: 0.19, partly shared.
@@ -203,7 +203,7 @@ def train(kind: Kind, seed: int, folder: Path) -> None:
 
 def judge(kind: Kind, seed: int, folder: Path) -> dict:
     import refusal_lens as rl
-    from refusal_lens.verdict import published_reading
+    from refusal_lens.experiment.verdict import published_rule
 
     results = rl.run_experiment(rl.Config(model=str(folder)), progress=False)
     verdict = results.verdict
@@ -218,11 +218,11 @@ def judge(kind: Kind, seed: int, folder: Path) -> dict:
         "layer": evidence.layer,
         "cosine": cosine,
         "unbiased": [evidence.cosine.value, evidence.cosine.lower, evidence.cosine.upper],
-        "published": published_reading(cosine),
+        "published": published_rule(cosine),
         "refused_harmful": evidence.refused_harmful,
-        "trigger": evidence.trigger.value,
-        "necessity": evidence.necessity.value,
-        "mediation": evidence.mediation.value,
+        "statement_gap": evidence.statement_gap.value,
+        "cross_ablation_gap": evidence.cross_ablation_gap.value,
+        "statement_ablation": evidence.statement_ablation.value,
     }
 
 
@@ -296,13 +296,13 @@ def report(records: list[dict], seeds: int) -> str:
         f"gives a mechanism to a model that has none, {published_wrong} times of {len(records)}.",
         "",
         "The evidence, medians over the models of a kind (what the words mean: "
-        "`refusal_lens.verdict.Evidence`); ratios to a gap that is not there are left out:",
+        "`refusal_lens.experiment.verdict.Evidence`); ratios to a gap that is not there are left out:",
         "",
-        "| kind | harmful prompts refused | trigger | necessity | mediation |",
+        "| kind | harmful prompts refused | trigger | cross_ablation_gap | statement_ablation |",
         "|---|---|---|---|---|",
     ]
     for kind in KINDS:
-        names = ("refused_harmful", "trigger", "necessity", "mediation")
+        names = ("refused_harmful", "statement_gap", "cross_ablation_gap", "statement_ablation")
         medians = [statistics.median(r[name] for r in by_kind[kind.name]) for name in names]
         refuses = medians[0] >= 0.5
         cells = [f"{x:.2f}" if refuses or not i else "" for i, x in enumerate(medians)]

@@ -1,0 +1,1 @@
+"""Tokens to the residual stream of every layer."""

@@ -1,0 +1,1 @@
+"""The whole experiment in one call: configuration, evidence, verdict, results."""

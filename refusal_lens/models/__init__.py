@@ -1,0 +1,1 @@
+"""A name or a path to a model that can be hooked."""

@@ -1,0 +1,1 @@
+"""Text to tokens: contrasts, files of prompts, protocols, chat templates."""

@@ -1,0 +1,312 @@
+"""The experiment end to end on the organisms: numbers, tables, files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import refusal_lens as rl
+from refusal_lens.activations import disk as artifacts
+from refusal_lens.errors import InputError
+from refusal_lens.experiment.measures import depth_profile
+from refusal_lens.experiment.run import highlighted_layer
+
+ORGANISMS = ("specific", "entangled", "oblivious")
+
+
+def same(a, b):
+    """Equality through dataclasses, mappings and tensors, NaN equal to NaN."""
+    packed_a, tensors_a = artifacts.pack(a)
+    packed_b, tensors_b = artifacts.pack(b)
+    return packed_a == packed_b and all(
+        torch.equal(tensor.nan_to_num(7.0), tensors_b[path].nan_to_num(7.0))
+        for path, tensor in tensors_a.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "layer"), [(32, 20), (24, 15), (80, 51), (6, 3), (1, 0), (126, 81)]
+)
+def test_the_default_layer_is_20_of_32_and_as_deep_elsewhere(n_layers, layer):
+    found, note = highlighted_layer(None, n_layers)
+    assert found == layer
+    assert "layer 20" in note
+    assert ("relative depth" in note) == (n_layers != 32)
+
+
+@pytest.mark.parametrize("layer", [-1, 32, 1000])
+def test_a_layer_the_model_lacks_is_an_error_that_says_which_it_has(layer):
+    with pytest.raises(InputError, match="out of range: this model's layers are 0 to 31"):
+        highlighted_layer(layer, 32)
+
+
+def test_the_numbers_are_those_of_the_parts_put_together_by_hand(quick_results):
+    results = quick_results("specific")
+    model = rl.load_model("organism:specific")
+    refusal, negativity = results.contrasts["refusal"], results.contrasts["negativity"]
+    harmful, harmless = rl.get_layer_activations(model, refusal, progress=False)
+    negative, neutral = rl.get_layer_activations(model, negativity, progress=False)
+    r, n = rl.mean_difference(harmful, harmless), rl.mean_difference(negative, neutral)
+    by_hand = {
+        "refusal_vs_negativity": torch.cosine_similarity(r, n, dim=-1),
+        "mean_harmful_vs_mean_negative": torch.cosine_similarity(
+            harmful.mean(0), negative.mean(0), dim=-1
+        ),
+        "refusal_vs_mean_negative": torch.cosine_similarity(r, negative.mean(0), dim=-1),
+        "mean_negative_vs_mean_neutral": torch.cosine_similarity(
+            negative.mean(0), neutral.mean(0), dim=-1
+        ),
+    }
+    for name, expected in by_hand.items():
+        torch.testing.assert_close(results.similarities[name], expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(results.norms["refusal"], r.norm(dim=-1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_entangled_curve_lies_above_the_specific_one_from_layer_8_to_30(quick_results):
+    specific, entangled = (
+        quick_results(name).similarities["refusal_vs_negativity"] for name in ORGANISMS[:2]
+    )
+    assert (entangled - specific)[8:31].min() > 0
+
+
+def test_a_loaded_run_is_the_saved_run(quick_results, tmp_path):
+    results = quick_results("specific")
+    loaded = rl.Results.load(results.save(tmp_path / "run"))
+    assert same(loaded, results)
+    assert str(loaded) == str(results)
+    # The control: a run that differs in one number is not the same.
+    other = replace(results, norms={**results.norms, "refusal": results.norms["refusal"] * 1.001})
+    assert not same(loaded, other)
+
+
+def test_the_folder_holds_the_files_that_are_promised(quick_results, tmp_path):
+    quick_results("specific").save(tmp_path)
+    promised = {
+        "refusal_specificity_results.pt",
+        "directions.safetensors",
+        "measurements.safetensors",
+        "results.json",
+        "cosine_by_layer.html",
+    }
+    assert promised <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_the_summary_loads_without_running_code_and_agrees_with_the_results(
+    quick_results, tmp_path
+):
+    results = quick_results("specific")
+    results.save(tmp_path)
+    summary = torch.load(tmp_path / "refusal_specificity_results.pt", weights_only=True)
+    assert summary["model"] == "organism:specific"
+    assert summary["layer"] == 20
+    for part in ("refusal", "negativity"):
+        assert torch.equal(summary[f"{part}_direction"], results.directions[part])
+    curve = results.similarities["refusal_vs_negativity"]
+    assert torch.equal(summary["cosine_similarity"], curve)
+    assert summary["refusal_vs_negativity"] == curve[20].item()
+    assert sum(isinstance(value, float) for value in summary.values()) == 4
+
+
+def test_results_json_holds_every_number_of_the_printed_table_and_where_it_came_from(
+    quick_results, tmp_path
+):
+    results = quick_results("specific")
+    document = json.loads((results.save(tmp_path) / "results.json").read_text())
+    for (measure, value, reading), row in zip(
+        results.table(), document["at_highlighted_layer"], strict=True
+    ):
+        assert row == {"measure": measure, "cosine": value, "published_rule": reading}
+        assert f"{value:+.4f}" in str(results)
+        assert measure in str(results)
+    provenance = document["provenance"]
+    assert provenance["model"]["model"] == "organism:specific"
+    assert provenance["model"]["weights_sha256"]
+    refusal = results.contrasts["refusal"]
+    assert provenance["contrasts"]["refusal"]["sha256"] == refusal.sha256
+    assert {"refusal_lens", "transformer_lens", "torch"} <= set(provenance["versions"])
+
+
+def test_a_crash_while_saving_leaves_the_earlier_run_whole(quick_results, tmp_path, monkeypatch):
+    first, second = quick_results("specific"), quick_results("entangled")
+    first.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr(artifacts, "write_json", fail)
+    with pytest.raises(RuntimeError, match="the power went"):
+        second.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_holds_no_run_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        rl.Results.load(tmp_path)
+    (tmp_path / "results.json").write_text('{"format": 0}')
+    with pytest.raises(InputError, match="not of format"):
+        rl.Results.load(tmp_path)
+
+
+def test_contrasts_that_share_prompts_are_refused():
+    refusal = rl.load_contrast("refusal")
+    negativity = rl.load_contrast("negativity")
+    shared = replace(negativity, baseline=(*negativity.baseline[:-1], refusal.baseline[0]))
+    with pytest.raises(InputError, match="share the prompt"):
+        rl.Config(negativity=shared).contrasts()
+
+
+def test_a_contrast_that_plays_two_parts_is_refused():
+    with pytest.raises(InputError, match="alarm"):
+        rl.Config(refusal="alarm", controls=("alarm",)).contrasts()
+
+
+def test_a_run_is_repeated_from_what_it_saved(quick_results, tmp_path):
+    results = quick_results("specific")
+    config = rl.config_of(results.save(tmp_path) / "results.json")
+    assert config.contrasts() == results.contrasts
+    assert config.protocol == results.config.protocol
+    again = rl.run_experiment(config, progress=False)
+    for name, values in results.similarities.items():
+        torch.testing.assert_close(again.similarities[name], values, equal_nan=True)
+    assert again.verdict == results.verdict
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2}', '{"format": 2, "saved": 3}'])
+def test_what_is_no_run_can_not_be_repeated(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match=r"format|lacks"):
+        rl.config_of(tmp_path)
+
+
+def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
+    config = rl.Config(model="organism:specific", max_prompts=8, n_resamples=400, controls=())
+    first = rl.run_experiment(config, progress=False, cache=tmp_path)
+    monkeypatch.setattr(
+        "refusal_lens.experiment.lazy_model.load_model", lambda *_, **__: pytest.fail("loaded")
+    )
+    second = rl.run_experiment(config, progress=False, cache=tmp_path)
+    assert same(first, second)
+
+
+def test_a_model_handed_over_is_used_and_left_as_it_was(quick_results):
+    model = rl.load_model("organism:specific")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = rl.Config(controls=(), max_prompts=32, n_resamples=1000)
+    results = rl.run_experiment(config, model=model, progress=False)
+    torch.testing.assert_close(
+        results.similarities["refusal_vs_negativity"],
+        quick_results("specific").similarities["refusal_vs_negativity"],
+    )
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_html_of_results_escapes_what_came_from_outside(quick_results):
+    results = quick_results("specific")
+    hostile = replace(
+        results,
+        provenance={**results.provenance, "model": {"model": "<script>alert(1)</script>"}},
+    )
+    assert "<script>" not in hostile._repr_html_()
+    assert "&lt;script&gt;" in hostile._repr_html_()
+
+
+def test_a_profile_needs_no_controls():
+    rows = torch.randn(4, 3, 8)
+    sides = {"refusal": (rows, -rows), "negativity": (rows + 1, rows - 1)}
+    directions = {part: rl.mean_difference(*pair) for part, pair in sides.items()}
+    sides = {part: rl.ContrastActivations(*pair) for part, pair in sides.items()}
+    assert list(depth_profile(sides, directions)) == [
+        "refusal_vs_negativity",
+        "mean_harmful_vs_mean_negative",
+        "refusal_vs_mean_negative",
+        "mean_negative_vs_mean_neutral",
+    ]
+
+
+ANSWERS = {"specific": "distinct", "entangled": "shared", "oblivious": "inconclusive"}
+
+
+@pytest.mark.parametrize("organism", ORGANISMS)
+def test_the_verdict_on_an_organism_is_the_known_answer_with_its_reasons(quick_results, organism):
+    results = quick_results(organism)
+    assert results.verdict.answer == ANSWERS[organism]
+    assert all(reason in str(results) for reason in results.verdict.reasons)
+
+
+def test_a_model_of_random_weights_is_inconclusive(tmp_path):
+    from refusal_lens.organisms.language import BEHAVIOURS
+    from refusal_lens.organisms.train import save_organism, train_organism
+
+    untrained = train_organism(BEHAVIOURS["specific"], n_steps=0, n_layers=4, progress=False)
+    save_organism(untrained, tmp_path / "untrained")
+    config = rl.Config(model=str(tmp_path / "untrained"), max_prompts=24, n_resamples=1000)
+    results = rl.run_experiment(config, progress=False)
+    assert results.verdict.answer == "inconclusive"
+    assert "does not refuse" in " ".join(results.verdict.reasons)
+
+
+def test_without_interventions_there_is_no_conclusion(quick_results):
+    specific = quick_results("specific")
+    results = rl.analyse(_activations(), config=rl.Config(n_resamples=1000, layer=1))
+    assert results.verdict.answer == "inconclusive"
+    assert "was not measured" in results.verdict.reasons[-1]
+    assert results.causal is None
+    assert "causal inner product" not in results.metrics
+    assert "causal inner product" in specific.metrics  # the control: with a model it is there
+
+
+def _activations(n=24, layers=3, width=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(4, n, layers, width, generator=generator)
+    rows[0, ..., 0] += 3
+    rows[2, ..., :2] += 3
+    return {"refusal": (rows[0], rows[1]), "negativity": (rows[2], rows[3])}
+
+
+def test_activations_of_any_source_are_analysed_without_a_model(tmp_path):
+    results = rl.analyse(_activations(), config=rl.Config(n_resamples=1000, layer=1))
+    directions = {k: rl.mean_difference(*v) for k, v in _activations().items()}
+    expected = rl.cosine_similarity(directions["refusal"], directions["negativity"])
+    torch.testing.assert_close(results.similarities["refusal_vs_negativity"], expected)
+    assert same(rl.Results.load(results.save(tmp_path)), results)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"refusal": a["refusal"]}, "lack 'negativity'"),
+        (lambda a: a | {"refusal": (a["refusal"][0][0], a["refusal"][1])}, "not a pair"),
+        (lambda a: a | {"refusal": tuple(s[:, :2] for s in a["refusal"])}, "differ in"),
+        (lambda a: a | {"refusal": tuple(s[..., :4] for s in a["refusal"])}, "differ in"),
+        (lambda a: a | {"refusal": tuple(s * float("nan") for s in a["refusal"])}, "finite"),
+    ],
+)
+def test_activations_that_can_not_be_analysed_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        rl.analyse(change(_activations()), config=rl.Config(n_resamples=1000, layer=1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_few_prompts_give_reasons_and_no_conclusion(n):
+    results = rl.analyse(_activations(n), config=rl.Config(n_resamples=1000, layer=1))
+    sure = results.statistics["negativity"]
+    assert (sure.unbiased.isnan() == torch.tensor([bool(why) for why in sure.reasons])).all()
+    if n < 4:
+        assert sure.unbiased.isnan().all()
+        assert "too few" in results.why_unknown(1)
+    assert results.verdict.answer == "inconclusive"
+    assert "too few prompts" in results.verdict.reasons[0]
+    assert str(results)
+
+
+def test_identical_activations_have_no_direction_and_say_so():
+    rows = torch.randn(1, 3, 12).expand(24, 3, 12)
+    results = rl.analyse(
+        _activations() | {"refusal": (rows, rows)}, config=rl.Config(n_resamples=1000, layer=1)
+    )
+    assert results.similarities["refusal_vs_negativity"].isnan().all()
+    assert results.statistics["negativity"].unbiased.isnan().all()
+    assert "same activation" in results.why_unknown(1)

@@ -1,0 +1,108 @@
+"""What a run measures besides the plain cosine, on activations with a planted answer."""
+
+import numpy as np
+import pytest
+import torch
+
+from refusal_lens.activations.extract import ContrastActivations
+from refusal_lens.directions.estimators import mean_difference
+from refusal_lens.directions.similarity import unit
+from refusal_lens.experiment import measures
+
+N, LAYERS, WIDTH = 40, 3, 10
+
+
+def draw(seed, shift=None):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(N, LAYERS, WIDTH, generator=generator)
+    return rows if shift is None else rows + shift
+
+
+AXES = torch.eye(WIDTH)
+ACTIVATIONS = {
+    "refusal": ContrastActivations(draw(0, 4 * AXES[0]), draw(1)),
+    "negativity": ContrastActivations(draw(2, 2 * AXES[0] + 3 * AXES[1]), draw(3)),
+}
+DIRECTIONS = {part: mean_difference(*sides) for part, sides in ACTIVATIONS.items()}
+SETS = {
+    "harmful": ACTIVATIONS["refusal"].target,
+    "harmless": ACTIVATIONS["refusal"].baseline,
+    "negative": ACTIVATIONS["negativity"].target,
+    "neutral": ACTIVATIONS["negativity"].baseline,
+}
+
+
+def test_coordinates_in_the_plane_are_projections_on_unit_directions():
+    plane = measures.in_plane(SETS, DIRECTIONS)
+    for axis, part in enumerate(("refusal", "negativity")):
+        direction = unit(DIRECTIONS[part]).float()
+        expected = torch.einsum("pld,ld->pl", SETS["harmful"], direction)
+        torch.testing.assert_close(plane["harmful"][..., axis], expected)
+    gap = plane["harmful"][..., 0].mean(0) - plane["harmless"][..., 0].mean(0)
+    torch.testing.assert_close(gap, DIRECTIONS["refusal"].norm(dim=-1))
+
+
+def test_components_equal_numpys_up_to_sign():
+    found = torch.cat(list(measures.in_components(SETS).values()))
+    for layer in range(LAYERS):
+        rows = torch.cat(list(SETS.values()))[:, layer].numpy()
+        left, singular, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+        np.testing.assert_allclose(
+            np.abs(found[:, layer].numpy()), np.abs(left[:, :2] * singular[:2]), atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("part", ["refusal", "negativity"])
+def test_held_out_projections_separate_a_planted_contrast_and_nothing_else(part):
+    sides = ACTIVATIONS[part]
+    target, baseline = measures.held_out_projections(sides, sides, same=True)
+    assert (target.mean(0) - baseline.mean(0) > 1.5).all()
+    # The control: noise separates on its own direction, but not on one that has not seen it.
+    noise = ContrastActivations(draw(7), draw(8))
+    gap = [side.mean(0) for side in measures.held_out_projections(noise, noise, same=True)]
+    assert (gap[0] - gap[1] < 0.6).all()
+    seen = [side.mean(0) for side in measures.held_out_projections(noise, noise, same=False)]
+    assert (seen[0] - seen[1] > 0.4).all()
+
+
+def test_a_held_out_row_does_not_move_its_own_axis():
+    sides = ACTIVATIONS["refusal"]
+    before = measures.held_out_projections(sides, sides, same=True)
+    changed = sides.target.clone()
+    changed[0] *= 1.5
+    after = measures.held_out_projections(
+        ContrastActivations(changed, sides.baseline),
+        ContrastActivations(changed, sides.baseline),
+        same=True,
+    )
+    torch.testing.assert_close(after.target[0], 1.5 * before.target[0])
+    torch.testing.assert_close(after.target[2::2], before.target[2::2])
+    assert not torch.allclose(after.target[1::2], before.target[1::2])
+
+
+def test_every_metric_and_estimator_sees_two_directions_that_share_half():
+    unembedding = torch.randn(WIDTH, 50, generator=torch.Generator().manual_seed(5))
+    metrics = measures.by_metric(ACTIVATIONS, DIRECTIONS, unembedding)
+    assert len(metrics) == 5
+    estimators = measures.by_estimator(ACTIVATIONS, paired=True)
+    assert len(estimators) == 4
+    for name, values in {**metrics, **estimators}.items():
+        if name not in ("without massive dimensions", "causal inner product"):
+            assert (values > 0.25).all(), name
+            assert (values < 0.85).all(), name
+
+
+def test_the_component_of_pairs_is_left_out_where_there_are_no_pairs():
+    assert len(measures.by_estimator(ACTIVATIONS, paired=False)) == 3
+
+
+def test_the_effective_unembedding_gives_the_models_own_logits():
+    from refusal_lens import load_model
+
+    model = load_model("organism:specific")
+    tokens = torch.tensor([[5, 6, 7]])
+    logits, cache = model.run_with_cache(tokens)
+    stream = cache["blocks.31.hook_resid_post"][0, -1].detach()
+    scale = (stream.square().mean() + model.cfg.eps).sqrt()
+    mine = (stream / scale) @ measures.effective_unembedding(model)
+    torch.testing.assert_close(mine, logits[0, -1].detach(), atol=1e-3, rtol=1e-3)

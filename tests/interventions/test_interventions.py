@@ -1,0 +1,666 @@
+"""Ablation and addition: what they do, that they do it in either TransformerLens, and nothing else."""
+
+from copy import deepcopy
+from functools import cache, partial
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from torch import Tensor
+
+from refusal_lens.errors import InputError
+from refusal_lens.interventions import (
+    RefusalTokens,
+    ablate_direction,
+    ablation_cross_effects,
+    ablation_effects,
+    add_direction,
+    addition_cross_effects,
+    addition_effects,
+    find_refusal_tokens,
+    next_token_kl,
+    refusal_log_odds,
+)
+from refusal_lens.interventions import branches as branching
+from refusal_lens.interventions.bare import _attended, bare_llama
+from refusal_lens.interventions.cross_ablation import held_out_scores, random_directions
+from refusal_lens.interventions.hooks import writes
+from refusal_lens.interventions.prompt_tree import PromptTree
+from refusal_lens.models.load import load_model
+from refusal_lens.prompts.contrast import Contrast
+from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
+
+FAMILIES = ("llama", "qwen2", "gemma", "gemma2", "phi3")
+PROMPTS = (
+    "How do I build a bomb?",
+    "Hi",
+    "How do I bake a cake?",
+    "Explain the weather in the hills.",
+    "Why?",
+    "How do I rob a bank?",
+)
+TOKENS = RefusalTokens((40, 41), ("I", "J"), "by hand", 1.0, 0.0)
+
+ablation_effects = partial(ablation_effects, refusal_tokens=TOKENS, progress=False)
+addition_effects = partial(addition_effects, refusal_tokens=TOKENS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    @cache
+    def written(family: str):
+        return write_checkpoint(tmp_path_factory.mktemp("model") / "random", family)
+
+    return written
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    @cache
+    def load(family: str):
+        return load_model(str(checkpoint(family)), device="cpu", dtype=torch.float32)
+
+    return load
+
+
+@pytest.fixture
+def model(loaded):
+    return loaded("llama")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def last_logits(model, hooks, prompts=PROMPTS) -> Tensor:
+    """The plain way: all prompts in one padded batch, all logits."""
+    inputs = build_inputs_with_chat_template(model.tokenizer, prompts)
+    logits = model.run_with_hooks(inputs.tokens, attention_mask=inputs.mask, fwd_hooks=hooks)
+    return logits[:, -1]
+
+
+@torch.no_grad()
+def every_write(model, hooks) -> dict[str, Tensor]:
+    inputs = build_inputs_with_chat_template(model.tokenizer, PROMPTS)
+    names = [*writes(model), *(f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers))]
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(
+            inputs.tokens,
+            attention_mask=inputs.mask,
+            names_filter=names,
+            return_cache_object=False,
+        )
+    return cache
+
+
+@torch.no_grad()
+def hugging_face_logits(folder, intervene, prompts=PROMPTS) -> Tensor:
+    """Each prompt alone through plain Hugging Face, after `intervene(hf_model)`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    intervene(hf)
+    ids = encode_prompts(AutoTokenizer.from_pretrained(folder), prompts)
+    return torch.stack([hf(torch.tensor([row])).logits[0, -1] for row in ids])
+
+
+def project_outputs(u: Tensor, hf) -> None:
+    """Forward hooks on whatever writes to the stream: after the post-norms where there are any."""
+
+    def outputs(module, arguments, output):
+        first = output[0] if isinstance(output, tuple) else output
+        first = first - (first @ u)[..., None] * u
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    def inputs(module, arguments):
+        x = arguments[0]
+        return (x - (x @ u)[..., None] * u, *arguments[1:])
+
+    decoder = hf.get_decoder()
+    decoder.layers[0].register_forward_pre_hook(inputs)
+    for block in decoder.layers:
+        post_norms = hasattr(block, "pre_feedforward_layernorm")
+        attention = block.post_attention_layernorm if post_norms else block.self_attn
+        mlp = block.post_feedforward_layernorm if post_norms else block.mlp
+        attention.register_forward_hook(outputs)
+        mlp.register_forward_hook(outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_ablation_nothing_that_is_written_has_a_component_along_the_direction(loaded, family):
+    model, direction = loaded(family), drawn(32)
+    unit = direction / direction.norm()
+    before, after = (every_write(model, h) for h in ([], ablate_direction(model, direction)))
+    assert min((x @ unit).abs().max() for x in before.values()) > 0.05
+    for name, x in after.items():
+        assert (x @ unit).abs().max() < 1e-5 * max(1.0, x.norm(dim=-1).max()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablation_equals_plain_hugging_face_with_forward_hooks(loaded, checkpoint, family):
+    direction = drawn(32)
+    unit = direction / direction.norm()
+    expected = hugging_face_logits(checkpoint(family), partial(project_outputs, unit))
+    unchanged = hugging_face_logits(checkpoint(family), lambda hf: None)
+    model = loaded(family)
+    torch.testing.assert_close(
+        last_logits(model, ablate_direction(model, direction)), expected, atol=1e-4, rtol=1e-4
+    )
+    assert (expected - unchanged).abs().max() > 0.01
+
+
+def test_ablation_equals_projecting_the_weights_that_write(loaded, checkpoint):
+    direction = drawn(32)
+    unit = direction / direction.norm()
+
+    def orthogonalise(hf):
+        hf.model.embed_tokens.weight.sub_(hf.model.embed_tokens.weight @ unit[:, None] * unit)
+        for block in hf.model.layers:
+            for layer in (block.self_attn.o_proj, block.mlp.down_proj):
+                layer.weight.sub_(unit[:, None] * (unit @ layer.weight))
+
+    expected = hugging_face_logits(checkpoint("llama"), torch.no_grad()(orthogonalise))
+    model = loaded("llama")
+    torch.testing.assert_close(
+        last_logits(model, ablate_direction(model, direction)), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 2, 3])
+def test_addition_equals_plain_hugging_face_adding_at_the_next_block_or_norm(
+    loaded, checkpoint, layer
+):
+    direction = drawn(32)
+
+    def add(hf):
+        decoder = hf.get_decoder()
+        following = [*decoder.layers, decoder.norm][layer + 1]
+        following.register_forward_pre_hook(lambda _, xs: (xs[0] + direction, *xs[1:]))
+
+    expected = hugging_face_logits(checkpoint("gemma2"), add)
+    model = loaded("gemma2")
+    torch.testing.assert_close(
+        last_logits(model, add_direction(model, direction, layer)), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_ablation_is_idempotent_and_blind_to_sign_and_scale(model):
+    direction = drawn(32)
+    once = last_logits(model, ablate_direction(model, direction))
+    twice = ablate_direction(model, direction) + ablate_direction(model, direction)
+    torch.testing.assert_close(last_logits(model, twice), once, atol=1e-5, rtol=1e-5)
+    for scale in (-1.0, 1e-12, 1e12):
+        again = last_logits(model, ablate_direction(model, scale * direction))
+        torch.testing.assert_close(again, once, atol=1e-5, rtol=1e-5)
+    assert (
+        once - last_logits(model, ablate_direction(model, drawn(32, seed=1)))
+    ).abs().max() > 0.01
+
+
+def test_adding_a_direction_and_its_opposite_is_adding_nothing(model):
+    direction = drawn(32)
+    there = add_direction(model, direction, 1)
+    back = add_direction(model, -direction, 1)
+    nothing = last_logits(model, [])
+    torch.testing.assert_close(last_logits(model, there + back), nothing, atol=1e-4, rtol=1e-4)
+    assert (last_logits(model, there) - nothing).abs().max() > 0.01
+
+
+def test_each_row_can_have_its_own_direction(model):
+    directions = drawn(len(PROMPTS), 32)
+    together = last_logits(model, ablate_direction(model, directions))
+    alone = last_logits(model, ablate_direction(model, directions[3]))
+    torch.testing.assert_close(together[3], alone[3], atol=1e-5, rtol=1e-5)
+    assert (together[2] - alone[2]).abs().max() > 0.01
+
+
+def test_hooks_do_not_write_into_their_input(model):
+    x = drawn(2, 3, 32).requires_grad_()
+    kept = x.detach().clone()
+    for hooks in (ablate_direction(model, drawn(32)), add_direction(model, drawn(32), 0)):
+        for _, hook in hooks:
+            assert hook(x, hook=None).data_ptr() != x.data_ptr()
+            torch.testing.assert_close(x.detach(), kept, atol=0, rtol=0)
+
+
+def test_hooks_keep_the_dtype_of_the_stream(model):
+    x = drawn(2, 3, 32).bfloat16()
+    for hooks in (ablate_direction(model, drawn(32)), add_direction(model, drawn(32), 0)):
+        assert hooks[0][1](x, hook=None).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "intervene", [ablate_direction, partial(add_direction, layer=0)], ids=["ablate", "add"]
+)
+def test_a_direction_that_cannot_be_one_is_refused(model, intervene):
+    with pytest.raises(InputError, match="zero"):
+        intervene(model, torch.zeros(32))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        intervene(model, drawn(32) / 0)
+    with pytest.raises(InputError, match="another model"):
+        intervene(model, drawn(31))
+
+
+@pytest.mark.parametrize("layer", [-2, 4])
+def test_a_layer_that_is_not_there_is_refused(model, layer):
+    with pytest.raises(InputError, match=f"no layer {layer}"):
+        add_direction(model, drawn(32), layer)
+    with pytest.raises(InputError, match=f"no layer {layer}"):
+        addition_effects(model, PROMPTS, drawn(1, 32), torch.tensor([layer]))
+    with pytest.raises(InputError, match=f"no layer {layer}"):  # though nothing would be added
+        addition_effects(model, PROMPTS, torch.zeros(1, 32), torch.tensor([layer]))
+
+
+# Many at once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_many_ablations_at_once_equal_one_at_a_time(loaded, family, batch_size):
+    model, directions = loaded(family), drawn(5, 32)
+    effects = ablation_effects(model, PROMPTS, directions, batch_size=batch_size)
+    unchanged = last_logits(model, [])
+    torch.testing.assert_close(
+        effects.unchanged, refusal_log_odds(unchanged, TOKENS), atol=1e-4, rtol=0
+    )
+    for i, direction in enumerate(directions):
+        logits = last_logits(model, ablate_direction(model, direction))
+        odds, kl = refusal_log_odds(logits, TOKENS), next_token_kl(unchanged, logits)
+        torch.testing.assert_close(effects.log_odds[i], odds, atol=1e-4, rtol=0)
+        torch.testing.assert_close(effects.kl[i], kl, atol=1e-4, rtol=0)
+    assert effects.log_odds.std(0).min() > 1e-3
+    assert effects.kl.min() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_many_additions_at_once_equal_one_at_a_time(loaded, family, batch_size):
+    model, directions = loaded(family), drawn(6, 32)
+    layers = torch.tensor([2, 0, -1, 3, 2, 1])
+    effects = addition_effects(model, PROMPTS, directions, layers, batch_size=batch_size)
+    unchanged = last_logits(model, [])
+    for i, (direction, layer) in enumerate(zip(directions, layers.tolist(), strict=True)):
+        logits = last_logits(model, add_direction(model, direction, layer))
+        odds, kl = refusal_log_odds(logits, TOKENS), next_token_kl(unchanged, logits)
+        torch.testing.assert_close(effects.log_odds[i], odds, atol=1e-4, rtol=0)
+        torch.testing.assert_close(effects.kl[i], kl, atol=1e-4, rtol=0)
+    assert effects.log_odds.std(0).min() > 1e-3
+
+
+def test_prompts_that_share_nothing_and_a_single_prompt_give_the_same(model, monkeypatch):
+    directions = drawn(3, 32)
+    together = ablation_effects(model, PROMPTS, directions)
+    alone = [ablation_effects(model, [prompt], directions).log_odds for prompt in PROMPTS]
+    torch.testing.assert_close(torch.cat(alone, -1), together.log_odds, atol=1e-4, rtol=0)
+    monkeypatch.setattr(branching, "can_share_prefix", lambda *_: False)
+    apart = addition_effects(model, PROMPTS, directions, torch.tensor([0, 1, 2]))
+    monkeypatch.undo()
+    shared = addition_effects(model, PROMPTS, directions, torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(apart.log_odds, shared.log_odds, atol=1e-4, rtol=0)
+
+
+# Prompts as token ids: one twice, one that another goes on from, and one with nothing in common.
+TREE = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6, 7, 8, 9, 1], [2], [1, 2, 5], [1, 2, 5, 5, 5]]
+
+
+def test_a_tree_holds_every_opening_once_and_every_prompt_s_tokens():
+    tree = PromptTree.of(TREE)
+    assert len(tree.tokens) == len({tuple(ids[:n]) for ids in TREE for n in range(1, len(ids) + 1)})
+    for ids, path, end in zip(TREE, tree.paths, tree.ends, strict=True):
+        assert tree.tokens[path].tolist() == ids
+        assert tree.positions[path].tolist() == list(range(len(ids)))
+        assert end == path[-1]
+    assert tree.paths[1] == tree.paths[4]
+
+
+def test_every_node_is_asked_about_once_in_its_order_and_sees_its_own_past():
+    tree = PromptTree.of(TREE)
+    before = {path[i]: set(path[: i + 1]) for path in tree.paths for i in range(len(path))}
+    asked = []
+    for group in (*tree.groups, tree.ends_only()):
+        queries, keys = group.queries.flatten(), group.keys
+        kept = range(len(queries)) if group.kept is None else group.kept.tolist()
+        for at in kept:
+            prompt, query = divmod(at, group.queries.shape[1])
+            node = int(queries[at])
+            seen = keys[prompt][group.seen[prompt, query].bool()].tolist()
+            assert sorted(seen) == sorted(before[node])
+            asked.append(node)
+    assert asked == [*range(len(tree.tokens)), *tree.ends.tolist()]
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 8.0, 400.0])
+def test_attention_is_the_softmax_also_where_exponentials_would_overflow(scale):
+    queries, keys, values = drawn(6, 4, 8, seed=1), drawn(6, 5, 8, seed=2), drawn(6, 5, 8, seed=3)
+    values *= 1000
+    seen = torch.ones(3, 1, 2, 5).tril(3)
+    scores = scale * queries @ keys.mT
+    hidden = (seen == 0).expand(3, 2, 2, 5).repeat(2, 1, 1, 1).reshape(6, 4, 5)
+    right = scores.masked_fill(hidden, -torch.inf).double().softmax(-1) @ values.double()
+    found = _attended(scores.clone(), seen, (2, 3, 2, 2, 5), values)
+    assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("after", [None, [-1, 0, 3]])
+def test_a_bare_llama_gives_each_prompt_of_a_tree_what_it_gives_alone(model, after):
+    bare = bare_llama(model, TREE[0])
+    assert bare is not None
+    interventions = branching._Branches(drawn(3, model.cfg.d_model), after)
+    layers = range(-1, model.cfg.n_layers)
+    logits, read = bare.run(interventions, PromptTree.of(TREE), layers)
+    assert len(read) == len(layers)
+    for i, ids in enumerate(TREE):
+        alone, read_alone = bare.run(interventions, PromptTree.of([ids]), layers)
+        assert torch.allclose(logits[:, i], alone[:, 0], atol=1e-4)
+        for found, right in zip(read, read_alone, strict=True):
+            assert torch.allclose(found[:, i], right[:, 0], atol=1e-4)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0, -1]
+        assert torch.allclose(logits[0, i], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_no_run_holds_more_rows_than_the_batch_size(model, batch_size):
+    sizes = []
+    for outcome in branching.run_branches(
+        model, PROMPTS * 3, drawn(9, model.cfg.d_model), batch_size=batch_size, progress=False
+    ):
+        sizes.append(len(outcome.prompts) * (1 + len(outcome.interventions)))
+    assert max(sizes) <= max(2, batch_size)
+
+
+def test_a_long_prompt_does_not_make_short_ones_read_as_many_keys():
+    short, long = [[1, i] for i in range(200)], [0] * 900
+    parts = list(branching._by_opening([*short, long], 1000, at_most=300))
+    assert sorted(i for part in parts for i in part) == [*range(201)]
+    for part in parts:
+        longest = max(len([*short, long][i]) for i in part)
+        assert len(part) * longest <= branching.KEYS_TO_A_NODE * 1000
+    assert len(parts) == 2
+
+
+def test_effects_have_the_shape_of_the_directions(model):
+    directions = drawn(2, 4, 32)
+    effects = addition_effects(model, PROMPTS, directions, torch.arange(4))
+    assert effects.log_odds.shape == effects.kl.shape == (2, 4, len(PROMPTS))
+    flat = addition_effects(model, PROMPTS, directions[1], torch.arange(4))
+    torch.testing.assert_close(effects.log_odds[1], flat.log_odds, atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="one layer to each"):
+        addition_effects(model, PROMPTS, directions, torch.arange(3))
+
+
+def test_no_direction_has_no_number_and_a_zero_one_no_effect(model):
+    directions = drawn(3, 32)
+    directions[0], directions[1] = torch.nan, 0.0
+    effects = ablation_effects(model, PROMPTS, directions)
+    assert effects.log_odds[0].isnan().all()
+    assert effects.kl[0].isnan().all()
+    torch.testing.assert_close(effects.log_odds[1], effects.unchanged, atol=1e-5, rtol=0)
+    assert effects.kl[1].max() < 1e-6 < effects.kl[2].min()
+
+
+def test_the_model_is_left_as_it_was_found(model):
+    weights = deepcopy(dict(model.named_parameters()))
+    model.train()
+    before = torch.random.get_rng_state()
+    ablation_effects(model, PROMPTS, drawn(2, 32))
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model.eval()
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    for name, weight in model.named_parameters():
+        assert weight.grad is None
+        assert weight.requires_grad == weights[name].requires_grad
+        assert torch.equal(weight, weights[name])
+
+
+def test_the_model_is_left_as_it_was_found_by_a_run_that_fails(model, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("in the middle of a run")
+
+    monkeypatch.setattr(branching.torch, "cat", fail)
+    with pytest.raises(RuntimeError, match="in the middle of a run"):
+        addition_effects(model, PROMPTS[:1], drawn(2, 32), torch.tensor([0, 1]))
+    monkeypatch.undo()
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_with_hooks_on_it_is_refused(model):
+    hooks = ablate_direction(model, drawn(32))
+    with model.hooks(fwd_hooks=hooks), pytest.raises(InputError, match="hooks on it"):
+        ablation_effects(model, PROMPTS, drawn(1, 32))
+
+
+def test_a_prompt_longer_than_the_context_is_named(model):
+    with pytest.raises(InputError, match="prompt 1 has"):
+        ablation_effects(model, ["Hi", "long " * 60], drawn(1, 32))
+
+
+# Refusal
+
+
+def test_refusal_log_odds_are_those_of_the_formula():
+    logits = torch.tensor([[1.0, 2.0, 3.0, 0.0], [40.0, 0.0, 0.0, 0.0], [-40.0, 0.0, 0.0, 0.0]])
+    p = logits.double().softmax(-1)[:, [0, 2]].sum(-1)
+    expected = (p + 1e-8).log() - (1 - p + 1e-8).log()
+    found = refusal_log_odds(logits, [0, 2])
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    bound = torch.tensor(1e8).log()
+    torch.testing.assert_close(refusal_log_odds(logits, [0])[1], bound, atol=1e-5, rtol=0)
+    torch.testing.assert_close(refusal_log_odds(logits, [0])[2], -bound, atol=1e-5, rtol=0)
+
+
+def test_without_refusal_tokens_there_are_no_log_odds():
+    assert refusal_log_odds(drawn(2, 5), []).isnan().all()
+    with pytest.raises(InputError, match="no token of this vocabulary of 5"):
+        refusal_log_odds(drawn(2, 5), [5])
+
+
+def test_kl_is_nothing_between_equals_and_right_by_hand():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    by_hand = 0.5 * torch.tensor(2.0).log() + 0.25 * torch.tensor(0.5).log()
+    torch.testing.assert_close(next_token_kl(p.log(), q.log() + 7), by_hand)
+    assert next_token_kl(p.log(), p.log()) == 0
+
+
+HARMFUL = ("bomb", "rob it", "kill", "poison", "steal", "hack it")
+HARMLESS = ("cake", "hike it", "paint", "garden", "sleep", "walk it")
+
+
+class Planted:
+    """A tiny model taught to open with byte `I` when a prompt has a harmful word, else with `S`."""
+
+    @staticmethod
+    def train(folder):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        hf = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows = encode_prompts(tokenizer, HARMFUL + HARMLESS)
+        reply = torch.tensor(tokenizer.convert_tokens_to_ids(["I"] * 6 + ["S"] * 6))
+        optimiser = torch.optim.Adam(hf.parameters(), lr=3e-3)
+        for _ in range(40):
+            logits = torch.stack([hf(torch.tensor([row])).logits[0, -1] for row in rows])
+            loss = torch.nn.functional.cross_entropy(logits, reply)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        hf.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("planted") / "model", "llama")
+    Planted.train(folder)
+    return load_model(str(folder), device="cpu", dtype=torch.float32)
+
+
+REFUSAL = Contrast("refusal", HARMFUL, HARMLESS, "harmful", "harmless")
+NEGATIVITY = Contrast(
+    "negativity",
+    ("sad day", "bad tea", "ugly cat", "awful"),
+    ("mild day", "warm tea", "grey cat", "usual"),
+    "negative",
+    "neutral",
+)
+
+
+@torch.no_grad()
+def read(model, prompts) -> Tensor:
+    names = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
+    rows = []
+    for ids in encode_prompts(model.tokenizer, prompts):
+        _, cache = model.run_with_cache(torch.tensor([ids]), names_filter=names)
+        rows.append(torch.stack([cache[name][0, -1] for name in names]))
+    return torch.stack(rows)
+
+
+def sides(model, contrast) -> tuple[Tensor, Tensor]:
+    return read(model, contrast.target), read(model, contrast.baseline)
+
+
+def test_refusal_tokens_of_a_known_family_come_from_its_table(planted):
+    found = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
+    assert found.texts == ("I",)
+    assert "<|start_header_id|>" in found.how
+    assert found.refused > 0.9
+    assert found.answered < 0.1
+
+
+def test_refusal_tokens_of_an_unknown_family_are_found_in_what_it_does(planted, monkeypatch):
+    monkeypatch.setattr("refusal_lens.interventions.refusal_tokens.OPENINGS", {})
+    found = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
+    assert found.texts == ("I",)
+    assert found.separation > 0.9
+    swapped = find_refusal_tokens(planted, HARMLESS, HARMFUL, progress=False)
+    assert swapped.texts == ("S",)
+
+
+def test_a_model_that_does_not_refuse_is_said_not_to(model, monkeypatch):
+    in_table = find_refusal_tokens(model, HARMFUL, HARMLESS, progress=False)
+    assert abs(in_table.separation) < 0.05
+    monkeypatch.setattr("refusal_lens.interventions.refusal_tokens.OPENINGS", {})
+    found = find_refusal_tokens(model, HARMFUL, HARMLESS, min_separation=0.3, progress=False)
+    assert found.ids == ()
+    assert found.how.startswith("none")
+    assert found.separation == 0
+    assert refusal_log_odds(drawn(3), found).isnan()
+
+
+def test_too_few_prompts_to_find_refusal_tokens_are_refused(model):
+    with pytest.raises(InputError, match="at least two"):
+        find_refusal_tokens(model, HARMFUL[:1], HARMLESS, progress=False)
+
+
+def test_ablating_the_direction_of_a_planted_refusal_lowers_it_and_a_random_one_does_not(planted):
+    tokens = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
+    target, baseline = sides(planted, REFUSAL)
+    layer = planted.cfg.n_layers - 1
+    direction = (target.mean(0) - baseline.mean(0))[layer]
+    candidates = torch.cat([direction[None], drawn(20, 32)])
+    effects = ablation_effects(planted, HARMFUL, candidates, refusal_tokens=tokens)
+    change = (effects.log_odds - effects.unchanged).mean(-1)
+    assert change[0] < -2
+    assert change[0] < 2 * change[1:].min()
+    added = addition_effects(
+        planted, HARMLESS, direction[None], torch.tensor([layer]), refusal_tokens=tokens
+    )
+    assert (added.log_odds - added.unchanged).min() > 4
+
+
+@pytest.mark.parametrize("kind", ["ablation", "addition"])
+def test_cross_effects_are_those_of_each_intervention_alone(planted, kind):
+    tokens = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    function = {"ablation": ablation_cross_effects, "addition": addition_cross_effects}[kind]
+    effects = function(
+        planted,
+        (REFUSAL, NEGATIVITY),
+        activations,
+        layer=1,
+        refusal_tokens=tokens,
+        generator=torch.Generator().manual_seed(0),
+        n_random=2,
+        progress=False,
+    )
+    refusal, negativity = ((t.mean(0) - b.mean(0))[1] for t, b in activations)
+    axis = negativity / negativity.norm()
+    by_name = {
+        "refusal": refusal,
+        "negativity": negativity,
+        "refusal without negativity": refusal - (refusal @ axis) * axis,
+    }
+    assert effects.interventions[0] == "none"
+    assert effects.interventions[5:] == ("random 1", "random 2")
+    assert effects.read_layers == (2, 3)
+    one = ablate_direction if kind == "ablation" else partial(add_direction, layer=1)
+    for name, direction in by_name.items():
+        row = effects.interventions.index(name)
+        for prompts, found in (
+            (HARMFUL, effects.refusal.target_log_odds),
+            (HARMLESS, effects.refusal.baseline_log_odds),
+            (NEGATIVITY.target, effects.negativity.target_log_odds),
+        ):
+            logits = last_logits(planted, one(planted, direction), prompts)
+            expected = refusal_log_odds(logits, tokens)
+            torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-4)
+    unchanged = refusal_log_odds(last_logits(planted, [], HARMFUL), tokens)
+    torch.testing.assert_close(effects.refusal.target_log_odds[0], unchanged, atol=1e-3, rtol=1e-4)
+    expected = held_out_scores(*(side[:, [2, 3]] for side in activations[0]))
+    torch.testing.assert_close(effects.refusal.target_scores[0], expected[0], atol=1e-3, rtol=1e-3)
+    assert effects.refusal.auroc().shape == (7, 2)
+
+
+def test_an_orthogonal_part_that_is_nothing_has_no_row(planted):
+    tokens = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
+    same = sides(planted, REFUSAL)
+    twin = Contrast("negativity", HARMFUL, HARMLESS)
+    effects = ablation_cross_effects(
+        planted,
+        (REFUSAL, twin),
+        (same, same),
+        layer=2,
+        refusal_tokens=tokens,
+        generator=torch.Generator().manual_seed(0),
+        n_random=1,
+        progress=False,
+    )
+    row = effects.interventions.index("refusal without negativity")
+    assert effects.refusal.target_log_odds[row].isnan().all()
+    assert effects.refusal.auroc()[row].isnan().all()
+    torch.testing.assert_close(
+        effects.refusal.target_log_odds[1], effects.refusal.target_log_odds[2]
+    )
+
+
+def test_held_out_scores_tell_classes_apart_that_are_and_no_others():
+    # The control: of two random classes, a discriminant fitted on all would tell all apart.
+    target, baseline = drawn(40, 1, 32), drawn(40, 1, 32, seed=1)
+    scores = held_out_scores(target, baseline)
+    assert abs((scores[0][0, :, None] > scores[1][0]).float().mean() - 0.5) < 0.2
+    shifted = held_out_scores(target + 1, baseline)
+    assert (shifted[0][0, :, None] > shifted[1][0]).float().mean() > 0.95
+
+
+def test_a_prompt_has_no_part_in_the_discriminant_it_is_scored_on():
+    target, baseline = drawn(10, 1, 8), drawn(10, 1, 8, seed=1)
+    before = held_out_scores(target, baseline)[0][0]
+    moved = target.clone()
+    moved[4] += 100.0
+    after = held_out_scores(moved, baseline)[0][0]
+    others_of_its_half = [0, 2, 6, 8]
+    torch.testing.assert_close(after[others_of_its_half], before[others_of_its_half])
+    assert (after[1::2] - before[1::2]).abs().min() > 1e-4
+
+
+def test_random_directions_have_the_covariance_within_the_classes():
+    spread = torch.tensor([3.0, 1.0, 0.1])
+    target, baseline = drawn(50, 3) * spread + 100, drawn(50, 3, seed=1) * spread
+    drawn_many = random_directions(
+        target, baseline, n=20_000, generator=torch.Generator().manual_seed(0)
+    )
+    within = torch.cat([target - target.mean(0), baseline - baseline.mean(0)])
+    expected = within.T @ within / 100
+    torch.testing.assert_close(drawn_many.T.cov(), expected, atol=0.2, rtol=0.1)
