@@ -1,7 +1,7 @@
 """Is the direction along which a chat model refuses its own mechanism, or just negativity?
 
-The public names are listed, with the room each lives in, in `__init__.pyi`; each is imported when
-it is first used, so that `import refusal_lens` itself is cheap.
+`__init__.pyi` lists the public names and their modules. Each name is imported when it is first used,
+so that `import refusal_lens` itself is cheap.
 """
 
 import lazy_loader

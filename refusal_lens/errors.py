@@ -1,61 +1,62 @@
 """InputError, the one error for mistakes in the input, and the check of tensors that raises it."""
 
-from torch import Tensor
-
 
 class InputError(ValueError):
-    """Something handed to us can't be used as it is.
+    """The input can't be used; the message says what was wrong, where, and what to do.
 
-    Its message says what was wrong, where, and what to do, in one line. The command line prints that
-    line alone and exits with status 2; every other exception is a fault of ours and keeps its
-    traceback.
+    The command line prints the message, one line, and exits with status 2. Every other exception
+    is a bug and keeps its traceback.
 
-    What a message quotes of a stranger's file stays harmless: line breaks and tabs become spaces,
-    and whatever else a terminal would not show but obey is written out (`\\x1b`).
+    A message may quote a stranger's file. Line breaks and tabs become spaces, and every other
+    character that does not print is escaped (`\\x1b`).
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(map(_shown, message)))
+        super().__init__("".join(map(_printable, message)))
 
 
-def _shown(character: str) -> str:
+def _printable(character: str) -> str:
     if character.isprintable():
         return character
     return " " if character in "\r\n\t" else ascii(character)[1:-1]
 
 
 def check_tensors(**tensors: tuple[object, str]) -> None:
-    """Refuse what is not a tensor of floating-point numbers with the axes it should have.
+    """Check that arguments are dense floating-point tensors with the expected axes.
 
-    Each is given by its name in the caller's words, with its axes as a signature spells them:
-    `check_tensors(target=(target, "target layer d_model"))`. Axes of one name are equally long
-    wherever they occur; a leading `*` stands for any number of axes.
+        check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
+
+    Args:
+        **tensors: for each argument, under its name, its value and its axes. Axes of one name must
+            have one length in all tensors. A leading `*axis` stands for any number of axes.
 
     Raises:
-        InputError: on anything but a tensor, another dtype, a wrong number of axes, axes of one
-            name that differ in length, tensors on several devices or on the meta device.
+        InputError: on a value that is no such tensor, a wrong number of axes, axes of one name that
+            differ in length, tensors on several devices or on the meta device.
     """
     lengths: dict[str, tuple[str, int]] = {}
-    where: tuple[str, str] | None = None
+    devices: dict[str, str] = {}
     for name, (tensor, axes) in tensors.items():
-        shape = _checked_alone(name, tensor, axes)
-        device = str(tensor.device)  # type: ignore[attr-defined]
-        if where is not None and where[1] != device:
+        shape = _axis_lengths(name, tensor, axes)
+        devices.setdefault(str(tensor.device), name)  # type: ignore[attr-defined]
+        if len(devices) > 1:
+            (device, first), (other, second) = devices.items()
             raise InputError(
-                f"{where[0]} is on {where[1]} and {name} on {device}: move both to one device"
+                f"{first} is on {device} and {second} on {other}: move both to one device"
             )
-        where = (name, device)
         for axis, length in shape.items():
-            first, other = lengths.setdefault(axis, (name, length))
-            if other != length:
+            first, other_length = lengths.setdefault(axis, (name, length))
+            if other_length != length:
                 raise InputError(
-                    f"{first} and {name} differ in {axis}, {other} and {length}: hand over tensors "
-                    "of one model and one set of layers"
+                    f"{first} and {name} differ in {axis}, {other_length} and {length}: hand over "
+                    "tensors of one model and one set of layers"
                 )
 
 
-def _checked_alone(name: str, tensor: object, axes: str) -> dict[str, int]:
-    """The lengths of the named axes of one tensor."""
+def _axis_lengths(name: str, tensor: object, axes: str) -> dict[str, int]:
+    """Check one tensor alone; the length of each named axis."""
+    from torch import Tensor
+
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} is a {type(tensor).__name__}: hand over a tensor [{axes}]")
     if not tensor.is_floating_point():

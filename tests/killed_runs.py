@@ -1,9 +1,8 @@
-"""Real runs, killed with SIGKILL at random moments and then resumed: `killed_runs.py FOLDER N SEED`.
+"""Runs that are killed with SIGKILL at random moments and resumed: `killed_runs.py FOLDER N SEED`.
 
-Every run is a fork of this process, which has done the imports and nothing else, so that the time
-of a run is that of its work. Prints one JSON
-object: how long an undisturbed run took, and of each killed run what it left and what the resumed
-one then did.
+Every run is a fork of this process, which has only done the imports, so that the time of a run is
+the time of its work. Prints one JSON object: the seconds of an undisturbed run, and for each killed
+run how many prompts it stored and how many the resumed run computed.
 """
 
 import json
@@ -14,46 +13,42 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import refusal_lens as rl
-from refusal_lens.activations import batching as reading
-from refusal_lens.activations import disk as artifacts
+from refusal_lens.activations import extract as extraction
+from refusal_lens.activations.extract import by_contrast
 from refusal_lens.activations.store import Cache
-from refusal_lens.experiment.lazy_model import LazyModel
+from refusal_lens.experiment.cached_model import CachedModel
 
 CONTRASTS = ("refusal", "negativity", "positivity", "alarm")
 BATCH_SIZE = 48
 
 
 def run(cache: Path, out: Path) -> None:
-    """The run itself; leaves its results' bits and how many prompts it computed in `out`."""
+    """The run itself; leaves the bits of its results and the number of prompts it ran in `out`."""
     computed = 0
-    forward = reading._forward
+    run_batch = extraction._run_batch
 
     def counted(model, rows, batch, prefix):
         nonlocal computed
         computed += len(batch)
-        return forward(model, rows, batch, prefix)
+        return run_batch(model, rows, batch, prefix)
 
-    reading._forward = counted
-    contrasts = [rl.load_contrast(name) for name in CONTRASTS]
-    found = rl.extract(
-        LazyModel("organism:specific"),
-        contrasts,
-        batch_size=BATCH_SIZE,
-        progress=False,
-        cache=Cache(cache),
-    )
-    out.write_bytes(pickle.dumps((artifacts_bits(found), computed)))
-
-
-def artifacts_bits(value) -> dict[str, bytes]:
-    tree, tensors = artifacts.pack(value)
-    bits = {path: tensor.contiguous().numpy().tobytes() for path, tensor in tensors.items()}
-    return bits | {"tree": json.dumps(tree, sort_keys=True).encode()}
+    extraction._run_batch = counted
+    config = rl.Config(model="organism:specific", batch_size=BATCH_SIZE)
+    model = CachedModel(config, Cache(cache))
+    contrasts = {name: rl.load_contrast(name) for name in CONTRASTS}
+    found = by_contrast(partial(model.prompt_activations, progress=False), contrasts)
+    bits = {
+        (name, side): rows.numpy().tobytes()
+        for name, pair in found.items()
+        for side, rows in pair._asdict().items()
+    }
+    out.write_bytes(pickle.dumps((bits, computed)))
 
 
 def start(cache: Path, out: Path) -> int:
@@ -79,8 +74,6 @@ def main(folder: Path, n: int, seed: int) -> None:
     import transformer_lens  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    # Its hash of the source is kept, so that editing a file meanwhile is not another version.
-    _ = LazyModel("organism:specific").identity
     out, moments = folder / "out", random.Random(seed)
     began = time.monotonic()
     os.waitpid(start(folder / "undisturbed", out), 0)

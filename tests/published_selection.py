@@ -1,6 +1,6 @@
 """Arditi et al.'s selection of a direction, in plain Hugging Face code written from the paper.
 
-Nothing of the package is used here: this is what its scores, and its speed, are held against.
+The reference for the package's scores and speed; it uses nothing of the package.
 
     mean activations  at the input of block l, at the last tokens of the template (section 2.3)
     ablation          x - r (r.x), r of norm 1, at the input of every block and the output of every

@@ -1,4 +1,4 @@
-"""The house rules that code can hold: floors, cheap imports, one list of public names."""
+"""What holds for the package as a whole: the order of its steps, cheap imports, sizes."""
 
 import ast
 import subprocess
@@ -33,7 +33,6 @@ def upward_imports(package: Path) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="activations still know of caches and processes")
 def test_a_step_imports_only_from_steps_before_it():
     assert upward_imports(PACKAGE) == []
 
@@ -99,8 +98,12 @@ def test_public_names_have_docstrings():
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
-def test_no_module_outgrows_its_room(file):
-    assert file.read_text().count("\n") <= 450
+def test_modules_and_functions_can_be_followed(file):
+    source = file.read_text()
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 def test_the_version_is_the_installed_one():

@@ -55,10 +55,10 @@ def test_the_first_block_is_eight_lines():
 
 @pytest.mark.parametrize("words", commands("refusal-lens"), ids=" ".join)
 def test_every_command_shown_exists_with_its_options(words, capsys):
-    said = shown_help(capsys, words[1])
-    assert f"usage: refusal-lens {words[1]} " in said
+    shown = shown_help(capsys, words[1])
+    assert f"usage: refusal-lens {words[1]} " in shown
     for option in (word for word in words if word.startswith("--")):
-        assert re.search(rf"{option}\b", said), option
+        assert re.search(rf"{option}\b", shown), option
 
 
 def test_a_command_that_does_not_exist_would_be_noticed(capsys):
@@ -109,5 +109,5 @@ def test_the_table_of_verdicts_is_what_the_demo_prints(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = re.findall(r"\| `(\w+)` \|[^|]*\| ([+-][\d.]+) \| ([\w -]+) \| ([\w ]+) \|", README)
     assert [row[0] for row in rows] == ["specific", "entangled", "oblivious"]
-    for name, cosine, reading, verdict in rows:
-        assert re.search(rf"{name} +{verdict} +{re.escape(cosine)} +{reading}", printed), name
+    for name, cosine, rule, verdict in rows:
+        assert re.search(rf"{name} +{verdict} +{re.escape(cosine)} +{rule}", printed), name

@@ -1,27 +1,24 @@
-"""Prompts -> the residual stream of every layer at the positions asked for, read or remembered.
+"""Extract the residual stream of every layer from prompts; functions follow the data."""
 
-`residual_stream` says how the model is run. Here prompts become its tokens; with a cache, what was
-read before is not computed again, and each batch is stored as it ends; with several processes, each
-runs some of the batches. A run that was cut off goes on with the very batches that it had left.
-"""
-
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import InputError
-from ..experiment.distributed import ALONE, Team
-from ..experiment.lazy_model import LazyModel
-from ..models.load import LensModel
+from ..models import forward
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from ..prompts.tokenize import build_inputs_with_chat_template, check_prompts, refuse_padding
-from .batching import names_read, plan_batches, read_residual_stream
-from .store import Cache, StoredActivations
+from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template, refuse_padding
+from .batching import Rows, checked_rows, one_behind, plan_batches, run_halving
+from .shared_prefix import SharedPrefix
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 class ContrastActivations(NamedTuple):
@@ -32,205 +29,192 @@ class ContrastActivations(NamedTuple):
 
 
 def get_layer_activations(
-    model: LensModel | LazyModel,
+    model: "HookedTransformer | TransformerBridge",
     contrast: Contrast,
     *,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     progress: bool = True,
-    cache: Cache | None = None,
-    team: Team = ALONE,
 ) -> ContrastActivations:
-    """Activations of one contrast at every layer, read at the protocol's one position.
+    """Return the activations of one contrast at every layer, at the protocol's one position.
 
-    Layer `l` is `blocks.{l}.hook_resid_post` (or the protocol's other hook), in the units of the
-    residual stream. The options,
-    errors and guarantees are those of `get_prompt_activations`; several contrasts of one run are
-    faster together, with `extract`.
+        target, baseline = get_layer_activations(model, load_contrast("refusal"))
 
-    Raises:
-        InputError: as `get_prompt_activations`, and where the protocol asks for several positions.
+    Layer `l` is `blocks.{l}.hook_resid_post`, or the protocol's other hook. `extract` runs several
+    contrasts faster together and raises the same errors.
+
+    Args:
+        model, contrast: the model, which stays unchanged, and the two prompt sets.
+        protocol: how a prompt becomes tokens, and the hook and position to read.
+        batch_size, progress: prompts in a batch, or `None` for automatic; show a progress bar.
     """
-    found = extract(
-        model,
-        [contrast],
-        protocol=protocol,
-        batch_size=batch_size,
-        progress=progress,
-        cache=cache,
-        team=team,
-    )
+    found = extract(model, [contrast], protocol=protocol, batch_size=batch_size, progress=progress)
     return found[contrast.name]
 
 
 def extract(
-    model: LensModel | LazyModel,
+    model: "HookedTransformer | TransformerBridge",
     contrasts: Sequence[Contrast],
     *,
     protocol: Protocol = Protocol(),  # noqa: B008
     batch_size: int | None = None,
     progress: bool = True,
-    cache: Cache | None = None,
-    team: Team = ALONE,
 ) -> dict[str, ContrastActivations]:
-    """Activations of several contrasts, by name, from one run over all their prompts.
+    """Return the activations of several contrasts by name; small sets share batches.
 
-    Small sets share batches and the prefix, instead of each paying for its own. Otherwise as
-    `get_layer_activations`.
+    Args:
+        model, contrasts: the model, which stays unchanged, and contrasts of different names.
+        protocol: how a prompt becomes tokens, and the hook and position to read.
+        batch_size, progress: prompts in a batch, or `None` for automatic; show a progress bar.
 
     Raises:
-        InputError: as `get_layer_activations`, and where two contrasts have the same name.
+        InputError: for equal names, several positions, or errors of `get_prompt_activations`.
     """
     names = [contrast.name for contrast in contrasts]
     if len(set(names)) < len(names):
         raise InputError(f"two contrasts have the same name, of {names}: rename one")
     if len(protocol.positions) != 1:
-        raise InputError(
-            f"a contrast is read at one position, the protocol asks for {protocol.positions}: "
-            "choose one, or use get_prompt_activations"
-        )
-    sides = [
-        (f"{contrast.name}'s {name}", prompts)
-        for contrast in contrasts
-        for name, prompts in (
-            (contrast.target_name, contrast.target),
-            (contrast.baseline_name, contrast.baseline),
-        )
-    ]
+        asked = f"the protocol asks for {protocol.positions}"
+        raise InputError(f"{asked}: choose one position, or use get_prompt_activations")
+    options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
+    read = partial(get_prompt_activations, model, **options)
+    return by_contrast(read, dict(zip(names, contrasts, strict=True)))
+
+
+def by_contrast(
+    read: Callable[..., Float[Tensor, "prompt pos layer d_model"]],
+    contrasts: Mapping[str, Contrast],
+) -> dict[str, ContrastActivations]:
+    """Return activations by the contrasts' keys, from one call `read(prompts, labels=labels)`."""
+    sides: list[tuple[str, Sequence[str]]] = []
+    for one in contrasts.values():
+        sides += [(f"{one.name}'s {one.target_name}", one.target)]
+        sides += [(f"{one.name}'s {one.baseline_name}", one.baseline)]
     prompts = [prompt for _, side in sides for prompt in side]
-    labels = [f"prompt {i} of {name}" for name, side in sides for i in range(len(side))]
-    activations = _run(model, prompts, labels, protocol, batch_size, progress, cache, team)
-    of_sides = iter(activations[:, 0].split([len(side) for _, side in sides]))
-    return {name: ContrastActivations(next(of_sides), next(of_sides)) for name in names}
+    labels = [f"prompt {i} of {label}" for label, side in sides for i in range(len(side))]
+    activations = read(prompts, labels=labels)
+    split = iter(activations[:, 0].split([len(side) for _, side in sides]))
+    return {key: ContrastActivations(next(split), next(split)) for key in contrasts}
 
 
 def get_prompt_activations(
-    model: LensModel | LazyModel,
+    model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
     *,
     protocol: Protocol = Protocol(),  # noqa: B008
     batch_size: int | None = None,
     progress: bool = True,
-    cache: Cache | None = None,
-    team: Team = ALONE,
+    labels: Sequence[str] | None = None,
 ) -> Float[Tensor, "prompt pos layer d_model"]:
-    """`resid_post` of every prompt at every layer and at the protocol's positions, in their order.
+    """Return `resid_post` of every prompt at every layer and at the protocol's positions.
 
-    float32, on the CPU. Any batch size gives what each prompt gives alone (within 1e-5 relative in
-    float32; in bfloat16 up to its own rounding, which depends on the shapes multiplied). No
-    gradient is kept, and the model is left as it was found: hooks, training mode, random state.
-    Hooks that are on the model take part, so that a model under intervention can be read too.
+    float32, on the CPU, in the given order. Every batch size gives the numbers of single prompts,
+    within 1e-5 relative in float32 and within rounding in bfloat16. Hooks on the model stay active.
 
     Args:
-        batch_size: prompts to a batch. `None` finds it from the free memory and each batch's
-            length. Either is halved where memory runs out, and the run goes on from there.
+        model: the model, whose hooks, training mode and random state stay unchanged.
+        prompts: user messages, without a chat template.
+        protocol: how a prompt becomes tokens, and the hook and positions to read.
+        batch_size: prompts in a batch, halved where memory runs out; `None` derives it.
         progress: show a progress bar over the prompts.
-        cache: where finished prompts are stored as they come, and looked for first. It is used with
-            a `LazyModel` alone, which is loaded only if a prompt is missing: of a model that is
-            handed over nothing tells what was done to it. Resumed or not, a run gives the same bits.
-        team: the processes over which the work is divided; all of them call this alike, and each
-            is given everything, the same bits as one process alone.
+        labels: a name for each prompt in error messages; `None` numbers them.
 
     Raises:
-        InputError: without prompts; where a prompt is longer than the model's context, gives a
-            non-finite activation (an overflow of float16 or bfloat16), or does not fit in memory.
+        InputError: without prompts, or if one exceeds context or memory or overflows the dtype.
     """
-    labels = [f"prompt {i}" for i in range(len(prompts))]
-    return _run(model, prompts, labels, protocol, batch_size, progress, cache, team)
-
-
-def _run(
-    model: LensModel | LazyModel,
-    prompts: Sequence[str],
-    labels: Sequence[str],
-    protocol: Protocol,
-    batch_size: int | None,
-    progress: bool,
-    cache: Cache | None,
-    team: Team,
-) -> Float[Tensor, "prompt pos layer d_model"]:
-    if not prompts:
-        raise InputError("there are no prompts to run: hand over at least one")
-    check_prompts(prompts)
     refuse_padding(protocol)
-    if cache is None or not isinstance(model, LazyModel):
-        return _run_missing(model, prompts, labels, None, protocol, batch_size, progress, team)
-    stored = cache.activations(_key(model, protocol))
-    once = {prompt: row for row, prompt in reversed([*enumerate(prompts)])}
-    distinct = sorted(once.values())
-    texts, names = [prompts[row] for row in distinct], [labels[row] for row in distinct]
-    found = _run_missing(model, texts, names, stored, protocol, batch_size, progress, team)
-    if len(texts) == len(prompts):
-        return found
-    place = {prompt: i for i, prompt in enumerate(texts)}
-    return found[[place[prompt] for prompt in prompts]]
+    tokenizer: Any = model.tokenizer  # where a model has none, the next line says so
+    inputs = build_inputs_with_chat_template(tokenizer, prompts, protocol=protocol)
+    labels = labels or [f"prompt {i}" for i in range(len(prompts))]
+    n_layers = len(forward.hook_points(model, inputs.hook))
+    activations = torch.empty(len(prompts), len(protocol.positions), n_layers, model.cfg.d_model)
+    for rows, batch in read_residual_stream(
+        model, inputs, batch_size=batch_size, progress=progress, labels=labels
+    ):
+        # Copying row by row converts to float32 without a copy of the whole batch.
+        for row, activation in zip(rows.tolist(), batch, strict=True):
+            activations[row] = activation
+    return activations
 
 
-def _run_missing(
-    model: LensModel | LazyModel,
-    prompts: Sequence[str],
-    labels: Sequence[str],
-    stored: StoredActivations | None,
-    protocol: Protocol,
-    batch_size: int | None,
-    progress: bool,
-    team: Team,
-) -> Float[Tensor, "prompt pos layer d_model"]:
-    """What is stored, by anybody, as it is; the rest is run, by everybody a part of it."""
-    activations = torch.empty(0)
-    here: set[int] = set()
-    for found, batch in stored.read(prompts) if stored else ():
-        if not here:
-            activations = torch.zeros(len(prompts), *batch.shape[1:])
-        activations[found] = batch
-        here.update(found)
-    held = team.gather((here, tuple(activations.shape)))
-    shapes = [shape for rows, shape in held if rows]
-    missing = {*range(len(prompts))}.difference(*(rows for rows, _ in held))
-    # Each prompt counts once when everybody's are added up.
-    for rows, _ in held[: team.rank]:
-        activations[[*(here & rows)]] = 0
-    if not missing:
-        return team.add_up(activations if here else torch.zeros(shapes[0]))
-    ready: list[Any] = []
+def read_residual_stream(
+    model: "HookedTransformer | TransformerBridge",
+    inputs: ChatInputs,
+    *,
+    batch_size: int | None = None,
+    progress: bool = True,
+    labels: Sequence[str] | None = None,
+    only: Sequence[int] | None = None,
+) -> Iterator[tuple[Int[Tensor, " batch"], Float[Tensor, "batch pos layer d_model"]]]:
+    """Run tokens through the model and yield the rows and activations of each finished batch.
 
-    def prepare() -> list[list[int]]:
-        lens = model() if isinstance(model, LazyModel) else model
-        inputs = build_inputs_with_chat_template(lens.tokenizer, prompts, protocol=protocol)
-        ready.extend((lens, inputs))
-        return plan_batches(
-            lens, inputs, batch_size=batch_size, labels=labels, only=sorted(missing)
-        )
+    Activations are on the CPU, in the model's dtype. Each row comes once, long rows first. Between
+    batches the model is unchanged, so the iteration can stop at any point. On CUDA a batch is
+    yielded after the next one has started.
 
-    plan = team.agreed(prepare)[0]
-    lens, inputs = ready
-    if not here:
-        n_read = len(names_read(lens, inputs.hook))
-        activations = torch.zeros(len(prompts), len(protocol.positions), n_read, lens.cfg.d_model)
+    Args:
+        model: the model, which stays unchanged.
+        inputs: rows of tokens, padded on the left, and the positions to read.
+        batch_size: rows in a batch, halved where memory runs out; `None` derives it.
+        progress: show a progress bar over the rows.
+        labels: a name for each row in error messages; `None` numbers them.
+        only: the rows to run; `None` runs all.
 
-    def run() -> None:
-        batches = read_residual_stream(
-            lens,
-            inputs,
-            batch_size=batch_size,
-            progress=progress and team.leads,
-            labels=labels,
-            only=[row for batch in team.share(plan) for row in batch],
-        )
-        with stored.writer() if stored else nullcontext() as store:
-            for rows, batch in batches:
-                # Row by row: converted on the way, without a copy of the whole batch.
-                for row, read in zip(rows.tolist(), batch, strict=True):
-                    activations[row] = read
-                if store:
-                    store([prompts[row] for row in rows.tolist()], batch)
+    Raises:
+        InputError: if a row is not left-padded, exceeds context or memory, or is non-finite.
+    """
+    from tqdm.auto import tqdm
 
-    team.agreed(run)
-    return team.add_up(activations)
+    rows = checked_rows(model, inputs, labels)
+    plan = plan_batches(model, inputs, batch_size=batch_size, labels=labels, only=only)
+    if not plan:
+        return
+    device, prefix, n_rows = forward.input_device(model), SharedPrefix(model), len(rows.tokens)
+    if len(rows.prefix):
+        recording = forward.without_logits(model) | prefix.recording(len(rows.prefix))
+        with forward.undisturbed(model):
+            model(rows.prefix[None].to(device), **recording)
+    batches = run_halving(lambda batch: _run_batch(model, rows, batch, prefix), plan, rows, device)
+    if not forward.must_block(device):
+        batches = one_behind(batches)
+    done = n_rows - sum(map(len, plan))
+    with tqdm(total=n_rows, initial=done, unit="prompt", disable=not progress) as bar:
+        for batch, activations, copied in batches:
+            if copied:
+                copied.synchronize()
+            finite = activations.isfinite().all(-1).all(1)
+            if not finite.all():
+                index, layer = (~finite).nonzero()[0].tolist()
+                problem = f"a non-finite activation at layer {layer} in {activations.dtype}"
+                advice = "load the model in a wider dtype (bfloat16 or float32)"
+                raise InputError(f"{rows.labels[batch[index]]} gives {problem}: {advice}")
+            bar.update(len(batch))
+            yield torch.tensor(batch), activations
 
 
-def _key(model: LazyModel, protocol: Protocol) -> dict[str, Any]:
-    """Everything but the prompt itself that decides what is read of a prompt."""
-    choices = protocol.to_dict()
-    del choices["name"]
-    return {**model.identity, "protocol": choices}
+def _run_batch(
+    model: "HookedTransformer | TransformerBridge",
+    rows: Rows,
+    batch: list[int],
+    prefix: SharedPrefix,
+) -> tuple[list[int], Float[Tensor, "batch pos layer d_model"], torch.cuda.Event | None]:
+    """Run one batch without waiting for CUDA; the event tells when the CPU has the activations."""
+    lengths = rows.lengths[batch] - prefix.length
+    width = int(lengths.max())
+    mask = torch.arange(-width, 0) >= -lengths[:, None]
+    columns, where = rows.from_end[batch].unique(return_inverse=True)
+    tokens = forward.sent(rows.tokens[batch, -width:], forward.input_device(model))
+    mask = forward.sent(mask.to(tokens.dtype), tokens.device)
+    names = forward.hook_points(model, rows.hook)
+    options: Any = forward.without_logits(model) | prefix.following(mask, repeat=len(batch))
+    # An int or a slice as `pos_slice` would be a view that keeps every layer's whole stream alive.
+    options |= {"names_filter": names, "pos_slice": forward.copy_columns(columns % width)}
+    with forward.undisturbed(model):
+        _, cache = model.run_with_cache(tokens, return_cache_object=False, **options)
+    device = cache[names[0]].device
+    streams = torch.stack([cache[name].to(device) for name in names], dim=2)
+    each_row = torch.arange(len(batch), device=device)[:, None]
+    activations = streams[each_row, forward.sent(where, device)]
+    activations = activations.to("cpu", non_blocking=not forward.must_block(device))
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    return batch, activations, copied

@@ -1,22 +1,17 @@
-"""The commands about direction files: `refusal-lens compare` and `refusal-lens convert`."""
+"""The commands for files of directions: `refusal-lens compare` and `refusal-lens convert`."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from ..errors import InputError
+import refusal_lens as rl
 
-if TYPE_CHECKING:
-    from ..directions.formats import Directions
+from .options import Number, Text, token_position
 
-ENDINGS = (".safetensors", ".npy", ".gguf")
-"""What `convert` writes."""
+ENDINGS = (".safetensors", ".npy", ".gguf")  # formats that `convert` writes
 
-# tyro would show "{None}|STR" for an option that may be left out.
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 Hook = Annotated[
     Literal["resid_pre", "resid_post"] | None,
     tyro.conf.arg(metavar="{resid_pre,resid_post}", help_behavior_hint=""),
@@ -25,119 +20,70 @@ Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...", help_behav
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Compare two files of directions: their cosine across layers, and what to hold against it.
+class FileOptions:
+    """What a file of directions does not specify."""
 
-    Reads what `refusal-lens run` wrote (a folder: say which contrast with --key-a, --key-b), and
-    other projects' files: Arditi et al.'s mean_diffs.pt and direction.pt, safetensors, .npy, .json
-    and GGUF control vectors. Layers are told in this package's counting (l is the output of block
-    l), with every translation stated. A file compared with itself shows how its direction moves
-    from layer to layer.
+    key: Text = None  # Name of one of several tensors; for the folder of a run, the contrast.
+    position: Text = None  # One of several positions (default: -1), or the position of the file.
+    layer: Number = None  # Layer of a single direction, in the file's own count.
+    hook: Hook = None  # resid_pre: layer l is the input of block l; resid_post: its output.
+    model: Text = None  # Model of the directions, if the file does not name it.
+
+    def read(self, path: Path) -> "rl.formats.Directions":
+        """Return the directions in a file or in the folder of a run."""
+        position = None if self.position is None else token_position(self.position)
+        return rl.formats.read_directions(path, **(vars(self) | {"position": position}))
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare two files of directions by their cosine at every layer, with a baseline.
+
+    Reads the folder of a run (name a contrast with --a.key, --b.key) and files of other projects:
+    mean_diffs.pt and direction.pt of Arditi et al., safetensors, .npy, .json and GGUF control vectors.
+    Layer l is the output of block l; the output states every conversion. A file compared with itself
+    shows how its direction changes from layer to layer.
     """
 
-    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """File of directions, or a run's folder."""
-    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
-    """The other."""
-    key_a: Text = None
-    """Which tensor of A, where it holds several."""
-    key_b: Text = None
-    """Which tensor of B."""
-    position_a: Text = None
-    """Position of A: which, of several (default: the last, -1), else the one it was read at."""
-    position_b: Text = None
-    """Position of B."""
-    layer_a: Number = None
-    """Layer of A, where it holds a single direction, in its own counting."""
-    layer_b: Number = None
-    """Layer of B."""
-    hook_a: Hook = None
-    """What layer l of A is: the input of block l (resid_pre) or its output (resid_post)."""
-    hook_b: Hook = None
-    """What layer l of B is."""
-    model_a: Text = None
-    """The model that A belongs to, where the file doesn't say."""
-    model_b: Text = None
-    """The model that B belongs to."""
+    first: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # First file or run.
+    second: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # Other file or run.
+    a: FileOptions = FileOptions()
+    b: FileOptions = FileOptions()
 
     def __call__(self) -> None:
-        """Run it."""
-        from ..directions.formats import compare
-
-        a = _read(self.a, self.key_a, self.position_a, self.layer_a, self.hook_a, self.model_a)
-        b = _read(self.b, self.key_b, self.position_b, self.layer_b, self.hook_b, self.model_b)
-        print(compare(a, b))
+        """Run the command."""
+        print(rl.formats.compare(self.a.read(self.first), self.b.read(self.second)))
 
 
 @dataclass(frozen=True)
 class Convert:
     """Convert a file of directions into the format that another tool loads.
 
-    The ending of OUT decides: .safetensors or .npy, with all that is known beside the numbers, or
-    .gguf, a control vector as repeng and llama.cpp load it. OUT is written whole or not at all;
-    what was there under that name is replaced.
+    OUT ends with .safetensors or .npy, both with metadata, or with .gguf, a control vector for repeng
+    and llama.cpp. An existing file is replaced.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
-    """File of directions, or a run's folder (say which contrast with --key)."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """File to write: .safetensors, .npy or .gguf."""
-    key: Text = None
-    """Which tensor of IN, where it holds several."""
-    position: Text = None
-    """Which position of IN, of several (default: the last, -1), else the one it was read at."""
-    layer: Number = None
-    """Layer of IN, where it holds a single direction, in its own counting."""
-    hook: Hook = None
-    """What layer l of IN is: the input of block l (resid_pre) or its output (resid_post)."""
-    model: Text = None
-    """The model that the directions belong to, where IN doesn't say."""
-    model_type: Text = None
-    """For .gguf: the model_type of the model's Hugging Face configuration, such as llama."""
-    layers: Numbers = ()
-    """Keep these layers alone, in this package's counting. Default: all."""
+    """File of directions, or the folder of a run (name a contrast with --key)."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # File to write.
+    file: tyro.conf.OmitArgPrefixes[FileOptions] = FileOptions()
+    model_type: Text = None  # For .gguf: model_type in the Hugging Face configuration (llama).
+    layers: Numbers = ()  # Layers to keep, in this package's count. Default: all.
 
     def __call__(self) -> None:
-        """Run it."""
-        from ..directions.formats import write_control_vector, write_directions
-
+        """Run the command."""
         suffix = self.out.suffix.lower()
         if suffix not in ENDINGS:
-            raise InputError(f"{self.out}: OUT is written as {', '.join(ENDINGS)}, not this ending")
+            raise rl.InputError(f"{self.out}: choose {', '.join(ENDINGS)}, not this ending")
         if suffix == ".gguf" and not self.model_type:
-            raise InputError(
-                "a control vector names the type of its model: give --model-type, such as llama"
-            )
+            raise rl.InputError("a control vector needs --model-type, such as llama")
         if suffix != ".gguf" and self.model_type:
-            raise InputError(f"--model-type is for .gguf, and {self.out} is none: leave it out")
-        read = _read(self.source, self.key, self.position, self.layer, self.hook, self.model)
-        chosen = read.at(*sorted(set(self.layers))) if self.layers else read
+            raise rl.InputError(f"--model-type is for .gguf, not for {self.out}: leave it out")
+        directions = self.file.read(self.source)
+        if self.layers:
+            directions = directions.at(*sorted(set(self.layers)))
         if suffix == ".gguf":
-            write_control_vector(chosen, self.out, model_type=str(self.model_type))
+            rl.formats.write_control_vector(directions, self.out, model_type=str(self.model_type))
         else:
-            write_directions(chosen, self.out)
-        print(chosen, f"Written to {self.out}", sep="\n")
-
-
-def _read(
-    path: Path,
-    key: str | None,
-    position: str | None,
-    layer: int | None,
-    hook: Literal["resid_pre", "resid_post"] | None,
-    model: str | None,
-) -> "Directions":
-    from ..directions.formats import read_directions
-
-    return read_directions(
-        path, key=key, position=_position(position), layer=layer, hook=hook, model=model
-    )
-
-
-def _position(text: str | None) -> int | str | None:
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        return text
+            rl.formats.write_directions(directions, self.out)
+        print(directions, f"Written to {self.out}", sep="\n")

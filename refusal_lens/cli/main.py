@@ -2,271 +2,174 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-from ..errors import InputError
-from .directions import Compare, Convert
-from .results import CacheCommand, Report, Select, Sensitivity, out_folder
+import refusal_lens as rl
 
-if TYPE_CHECKING:
-    from ..experiment.config import Config
-    from ..experiment.distributed import Team
-    from ..prompts.contrast import Contrast
+from ..activations import disk
+from ..activations.store import default_folder
+from ..experiment import distributed
+from .directions import Compare, Convert
+from .options import Folder, ModelOptions, Number, Text, token_position
+from .results import Multiverse, Report, Select, StoredWork
 
 ORGANISMS = ("specific", "entangled", "oblivious")
-
-# tyro would show "{None}|STR" for an option that may be left out.
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+EXPLANATION = """
+In `entangled` refusal is negativity, and the cosine is high. In `specific` refusal is a mechanism of
+its own, and the cosine is low. `oblivious` never refuses, yet has a harmful direction and a cosine: a
+cosine does not show that a model refuses. The verdict measures the effect of each direction.
+"""
 
 
 @dataclass(frozen=True)
 class Demo:
     """Run the experiment on the three bundled organisms, side by side.
 
-    Needs no GPU, no token and no network. Each organism is a small model, trained for this package,
-    whose true answer is known: `specific` has a refusal mechanism of its own, `entangled` refuses
-    whatever is negative, `oblivious` never refuses.
+    Needs no GPU, no token and no network. Each organism is a small model with a known answer:
+    `specific` has a refusal mechanism of its own, `entangled` refuses everything negative, and
+    `oblivious` never refuses.
     """
 
-    out: Path = Path("runs/demo")
-    """Folder for the results: one folder an organism, and the figure of all three."""
-    prompts: int = 48
-    """Prompts to use of every set, so that it takes less than a minute; 108 is all of them."""
-    quiet: bool = False
-    """Print nothing but the results."""
-    verbose: bool = False
-    """Say on stderr what is being done, and what went wrong along the way."""
+    out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
+    prompts: int = 48  # Prompts to use of every set, to take less than a minute; 108 is all.
+    quiet: bool = False  # Print nothing but the results.
+    verbose: bool = False  # Log progress and problems on stderr.
 
     def __call__(self) -> None:
-        """Run it."""
-        from .. import plotting
-        from ..activations import disk as artifacts
-        from ..experiment.config import Config
-        from ..experiment.run import run_experiment
+        """Run the command."""
         from ..experiment.verdict import published_rule
-        from ..report import write_report
 
-        artifacts.check_writable(self.out)
-        curves, said = {}, []
-        for name in ORGANISMS:
-            config = Config(model=f"organism:{name}", max_prompts=self.prompts)
-            results = run_experiment(config, progress=not self.quiet)
-            results.save(self.out / name)
-            write_report(results, self.out / name / "report.html")
-            print(results, end="\n\n")
-            cosine = results.similarities["refusal_vs_negativity"]
-            curves[name] = cosine
-            value = float(cosine[results.layer])
-            said.append(
-                f"{name:<10} {results.verdict.answer:<13} {value:>+6.2f}   {published_rule(value)}"
-            )
-        figure = plotting.cosine_by_layer(
-            curves, highlight=results.layer, title="Refusal vs negativity in the three organisms"
-        )
-        with artifacts.whole_directory(self.out) as staging:
-            page = figure.to_html(include_plotlyjs=True, full_html=True)
-            (staging / "cosine_by_layer.html").write_text(page, "utf-8")
-        print(
-            "organism   verdict       cosine   the published rule would say of it",
-            *said,
-            "",
-            "What to look at. In `entangled` refusal is negativity, and its curve lies high; in "
-            "`specific` refusal is a",
-            "mechanism of its own, and its curve lies low. `oblivious` never refuses: it has a "
-            "harmful direction and a",
-            "curve all the same, so a cosine alone can't tell that a model refuses at all. The "
-            "verdict can: it asks what",
-            "each direction does when it is taken out or put in.",
-            "",
-            f"Written to {self.out}: open {self.out / 'cosine_by_layer.html'} for the curves, and each "
-            "model's report.html",
-            sep="\n",
-        )
+        disk.check_writable(self.out)
+        progress = distributed.is_main() and not self.quiet
+        runs = distributed.divide([partial(self._run, name, progress) for name in ORGANISMS])
+        layer, found = runs[0].layer, dict(zip(ORGANISMS, runs, strict=True))
+        curves = {name: run.similarities["refusal_vs_negativity"] for name, run in found.items()}
+        title = "Refusal vs negativity in the three organisms"
+        figure = rl.plotting.cosine_by_layer(curves, highlight=layer, title=title)
+        path = self.out / "cosine_by_layer.html"
+        if distributed.is_main():
+            with disk.whole_directory(self.out) as staging:
+                page = figure.to_html(include_plotlyjs=True, full_html=True)
+                (staging / path.name).write_text(page, "utf-8")
+        print(*runs, "organism   verdict       cosine   published rule", sep="\n\n")
+        for name, run in found.items():
+            cosine = float(curves[name][layer])
+            answer, rule = run.verdict.answer, published_rule(cosine)
+            print(f"{name:<10} {answer:<13} {cosine:>+6.2f}   {rule}")
+        print(EXPLANATION)
+        print(f"Written to {self.out}: open {path} and the report.html of each organism")
+
+    def _run(self, organism: str, progress: bool) -> "rl.Results":
+        config = rl.Config(model=f"organism:{organism}", max_prompts=self.prompts)
+        results = rl.run_experiment(config, progress=progress)
+        results.save(self.out / organism)
+        rl.write_report(results, self.out / organism / "report.html")
+        return results
 
 
-@dataclass(frozen=True)
-class Run:
-    """Run the experiment on a model, Meta-Llama-3-8B-Instruct unless told otherwise.
+@dataclass(frozen=True, kw_only=True)
+class Run(ModelOptions):
+    """Run the experiment on a model, by default Meta-Llama-3-8B-Instruct.
 
-    Compares the refusal direction with the negativity direction at every layer, prints the
-    published experiment's table at the highlighted layer and writes everything it found.
-    Prompts of your own: `--target mine.csv:harmful --baseline mine.csv:harmless`.
+    Compares the refusal direction with the negativity direction at every layer, prints the published
+    table at the highlighted layer and writes all results.
+    Your own prompts: `--target mine.csv:harmful --baseline mine.csv:harmless`.
     """
 
-    model: str = "meta-llama/Meta-Llama-3-8B-Instruct"
-    """A hub name, a local directory, or organism:specific, organism:entangled, organism:oblivious."""
-    layer: Number = None
-    """Layer to highlight (0 is the first block's output). Default: 20 of 32, else as deep."""
-    out: Folder = None
-    """Folder for the results. Default: runs/ and the model's name."""
-    refusal: str = "refusal"
-    """Bundled contrast whose direction is in question."""
-    target: Text = None
-    """Your own harmful prompts instead: FILE:COLUMN (CSV, JSON, JSONL) or a text file."""
-    baseline: Text = None
-    """Your own harmless prompts; goes with --target."""
-    against: str = "negativity"
-    """Bundled contrast that it is compared with."""
-    against_target: Text = None
-    """Your own prompts for the other contrast, as with --target."""
-    against_baseline: Text = None
-    """Goes with --against-target."""
-    controls: tuple[str, ...] = ("positivity", "alarm")
-    """Bundled contrasts compared with refusal in the same way."""
-    system_prompt: Text = None
-    """System prompt before every prompt. Default: none."""
-    position: str = "-1"
-    """Token to read, from the end of the formatted prompt (-1 the last), or last_prompt_token."""
-    revision: Text = None
-    """Branch, tag or commit on the hub."""
-    device: Text = None
-    """cuda, cpu, ... Default: the GPU where there is one."""
-    dtype: Text = None
-    """bfloat16, float32, ... Default: bfloat16 on a GPU."""
-    batch_size: Number = None
-    """Prompts a forward pass. Default: found from free memory."""
-    seed: int = 0
-    """Seed of everything random."""
-    max_prompts: Number = None
-    """Use only so many prompts of every set, for a quick look. Default: all."""
-    resamples: int = 10_000
-    """Resamples behind intervals and nulls."""
-    confidence: float = 0.95
-    """Of every interval."""
-    interventions: bool = True
-    """Only compare the directions, don't intervene: quick, but no verdict except inconclusive."""
-    repeat: Folder = None
-    """A results.json to repeat exactly: model, prompts, protocol, seed. Other options are ignored."""
-    cache: Folder = None
-    """Where to keep what was computed. Default: a folder among the system's caches."""
-    no_cache: bool = False
-    """Keep nothing, and use nothing that was kept."""
-    quiet: bool = False
-    """Print nothing but the results."""
-    verbose: bool = False
-    """Say on stderr what is being done, and what went wrong along the way."""
+    layer: Number = None  # Layer to highlight, from 0. Default: 20 of 32, or the same depth.
+    refusal: str = "refusal"  # Bundled contrast of refusal.
+    target: Text = None  # Your own harmful prompts instead: FILE:COLUMN of a table, or a text file.
+    baseline: Text = None  # Your own harmless prompts; required with --target.
+    against: str = "negativity"  # Bundled contrast to compare refusal with.
+    against_target: Text = None  # Your own prompts for the other contrast, as with --target.
+    against_baseline: Text = None  # Their baseline; required with --against-target.
+    controls: tuple[str, ...] = ("positivity", "alarm")  # Bundled contrasts to compare as well.
+    system_prompt: Text = None  # System prompt before every prompt. Default: none.
+    position: str = "-1"  # Token to read: -1 is the last one; or last_prompt_token.
+    revision: Text = None  # Branch, tag or commit on the hub.
+    dtype: Text = None  # bfloat16, float32, ... Default: bfloat16 on a GPU.
+    batch_size: Number = None  # Prompts in a forward pass. Default: what fits the free memory.
+    seed: int = 0  # Seed of everything random.
+    max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
+    resamples: int = 10_000  # Resamples for intervals and nulls.
+    confidence: float = 0.95  # Confidence of every interval.
+    interventions: bool = True  # Only compare the directions: quick, but inconclusive.
+    repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
+    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+    no_cache: bool = False  # Neither store nor use finished work.
 
     def __call__(self) -> None:
-        """Run it."""
-        from ..activations import disk as artifacts
-        from ..activations.store import Cache, default_folder
-        from ..experiment import distributed
-        from ..experiment.results import config_of
-        from ..experiment.run import run_experiment
-        from ..report import write_report
-
-        team = distributed.join(self.device)
-        if distributed.launched():
-            distributed.speak_as(team)
-        config = config_of(self.repeat) if self.repeat else self._config(team)
+        """Run the command."""
+        config = rl.config_of(self.repeat) if self.repeat else self._config()
         config.contrasts()
-        out = self.out or out_folder(config.model)
-        if team.leads:
-            artifacts.check_writable(out)
-        results = run_experiment(
-            config,
-            progress=team.leads and not self.quiet,
-            cache=Cache(None if self.no_cache else self.cache or default_folder()),
-            team=team,
-        )
-        if team.leads:
+        out = replace(self, model=config.model).folder()
+        disk.check_writable(out)
+        cache = rl.Cache(None if self.no_cache else self.cache or default_folder())
+        results = rl.run_experiment(config, progress=not self.quiet, cache=cache)
+        if distributed.is_main():
             results.save(out)
-            write_report(results, out / "report.html")
-            print(results, "", results.verdict.rule, sep="\n")
-            print(f"\nWritten to {out}: open {out / 'report.html'}")
-        distributed.leave()
+            rl.write_report(results, out / "report.html")
+        written = f"Written to {out}: open {out / 'report.html'}"
+        print(results, results.rule(), written, sep="\n\n")
 
-    def _config(self, team: "Team") -> "Config":
-        from ..experiment.config import Config
-        from ..prompts.protocol import Protocol
-
-        device = self.device
-        if device is None and team.count > 1:
-            import torch
-
-            device = f"cuda:{team.local_rank}" if torch.cuda.is_available() else "cpu"
-        return Config(
-            model=self.model,
-            layer=self.layer,
-            refusal=_own_contrast("target", self.target, self.baseline) or self.refusal,
-            negativity=_own_contrast("against-target", self.against_target, self.against_baseline)
-            or self.against,
-            controls=self.controls,
-            protocol=Protocol(
-                system_prompt=self.system_prompt,
-                positions=(_position(self.position),),
-            ),
-            revision=self.revision,
-            device=device,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            max_prompts=self.max_prompts,
-            interventions=self.interventions,
-            n_resamples=self.resamples,
-            confidence=self.confidence,
-        )
+    def _config(self) -> "rl.Config":
+        same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}
+        refusal = _contrast("target", self.target, self.baseline)
+        against = _contrast("against-target", self.against_target, self.against_baseline)
+        positions = (token_position(self.position),)
+        different = {
+            "refusal": refusal or self.refusal,
+            "negativity": against or self.against,
+            "protocol": rl.Protocol(system_prompt=self.system_prompt, positions=positions),
+            "n_resamples": self.resamples,
+        }
+        return rl.Config(**(same | different))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Show every token that a model is given for a prompt, and which one is read."""
+    """Show every token of a formatted prompt, and the tokens whose activations are extracted."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """The prompt, or several."""
-    model: str = "organism:specific"
-    """A hub name, a local directory or an organism: only its tokenizer is loaded."""
-    system_prompt: Text = None
-    """System prompt before every prompt."""
-    generation_prompt: bool = True
-    """End with the header of the assistant's reply."""
-    position: tuple[str, ...] = ("-1",)
-    """Positions to read, as in `run --position`."""
-    revision: Text = None
-    """Branch, tag or commit on the hub."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional]  # One prompt or several.
+    model: str = "organism:specific"  # Hub name, directory or organism; only tokenizes.
+    system_prompt: Text = None  # System prompt before every prompt.
+    generation_prompt: bool = True  # End with the header of the assistant's reply.
+    position: tuple[str, ...] = ("-1",)  # Positions to read, as in `run --position`.
+    revision: Text = None  # Branch, tag or commit on the hub.
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the command."""
         from ..models.load import load_tokenizer
-        from ..prompts.protocol import Protocol
-        from ..prompts.tokenize import show_tokens
 
-        protocol = Protocol(
+        protocol = rl.Protocol(
             system_prompt=self.system_prompt,
             generation_prompt=self.generation_prompt,
-            positions=tuple(map(_position, self.position)),
+            positions=tuple(map(token_position, self.position)),
         )
         tokenizer = load_tokenizer(self.model, revision=self.revision)
-        print(show_tokens(tokenizer, list(self.prompt), protocol=protocol))
+        print(rl.show_tokens(tokenizer, list(self.prompt), protocol=protocol))
 
 
-def _position(text: str) -> int | str:
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _own_contrast(flag: str, target: str | None, baseline: str | None) -> "Contrast | None":
-    if target is None and baseline is None:
-        return None
-    if target is None or baseline is None:
-        raise InputError(f"--{flag} and its baseline go together: give both")
-    from ..prompts.contrast import contrast_from_prompts
-
-    return contrast_from_prompts(target, baseline)
+def _contrast(flag: str, target: str | None, baseline: str | None) -> "rl.Contrast | None":
+    """Return the contrast of a user's own prompts, if any."""
+    if target and baseline:
+        return rl.contrast_from_prompts(target, baseline)
+    if target or baseline:
+        raise rl.InputError(f"--{flag} and its baseline go together: give both")
+    return None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; exit status 0, or 2 for a mistake of the user's."""
+    """Run one command; the exit status is 0, or 2 for a user's mistake."""
     commands: dict[str, Callable] = {
         "demo": Demo,
         "run": Run,
@@ -274,27 +177,24 @@ def main(arguments: list[str] | None = None) -> None:
         "compare": Compare,
         "convert": Convert,
         "report": Report,
-        "sensitivity": Sensitivity,
+        "sensitivity": Multiverse,
         "select": Select,
-        "cache": CacheCommand,
+        "cache": StoredWork,
     }
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="refusal-lens",
-        description=(
-            "Is the direction along which a chat model refuses harmful requests its own mechanism, "
-            "or is it just negativity?"
-        ),
+        description="Is refusal a mechanism of its own in a chat model, or general negativity?",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     quiet, verbose = (getattr(command, name, False) for name in ("quiet", "verbose"))
     _quieten_third_parties(progress=not quiet)
     try:
-        with _log_on_stderr(quiet=quiet, verbose=verbose):
+        with _log_on_stderr(quiet=quiet, verbose=verbose), distributed.command():
             command()
         sys.stdout.flush()
-    except InputError as error:
+    except rl.InputError as error:
         print(f"refusal-lens: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
@@ -303,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _log_on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Show the package's log on stderr, a line each: warnings, or errors alone, or all of it."""
+    """Show the package's log on stderr: warnings, only errors if quiet, everything if verbose."""
     logger, handler = logging.getLogger("refusal_lens"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("refusal-lens: %(message)s"))
     level = logger.level
@@ -317,10 +217,10 @@ def _log_on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def _quieten_third_parties(*, progress: bool) -> None:
-    """Let the terminal show our lines alone: a library's deprecations are not the user's business."""
+    """Keep the deprecation warnings of libraries off the terminal."""
     warnings.simplefilter("ignore")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for variable in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
     if not progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Activations to one direction per layer, and how similar two of them are."""
+"""Directions from activations: estimators, similarities and files."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""How activations vary within a class: the covariance that whitening divides by."""
+"""Covariance of activations within their classes, which whitening divides by."""
 
 import torch
 from einops import einsum, rearrange
@@ -9,18 +9,16 @@ from ..errors import InputError, check_tensors
 
 
 class WithinClassCovariance:
-    r"""Pooled within-class covariance at every layer, shrunk as Ledoit and Wolf prescribe.
+    r"""Pooled within-class covariance at every layer, shrunk towards a multiple of the identity.
 
-    `S = (1 - rho) X'X / n + rho mu I`, `X` the rows less their own class's mean, `mu` the mean
-    eigenvalue of `X'X / n` and `rho` the shrinkage that minimises the expected squared error. Never
-    formed: everything goes through the `n x n` Gram matrix of the rows, so `d_model` may be large.
+    `S = (1 - rho) X'X / n + rho mu I`, where `X` holds the rows minus their class mean, `mu` is the
+    mean eigenvalue of `X'X / n`, and `rho` minimises the expected squared error (Ledoit and Wolf
+    2004, doi:10.1016/S0047-259X(03)00096-4). `S` is never computed: the `n x n` Gram matrix of the
+    rows suffices.
 
     Attributes:
-        shrinkage: `rho`, `[layer]`, in [0, 1].
-        scale: `mu`, `[layer]`, in squared units of the residual stream.
-        variance: the unshrunk variance of each dimension, `[layer d_model]`.
-
-    Reference: Ledoit and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4.
+        shrinkage, scale: `rho` in [0, 1], and `mu` in squared units of the residual stream.
+        variance: the unshrunk variance of each dimension.
     """
 
     def __init__(self, rows: Float[Tensor, "layer prompt d_model"]):
@@ -33,43 +31,35 @@ class WithinClassCovariance:
         spread = self._gram.square().sum((-2, -1)) / n**2
         error = (norms.square().sum(-1) / n - spread) / n
         distance = spread - d_model * self.scale.square()
-        self.shrinkage: Float[Tensor, " layer"] = (error.minimum(distance) / distance).nan_to_num(
-            nan=1.0, posinf=1.0
-        )
+        shrinkage = error.minimum(distance) / distance
+        self.shrinkage: Float[Tensor, " layer"] = shrinkage.nan_to_num(nan=1.0, posinf=1.0)
 
     @classmethod
     def of(cls, *classes: Float[Tensor, "_ layer d_model"]) -> "WithinClassCovariance":
         """The pooled covariance of several classes, each centred on its own mean.
 
-        Raises:
-            InputError: if there is no class, one has fewer than two rows, or they differ in shape.
+        Args:
+            *classes: activations of one class each, at least one class and two prompts in each.
         """
-        if not classes:
-            raise InputError("there is no class: hand over the activations of at least one")
-        check_tensors(
-            **{f"class {i}": (rows, f"row_{i} layer d_model") for i, rows in enumerate(classes)}
-        )
-        for number, rows in enumerate(classes):
-            if len(rows) < 2:
-                raise InputError(
-                    f"class {number} has {len(rows)} row(s): a covariance needs at least 2"
-                )
-        centred = [rows.double() - rows.double().mean(0) for rows in classes]
-        return cls(rearrange(torch.cat(centred), "prompt layer d_model -> layer prompt d_model"))
+        axes = {f"class {i}": (rows, f"row_{i} layer d_model") for i, rows in enumerate(classes)}
+        check_tensors(**axes)
+        if min(map(len, classes), default=0) < 2:
+            found = ", ".join(str(len(rows)) for rows in classes) or "no class"
+            raise InputError(f"rows of each class: {found}; a covariance needs at least 2 in each")
+        centred = torch.cat([rows.double() - rows.double().mean(0) for rows in classes])
+        return cls(rearrange(centred, "prompt layer d_model -> layer prompt d_model"))
 
     def solve(self, vectors: Float[Tensor, "layer d_model"]) -> Float[Tensor, "layer d_model"]:
-        """`S^-1 v` at every layer, by the Woodbury identity; NaN where the rows do not vary."""
+        """`S^-1 vectors` at every layer, in float64; NaN where rows do not vary."""
+        axes = "layer d_model"
+        check_tensors(vectors=(vectors, axes), activations=(self.variance, axes))
         n = self._rows.shape[1]
-        check_tensors(
-            vectors=(vectors, "layer d_model"), activations=(self._rows, "layer prompt d_model")
-        )
-        ridge = rearrange(self.shrinkage * self.scale, "layer -> layer 1")
+        ridge = rearrange(self.shrinkage * self.scale, "layer -> layer 1 1")
         ridge = torch.where(ridge > 0, ridge, torch.nan)
-        weight = rearrange((1 - self.shrinkage) / n, "layer -> layer 1")
-        along = einsum(self._rows, vectors.double(), "layer p d_model, layer d_model -> layer p")
-        identity = torch.eye(n, dtype=torch.float64)
-        inner = ridge.unsqueeze(-1) * identity + weight.unsqueeze(-1) * self._gram
-        inner = torch.where(inner.isnan(), identity, inner)
-        coefficients = torch.linalg.solve(inner, along)
-        back = einsum(self._rows, coefficients, "layer p d_model, layer p -> layer d_model")
-        return (vectors.double() - weight * back) / ridge
+        weight = rearrange((1 - self.shrinkage) / n, "layer -> layer 1 1")
+        columns = rearrange(vectors.double(), "layer d_model -> layer d_model 1")
+        inner = ridge * torch.eye(n, dtype=torch.float64) + weight * self._gram
+        # Woodbury identity. solve_ex returns NaN for NaN, where solve raises.
+        coefficients = torch.linalg.solve_ex(inner, self._rows @ columns).result
+        solved = (columns - weight * (self._rows.mT @ coefficients)) / ridge
+        return rearrange(solved, "layer d_model 1 -> layer d_model")

@@ -1,4 +1,4 @@
-"""What decides a run, as one frozen value."""
+"""The choices behind a run, as one frozen value."""
 
 from dataclasses import dataclass, field, replace
 
@@ -14,29 +14,22 @@ from .verdict import Thresholds
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run.
+    """Every choice of a run.
 
     Attributes:
-        model: `organism:specific`, `organism:entangled`, `organism:oblivious`, a hub name or a
-            local directory.
-        layer: the layer to highlight, counted as `blocks.{layer}.hook_resid_post`. None is layer 20
-            of Llama-3's 32, and the same relative depth in a model of another depth.
-        refusal: the contrast whose direction is in question: a bundled name or a `Contrast`.
-        negativity: the contrast it may turn out to be.
-        controls: further contrasts, compared with refusal in the same way.
+        model: a hub name, a local directory, or `organism:` and `specific`, `entangled`, `oblivious`.
+        layer: layer to highlight (`hook_resid_post`); None is 20 of 32, or the same relative depth.
+        refusal, negativity: the contrasts to compare, bundled names or `Contrast`s.
+        controls: further contrasts to compare with refusal.
         protocol: how a prompt becomes a vector; exactly one position.
-        revision: the hub's branch, tag or commit.
-        device: "cuda", "cpu", ...; None takes the GPU where there is one.
-        dtype: "bfloat16", "float32", ...; None is bfloat16 on a GPU.
-        batch_size: prompts a forward pass; None finds it from free memory.
-        seed: of everything random.
-        max_prompts: use only so many prompts of every set, evenly from first to last; None uses
-            all. For a quick look.
-        interventions: ablate and add the directions too; without them there is no verdict but
-            inconclusive.
-        n_resamples: resamples behind intervals and nulls.
-        confidence: of every interval.
-        thresholds: what the verdict compares its numbers with.
+        revision: branch, tag or commit on the hub.
+        device, dtype: such as "cuda" and "bfloat16"; None is a GPU, if any, and bfloat16 on a GPU.
+        batch_size: prompts in a forward pass; None derives the number from the free memory.
+        seed: seed of everything random.
+        max_prompts: most prompts of every set, spread from first to last; None uses all.
+        interventions: ablate and add the directions; without, the verdict is inconclusive.
+        n_resamples, confidence: resamples for intervals and nulls, and the intervals' confidence.
+        thresholds: thresholds of the verdict.
     """
 
     model: str = DEFAULT_MODEL
@@ -58,22 +51,14 @@ class Config:
 
     def __post_init__(self):
         if self.max_prompts is not None and self.max_prompts < 1:
-            raise InputError(
-                f"max_prompts is {self.max_prompts}: use at least one, or None for all"
-            )
+            raise InputError(f"max_prompts is {self.max_prompts}: at least one, or None for all")
         fewest = fewest_resamples(self.confidence)
         if self.n_resamples < fewest:
-            raise InputError(
-                f"n_resamples is {self.n_resamples}: intervals at {self.confidence:.0%} need at "
-                f"least {fewest}"
-            )
+            need = f"{self.confidence:.0%} intervals need at least {fewest}"
+            raise InputError(f"n_resamples is {self.n_resamples}: {need}")
 
     def torch_dtype(self) -> torch.dtype | None:
-        """The dtype by its name in torch.
-
-        Raises:
-            InputError: if torch has no floating-point dtype of that name.
-        """
+        """Return torch's dtype of this name; raise InputError if it is not a floating-point dtype."""
         if self.dtype is None:
             return None
         found = getattr(torch, self.dtype, None)
@@ -82,42 +67,33 @@ class Config:
         return found
 
     def contrasts(self) -> dict[str, Contrast]:
-        """Every contrast of the run by the part it plays: `refusal`, `negativity`, then controls.
+        """Return the contrasts of the run by part: `refusal`, `negativity`, then the controls.
 
-        Raises:
-            InputError: on an unknown name, or where two contrasts share prompts (their sampling
-                noise would be shared too, and the cosine inflated).
+        Raises InputError if a name is unknown or two contrasts share a prompt, and so its noise.
         """
-        loaded = [
-            self._cut(load_contrast(item) if isinstance(item, str) else item)
-            for item in (self.refusal, self.negativity, *self.controls)
-        ]
-        owner: dict[str, int] = {}
-        for i, contrast in enumerate(loaded):
+        given = (self.refusal, self.negativity, *self.controls)
+        loaded = [load_contrast(item) if isinstance(item, str) else item for item in given]
+        loaded = [self._subset(contrast) for contrast in loaded]
+        owner: dict[str, Contrast] = {}
+        for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
-                if (first := owner.setdefault(prompt, i)) != i:
+                if (first := owner.setdefault(prompt, contrast)) is not contrast:
                     raise InputError(
-                        f"the contrasts {loaded[first].name!r} and {contrast.name!r} share the "
-                        f"prompt {prompt[:60]!r}: their noise would be shared and the cosine "
-                        "inflated; keep their prompts disjoint"
+                        f"the contrasts {first.name!r} and {contrast.name!r} share the prompt "
+                        f"{prompt[:60]!r}, and so noise that inflates the cosine: keep prompts disjoint"
                     )
         parts = ["refusal", "negativity", *(contrast.name for contrast in loaded[2:])]
         if len(set(parts)) < len(parts):
             raise InputError(f"the controls {parts[2:]} need names of their own, each only once")
         return dict(zip(parts, loaded, strict=True))
 
-    def _cut(self, contrast: Contrast) -> Contrast:
+    def _subset(self, contrast: Contrast) -> Contrast:
         """The contrast with at most `max_prompts` prompts a side, pairs kept together."""
-
-        def some(rows: tuple[str, ...]) -> tuple[str, ...]:
-            n, most = len(rows), self.max_prompts
-            if most is None or n <= most:
-                return rows
-            return tuple(rows[i * (n - 1) // max(1, most - 1)] for i in range(most))
-
-        return replace(
-            contrast,
-            target=some(contrast.target),
-            baseline=some(contrast.baseline),
-            topics=some(contrast.topics),
-        )
+        sides = {}
+        for name in ("target", "baseline", "topics"):
+            rows, most = getattr(contrast, name), self.max_prompts
+            if most is not None and most < len(rows):
+                last = len(rows) - 1
+                rows = tuple(rows[i * last // max(1, most - 1)] for i in range(most))
+            sides[name] = rows
+        return replace(contrast, **sides)

@@ -1,54 +1,60 @@
-"""What the two directions do, measured by intervening: the evidence that the verdict rests on."""
+"""The effects of ablating and adding the two directions, on which the verdict rests."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..activations.extract import ContrastActivations
+from ..directions.estimators import mean_difference
 from ..interventions import (
     CrossEffects,
     Effects,
+    Intervention,
     RefusalTokens,
-    ablation_cross_effects,
     ablation_effects,
-    addition_cross_effects,
+    cross_effects,
     find_refusal_tokens,
 )
-from ..models.load import LensModel
+from ..interventions.cross_ablation import random_directions
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import CosineStatistics
-from ..uncertainty.effects import Group, Interval, ratio_interval, total_interval
+from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
 from .verdict import Estimate, Evidence
 
-SWEEP_PROMPTS = 48
-"""Harmful prompts, spread over the set, on which every layer's direction is tried."""
-TOKEN_PROMPTS = 64
-"""Prompts of each side on which the refusal tokens are found, or measured."""
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
-FEWEST_PROMPTS = 4
-"""Prompts a side, below which nothing is intervened with."""
-
+SWEEP_PROMPTS = 48  # harmful prompts on which every layer's direction is ablated
+TOKEN_PROMPTS = 64  # prompts of each side that determine the refusal tokens
+FEWEST_PROMPTS = 4  # smallest set on which interventions run
+N_RANDOM = 8  # random directions, ablated and added for comparison
 PARTS = ("refusal", "negativity")
+
+Divide = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+"""A function that runs independent tasks, in any order or process, and returns results in order."""
+
+
+def run_in_order(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Return the results of the tasks, run in turn: the `Divide` of a single process."""
+    return [task() for task in tasks]
 
 
 @dataclass(frozen=True)
 class Causal:
-    """What intervening did.
+    """The effects of the interventions.
 
     Attributes:
-        refusal_tokens: the tokens that count as the opening of a refusal, and how they are known.
-        sweep: part -> refusal log-odds of some harmful prompts, each layer's direction of that part
-            ablated everywhere in turn.
-        strongest: the layer whose refusal direction, ablated, lowers refusal most; -1 where there
-            are no refusal tokens.
-        ablation: both directions of the highlighted layer ablated, all prompts of both contrasts.
-        addition: both directions added after the highlighted layer.
+        refusal_tokens: the first tokens that count as a refusal.
+        sweep: part -> refusal scores of harmful prompts under ablation of each layer's direction.
+        strongest: layer whose refusal direction lowers refusal most when ablated; -1 if unknown.
+        ablation, addition: effects of ablating and adding the directions of the highlighted layer.
     """
 
     refusal_tokens: RefusalTokens
@@ -58,104 +64,71 @@ class Causal:
     addition: CrossEffects
 
 
+class Responses(NamedTuple):
+    """Refusal scores of each prompt set, one row per intervention.
+
+    Rows: unmodified model, then the refusal, negativity and random directions, ablated or `added`.
+    """
+
+    harmful: Float[Tensor, "intervention harmful"]
+    harmless: Float[Tensor, "intervention harmless"]
+    negative: Float[Tensor, "intervention negative"]
+    neutral: Float[Tensor, "intervention neutral"]
+    added: Float[Tensor, "intervention harmless"]
+
+
 def intervene(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     contrasts: Mapping[str, Contrast],
     activations: Mapping[str, ContrastActivations],
-    directions: Mapping[str, Float[Tensor, "layer d_model"]],
     *,
     layer: int,
     generator: torch.Generator,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
-    batch_size: int | None = None,
-    progress: bool = True,
+    protocol: Protocol,
+    batch_size: int | None,
+    progress: bool,
+    divide: Divide,
 ) -> Causal:
-    """Ablate and add the refusal and negativity directions, and read the first token of the reply.
+    """Measure refusal scores while the refusal and negativity directions are ablated and added.
 
-    All three mappings hold the parts `refusal` and `negativity`.
-
-    Raises:
-        InputError: as `interventions.ablation_cross_effects`.
+    Args:
+        model: the model.
+        contrasts, activations: the prompts and activations of refusal and negativity.
+        layer: the layer whose directions are cross-ablated and added.
+        generator: generator of the random directions, on the CPU.
+        protocol, batch_size, progress: options of `ablation_effects` and `cross_effects`.
+        divide: runs the two sweeps and the two cross-effects, which are independent.
     """
-    harmful, harmless = contrasts["refusal"].target, contrasts["refusal"].baseline
-    tokens = find_refusal_tokens(
-        model,
-        spread(harmful, TOKEN_PROMPTS),
-        spread(harmless, TOKEN_PROMPTS),
-        protocol=protocol,
-        progress=progress,
+    pair = contrasts["refusal"], contrasts["negativity"]
+    sides = activations["refusal"], activations["negativity"]
+    asked = [spread(side, TOKEN_PROMPTS) for side in (pair[0].target, pair[0].baseline)]
+    tokens = find_refusal_tokens(model, *asked, protocol=protocol, progress=progress)
+    options: dict[str, Any] = {"refusal_tokens": tokens, "protocol": protocol}
+    options |= {"batch_size": batch_size, "progress": progress}
+    sweep = partial(ablation_effects, model, spread(pair[0].target, SWEEP_PROMPTS), **options)
+    cross = partial(cross_effects, model, pair, sides, layer=layer, **options)
+    classes = [side[:, layer] for both in sides for side in both]
+    ablated, added = (random_directions(*classes, n=N_RANDOM, generator=generator) for _ in PARTS)
+    *sweeps, ablation, addition = divide(
+        [
+            *(partial(sweep, mean_difference(*each).float()) for each in sides),
+            partial(cross, intervention="ablation", random=ablated),
+            partial(cross, intervention="addition", random=added),
+        ]
     )
-    sweep = {
-        part: ablation_effects(
-            model,
-            spread(harmful, SWEEP_PROMPTS),
-            directions[part].float(),
-            refusal_tokens=tokens,
-            protocol=protocol,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for part in PARTS
-    }
-    ablation, addition = (
-        cross_effects(
-            model,
-            (contrasts["refusal"], contrasts["negativity"]),
-            (activations["refusal"], activations["negativity"]),
-            layer=layer,
-            refusal_tokens=tokens,
-            generator=generator,
-            protocol=protocol,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for cross_effects in (ablation_cross_effects, addition_cross_effects)
-    )
-    return Causal(tokens, sweep, strongest_layer(sweep["refusal"]), ablation, addition)
+    means = sweeps[0].log_odds.mean(-1)
+    strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
+    return Causal(tokens, dict(zip(PARTS, sweeps, strict=True)), strongest, ablation, addition)
+
+
+def smallest_set(contrasts: Mapping[str, Contrast]) -> int:
+    """Return the number of prompts in the smallest of the four sets."""
+    return min(len(side) for p in PARTS for side in (contrasts[p].target, contrasts[p].baseline))
 
 
 def can_intervene(contrasts: Mapping[str, Contrast]) -> bool:
-    """Whether both contrasts have prompts enough to read an intervention's effect on them."""
-    sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
-    return min(map(len, sides)) >= FEWEST_PROMPTS
-
-
-def strongest_layer(sweep: Effects) -> int:
-    """The layer whose direction, ablated, leaves the lowest mean refusal log-odds; -1 if unknown."""
-    means = sweep.log_odds.mean(-1)
-    if means.isnan().all():
-        return -1
-    return int(means.nan_to_num(nan=torch.inf).argmin())
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Refusal log-odds of the prompts, under interventions by name; "none" is the model as it is.
-
-    Attributes:
-        harmful: "none", and "refusal", "negativity" and random directions ablated.
-        harmless: the same.
-        negative: "none", and "refusal" ablated.
-        neutral: "none".
-        added: harmless prompts with "refusal" and with "negativity" added.
-    """
-
-    harmful: Mapping[str, Float[Tensor, " harmful"]]
-    harmless: Mapping[str, Float[Tensor, " harmless"]]
-    negative: Mapping[str, Float[Tensor, " negative"]]
-    neutral: Mapping[str, Float[Tensor, " neutral"]]
-    added: Mapping[str, Float[Tensor, " harmless"]]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the directions themselves tell at one layer; see `Evidence` for the words."""
-
-    layer: int
-    n_prompts: int
-    reliability_refusal: float
-    reliability_negativity: float
-    cosine: Estimate
+    """Return whether each of the four sets is large enough for interventions."""
+    return smallest_set(contrasts) >= FEWEST_PROMPTS
 
 
 def evidence(
@@ -165,164 +138,83 @@ def evidence(
     *,
     layer: int,
 ) -> Evidence:
-    """The numbers that `verdict.judge` decides by, at one layer.
+    """Return the evidence for `verdict.judge` at one layer; without `causal`, geometry alone.
 
-    `cosine` is the statistics of refusal against negativity. All intervals are at its confidence.
-    Without `causal`, what only an intervention can tell is NaN.
+    `cosine` compares refusal with negativity; its confidence is that of all intervals.
     """
-    sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
-    geometry = Geometry(
+    geometry = Evidence(
         layer=layer,
-        n_prompts=min(map(len, sides)),
+        n_prompts=smallest_set(contrasts),
         reliability_refusal=float(cosine.reliability_a[layer]),
         reliability_negativity=float(cosine.reliability_b[layer]),
-        cosine=Estimate(
-            *(float(curve[layer]) for curve in (cosine.unbiased, cosine.lower, cosine.upper))
-        ),
+        cosine=Estimate(*(float(x[layer]) for x in (cosine.unbiased, cosine.lower, cosine.upper))),
     )
-    responses = None
-    if causal is not None:
-        harmful, harmless = _log_odds(causal.ablation, "refusal")
-        negative, neutral = _log_odds(causal.ablation, "negativity")
-        _, added = _log_odds(causal.addition, "refusal")
-        responses = Responses(harmful, harmless, negative, neutral, added)
+    if causal is None:
+        return geometry
+    kinds = (Intervention.NONE, Intervention.REFUSAL, Intervention.NEGATIVITY, Intervention.RANDOM)
+    rows = [row for kind in kinds for row in causal.ablation.rows(kind)]
+    responses = Responses(
+        harmful=causal.ablation.refusal.target_log_odds[rows],
+        harmless=causal.ablation.refusal.baseline_log_odds[rows],
+        negative=causal.ablation.negativity.target_log_odds[rows],
+        neutral=causal.ablation.negativity.baseline_log_odds[rows],
+        added=causal.addition.refusal.baseline_log_odds[rows],
+    )
     paired = (contrasts["refusal"].paired, contrasts["negativity"].paired)
-    return weigh(geometry, responses, paired=paired, confidence=cosine.confidence)
+    return compute_evidence(geometry, responses, paired=paired, confidence=cosine.confidence)
 
 
-def weigh(
-    geometry: Geometry,
-    responses: Responses | None,
-    *,
-    paired: tuple[bool, bool],
-    confidence: float,
+def compute_evidence(
+    geometry: Evidence, responses: Responses, *, paired: tuple[bool, bool], confidence: float
 ) -> Evidence:
-    """The evidence at one layer, from what the directions tell and how the model responds to them.
+    """Return `geometry` with the evidence from interventions.
 
-    `paired` tells whether the prompts of refusal and of negativity come in pairs.
+    `paired` says whether the prompts of refusal and of negativity are paired.
     """
-    if responses is None:
-        unknown = Estimate(math.nan, math.nan, math.nan)
-        ratios = (
-            "gap",
-            "refusal_ablation",
-            "cross_ablation_gap",
-            "cross_ablation_drop",
-            "cross_addition",
-            "statement_gap",
-            "statement_ablation",
-        )
-        shares = ("refused_harmful", "refused_harmless", "random_ablation")
-        unmeasured: dict[str, Any] = dict.fromkeys(ratios, unknown) | dict.fromkeys(
-            shares, math.nan
-        )
-        return Evidence(**vars(geometry), **unmeasured)
-    options = {"confidence": confidence}
-    harmful, harmless = responses.harmful, responses.harmless
-    negative, neutral, added = responses.negative, responses.neutral, responses.added
-    before = harmful["none"], harmless["none"]
+    harmful, harmless, negative, neutral, added = responses
+    requests = _differences(harmful, harmless, paired[0])
+    harmful_alone = _differences(harmful, torch.zeros_like(harmless), paired[0])
+    statements = _differences(negative[:1], neutral[:1], paired[1])
+    gaps, closed = [rows[0] for rows in requests], [rows[0] - rows[1] for rows in requests]
+    gap = Estimate(*map(float, total_interval(gaps, confidence=confidence)))
+    random = torch.stack([(rows[0] - rows[3:]).double().mean(-1) for rows in requests]).sum(0)
 
-    def closed(intervention: str) -> tuple[Tensor, Tensor]:
-        return before[0] - harmful[intervention], before[1] - harmless[intervention]
+    def ratio(numerators: list[Tensor], denominators: list[Tensor]) -> Estimate:
+        """Ratio whose numerators and denominators are over the same prompts."""
+        samples = list(map(IndependentSample, numerators, denominators))
+        return Estimate(*map(float, ratio_interval(samples, confidence=confidence)))
 
-    def gap_closed(intervention: str, relative_to: tuple[Tensor, Tensor]) -> Interval:
-        groups = _gaps(closed(intervention), relative_to, paired=paired[0])
-        return ratio_interval(groups, **options)
+    def ratio_apart(numerators: list[Tensor], denominators: list[Tensor]) -> Estimate:
+        """Ratio whose numerators and denominators are over different prompts."""
+        tops = [*numerators, *map(torch.zeros_like, denominators)]
+        return ratio(tops, [*map(torch.zeros_like, numerators), *denominators])
 
-    gap = _gaps(before, before, paired=paired[0])
-    statements = (negative["none"], neutral["none"])
-    statement_gaps = _gaps(statements, statements, paired=paired[1])
-    lowered = before[0] - harmful["refusal"]
-    random = [name for name in harmful if name.startswith("random")]
-    return Evidence(
-        **vars(geometry),
-        refused_harmful=_share_refused(before[0]),
-        refused_harmless=_share_refused(before[1]),
-        gap=_estimate(total_interval([group.denominator for group in gap], **options)),
-        refusal_ablation=_estimate(gap_closed("refusal", before)),
-        random_ablation=_median([float(gap_closed(name, before).value) for name in random]),
-        cross_ablation_gap=_estimate(gap_closed("negativity", closed("refusal"))),
-        cross_ablation_drop=_estimate(
-            ratio_interval(
-                _cross_ablation_drop(closed("negativity")[0], closed("refusal"), paired=paired[0]),
-                **options,
-            )
-        ),
-        cross_addition=_estimate(
-            ratio_interval(
-                [Group(added["negativity"] - before[1], added["refusal"] - before[1])], **options
-            )
-        ),
-        statement_gap=_estimate(
-            ratio_interval(
-                [
-                    *(
-                        Group(one.numerator, torch.zeros_like(one.numerator))
-                        for one in statement_gaps
-                    ),
-                    *(Group(torch.zeros_like(one.numerator), one.denominator) for one in gap),
-                ],
-                **options,
-            )
-        ),
-        statement_ablation=_estimate(
-            ratio_interval(
-                [
-                    Group(
-                        negative["none"] - negative["refusal"], torch.zeros_like(negative["none"])
-                    ),
-                    Group(torch.zeros_like(lowered), lowered),
-                ],
-                **options,
-            )
-        ),
-    )
-
-
-def _log_odds(effects: CrossEffects, part: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Refusal log-odds of a contrast's target and baseline prompts, by intervention."""
-    found = getattr(effects, part)
-    return (
-        dict(zip(effects.interventions, found.target_log_odds, strict=True)),
-        dict(zip(effects.interventions, found.baseline_log_odds, strict=True)),
-    )
-
-
-def _gaps(
-    numerators: tuple[Tensor, Tensor], denominators: tuple[Tensor, Tensor], *, paired: bool
-) -> list[Group]:
-    """Target less baseline, as one group of pairs where the prompts come in pairs."""
-    (a, b), (c, d) = numerators, denominators
-    return [Group(a - b, c - d)] if paired else [Group(a, c), Group(-b, -d)]
-
-
-def _cross_ablation_drop(
-    lowered: Float[Tensor, " target"], closed: tuple[Tensor, Tensor], *, paired: bool
-) -> list[Group]:
-    """What the target prompts lose, over the part of the gap that is closed."""
-    nothing = torch.zeros_like(closed[1])
-    if paired:
-        return [Group(lowered, closed[0] - closed[1])]
-    return [Group(lowered, closed[0]), Group(nothing, -closed[1])]
-
-
-def _share_refused(log_odds: Float[Tensor, " prompt"]) -> float:
-    return float((log_odds > 0).double().mean()) if log_odds.isfinite().all() else float("nan")
-
-
-def _estimate(interval: Interval) -> Estimate:
-    return Estimate(*(float(end) for end in interval))
-
-
-def _median(values: Sequence[float]) -> float:
-    return (
-        float(torch.tensor(values, dtype=torch.float64).quantile(0.5)) if values else float("nan")
+    return replace(
+        geometry,
+        refused_harmful=_share_refused(harmful[0]),
+        refused_harmless=_share_refused(harmless[0]),
+        gap=gap,
+        refusal_ablation=ratio(closed, gaps),
+        random_ablation=float((random / gap.value).quantile(0.5)),
+        cross_ablation_gap=ratio([rows[0] - rows[2] for rows in requests], closed),
+        cross_ablation_drop=ratio([rows[0] - rows[2] for rows in harmful_alone], closed),
+        cross_addition=ratio([added[2] - harmless[0]], [added[1] - harmless[0]]),
+        statement_gap=ratio_apart([rows[0] for rows in statements], gaps),
+        statement_ablation=ratio_apart([negative[0] - negative[1]], [harmful[0] - harmful[1]]),
     )
 
 
 def spread(prompts: Sequence[str], at_most: int) -> list[str]:
-    """So many of the prompts, evenly from first to last."""
+    """Return `at_most` prompts, spread evenly from first to last."""
     if len(prompts) <= at_most:
         return list(prompts)
-    places = torch.linspace(0, len(prompts) - 1, at_most).round().long().tolist()
-    return [prompts[place] for place in places]
+    return [prompts[i] for i in torch.linspace(0, len(prompts) - 1, at_most).round().long()]
+
+
+def _differences(target: Tensor, baseline: Tensor, paired: bool) -> list[Tensor]:
+    """Return target minus baseline as independent samples: pairs, or both sides."""
+    return [target - baseline] if paired else [target, -baseline]
+
+
+def _share_refused(log_odds: Float[Tensor, " prompt"]) -> float:
+    return float((log_odds > 0).double().mean()) if log_odds.isfinite().all() else torch.nan

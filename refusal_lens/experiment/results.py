@@ -1,61 +1,61 @@
-"""What a run found: shown in Jupyter and on the console, saved whole, loaded back the same."""
+"""The results of one run: display, files and figures."""
 
 import html
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..activations import disk as artifacts
+from ..activations import disk
 from ..errors import InputError
-from ..interventions import ContrastEffects, CrossEffects, Effects, RefusalTokens
+from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, RefusalTokens
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from ..uncertainty import CosineStatistics
+from ..uncertainty import Cause, CosineStatistics, Unmeasured
+from . import wording
 from .config import Config
 from .evidence import Causal
-from .verdict import Estimate, Evidence, Thresholds, Verdict, published_rule
+from .serialise import pack, unpack
+from .verdict import Estimate, Evidence, Reason, Thresholds, Verdict, published_rule
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..plotting.look import Theme
+    from ..plotting.theme import Theme
 
 SUMMARY = "refusal_specificity_results.pt"
-FORMAT = 2
-SAVED = (
-    *(Config, Contrast, Protocol, Thresholds, CosineStatistics, Estimate, Evidence, Verdict),
-    *(Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects),
+FORMAT = 3
+DIRECTIONS = "/directions/"  # path of the directions among the packed tensors
+SAVED = (  # the only dataclasses and enums in saved results
+    *(Config, Contrast, Protocol, Thresholds, CosineStatistics, Unmeasured, Estimate, Evidence),
+    *(Reason, Verdict, Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects),
+    *(Cause, Intervention),
 )
-"""The kinds of which saved results are made, and no others."""
 
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """Everything one run found.
+    """The results of one run.
 
     Attributes:
-        config: what was asked for.
-        contrasts: the prompts by the part they play: `refusal`, `negativity`, then the controls.
-        layer: the highlighted layer.
-        layer_note: why that one.
-        directions: part -> mean difference, `[layer d_model]`, float32, not normalised.
-        similarities: name -> cosine by layer, `[layer]`; NaN where a direction is rounding noise.
-        norms: part -> norm of its direction, `[layer]`, and that of the `residual stream`.
-        statistics: part -> how sure the cosine of refusal with that part's direction is.
-        metrics: similarity -> refusal against negativity by it, `[layer]`.
-        estimators: estimator -> cosine of the two directions as it finds them, `[layer]`.
-        auroc: "refusal direction on negativity" and so on -> held-out AUROC, `[layer]`.
-        projections: direction -> prompt set -> projection of every prompt, `[prompt layer]`.
-        plane: prompt set -> projections on unit refusal and unit negativity, `[prompt layer 2]`.
-        components: prompt set -> first two principal components, `[prompt layer 2]`.
-        causal: what intervening did; None where nothing was intervened with.
+        config: the configuration of the run.
+        contrasts: part -> contrast: `refusal`, `negativity`, then the controls.
+        layer, layer_note: the highlighted layer, and why this layer.
+        directions: part -> mean difference, float32, not normalised.
+        similarities: name -> cosine; NaN where a direction is rounding noise.
+        norms: part -> norm of its direction; also of the `residual stream`.
+        statistics: part -> uncertainty of the cosine of refusal with the part's direction.
+        metrics, estimators: similarity of refusal and negativity, by measure and by estimator.
+        auroc: "refusal direction on negativity" and so on -> held-out AUROC.
+        projections: direction -> prompt set -> projection of every prompt.
+        plane: prompt set -> projections on unit refusal and unit negativity.
+        components: prompt set -> scores on the first two principal components.
+        causal: effects of the interventions; None without interventions.
         verdict: distinct, shared, partly shared or inconclusive, with reasons.
-        provenance: model, prompts' hashes, seed, versions.
+        provenance: model, hashes of the prompts, seed, versions.
     """
 
     config: Config
@@ -83,92 +83,84 @@ class Results:
 
     @property
     def model_name(self) -> str:
-        """The model's name as it was asked for or, for a model handed in, as it calls itself."""
+        """The model's name in the configuration; for a loaded model, its own name."""
         return str(self.provenance["model"]["model"])
 
+    @property
+    def names(self) -> wording.Names:
+        """Names of the refusal and negativity contrasts and of their prompt sets."""
+        return wording.Names.of(self.contrasts["refusal"], self.contrasts["negativity"])
+
     def table(self) -> list[tuple[str, float, str]]:
-        """The published experiment's table at the highlighted layer: measure, value, reading.
+        """Return the published table at the highlighted layer: measure, cosine, published rule."""
+        names = self.names
+        measures = [
+            f"{names.refusal} vs {names.negativity} direction",
+            f"mean {names.harmful} vs mean {names.negative} activation",
+            f"{names.refusal} direction vs mean {names.negative} activation",
+            f"mean {names.negative} vs mean {names.neutral} activation",
+            *(f"{names.refusal} vs {part} direction (control)" for part in [*self.contrasts][2:]),
+        ]
+        cosines = [float(values[self.layer]) for values in self.similarities.values()]
+        return [(m, c, published_rule(c)) for m, c in zip(measures, cosines, strict=True)]
 
-        The reading is what the published rule would say of the number; it takes neither noise nor
-        cause into account.
-        """
-        rows = []
-        for name, values in self.similarities.items():
-            value = float(values[self.layer])
-            rows.append((self.describe(name), value, published_rule(value)))
-        return rows
+    def verdict_lines(self) -> list[str]:
+        """Return the verdict's reasons, then its geometry, in words."""
+        return wording.verdict_lines(self.verdict, self.names)
 
-    def describe(self, similarity: str) -> str:
-        """A similarity's name in words, with the names of the sets that were really compared."""
-        refusal, negativity = (self.contrasts[part] for part in ("refusal", "negativity"))
-        words = {
-            "refusal_vs_negativity": f"{refusal.name} vs {negativity.name} direction",
-            "mean_harmful_vs_mean_negative": (
-                f"mean {refusal.target_name} vs mean {negativity.target_name} activation"
-            ),
-            "refusal_vs_mean_negative": (
-                f"{refusal.name} direction vs mean {negativity.target_name} activation"
-            ),
-            "mean_negative_vs_mean_neutral": (
-                f"mean {negativity.target_name} vs mean {negativity.baseline_name} activation"
-            ),
-        }
-        control = similarity.removeprefix("refusal_vs_")
-        return words.get(similarity, f"{refusal.name} vs {control} direction (control)")
-
-    def profile_layers(self) -> list[int]:
-        """The few layers that the short depth profile shows, the highlighted one among them."""
-        step = max(1, round(self.n_layers / 8))
-        return sorted({*range(0, self.n_layers, step), self.n_layers - 1, self.layer})
+    def rule(self) -> str:
+        """Return the verdict's rule in words, with its thresholds."""
+        return wording.rule(self.verdict.thresholds, self.names)
 
     def prompts(self) -> dict[str, tuple[str, ...]]:
-        """The prompts of the refusal and the negativity contrast, by the name of their set."""
-        return {
-            name: side
-            for part, names in set_names(self.contrasts).items()
-            for name, side in zip(
-                names, (self.contrasts[part].target, self.contrasts[part].baseline), strict=True
-            )
-        }
+        """Return the prompts of refusal and negativity, by the name of the set."""
+        refusal, negativity = self.contrasts["refusal"], self.contrasts["negativity"]
+        sides = (refusal.target, refusal.baseline, negativity.target, negativity.baseline)
+        return dict(zip(self.names[2:], sides, strict=True))
+
+    def why_unknown(self, layer: int, part: str = "negativity") -> str:
+        """Return why the cosine of refusal with a part is NaN at a layer; empty if it is known."""
+        reason = self.statistics[part].reasons[layer]
+        directions = {"a": self.contrasts["refusal"].name, "b": self.contrasts[part].name}
+        return "" if reason is None else wording.unmeasured(reason, directions)
+
+    def uncertainty(self) -> list[str]:
+        """Return the uncertainty of the cosine at the highlighted layer, in lines of text."""
+        if why := self.why_unknown(self.layer):
+            return [f"true cosine: not measurable at layer {self.layer}, {why}"]
+        return wording.uncertainty(self.statistics["negativity"], self.layer)
 
     def figure(self, *, theme: "Theme" = "light") -> "go.Figure":
-        """The cosine across depth with all that it takes to judge it, the layer highlighted."""
+        """Return the cosine across depth with intervals, null and ceiling, in a light or dark theme."""
         from .. import plotting
 
-        curves = {
-            self.describe(name).replace(" direction", "").removesuffix(" (control)"): values
-            for name, values in self.similarities.items()
-            if name.startswith("refusal_vs_") and name != "refusal_vs_mean_negative"
-        }
+        refusal, *others = (contrast.name for contrast in self.contrasts.values())
+        curves = [self.similarities[f"refusal_vs_{part}"] for part in [*self.contrasts][1:]]
+        strongest = self.causal.strongest if self.causal else -1
         sure = self.statistics["negativity"]
-        known = self.causal is not None and self.causal.strongest >= 0
         return plotting.cosine_by_layer(
-            curves,
+            {f"{refusal} vs {name}": curve for name, curve in zip(others, curves, strict=True)},
             highlight=self.layer,
             interval=(sure.lower, sure.upper),
             band=(sure.band_lower, sure.band_upper),
             null=(sure.null_lower, sure.null_upper),
             ceiling=sure.ceiling,
             unbiased=sure.unbiased,
-            strongest=self.causal.strongest if self.causal is not None and known else None,
+            strongest=None if strongest < 0 else strongest,
             confidence=sure.confidence,
-            title=f"Refusal vs {self.contrasts['negativity'].name}: {self.model_name}",
+            title=f"Refusal vs {others[0]}: {self.model_name}",
             theme=theme,
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the results to a folder, whole files or none, and return it.
+        """Write the results to a folder and return the folder; raise InputError if this fails.
 
-        `refusal_specificity_results.pt` (the published experiment's summary),
-        `directions.safetensors`, `measurements.safetensors`, `results.json` and
-        `cosine_by_layer.html`. Files of these names are replaced, others stay.
-
-        Raises:
-            InputError: if the folder can't be written.
+        Writes the published experiment's `refusal_specificity_results.pt`, `results.json`,
+        `directions.safetensors`, `measurements.safetensors` and `cosine_by_layer.html`.
         """
-        tree, tensors = artifacts.pack(self)
-        prefix = "/directions/"
-        measurements = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        tree, tensors = pack(self)
+        document = disk.plain(self._document()) | {"saved": tree}
+        measurements = {k: v for k, v in tensors.items() if not k.startswith(DIRECTIONS)}
         metadata = {
             "layer": "row l is blocks.{l}.hook_resid_post",
             "model": self.model_name,
@@ -176,168 +168,94 @@ class Results:
             "normalisation": "none: mean(target) - mean(baseline)",
         }
         page = self.figure().to_html(include_plotlyjs=True, full_html=True)
-        with artifacts.whole_directory(folder) as staging:
-            artifacts.write_summary(staging / SUMMARY, self.summary())
-            artifacts.write_tensors(
-                staging / "directions.safetensors", self.directions, metadata=metadata
-            )
-            artifacts.write_tensors(staging / "measurements.safetensors", measurements)
-            artifacts.write_json(staging / "results.json", self._document(tree))
+        with disk.whole_directory(folder) as staging:
+            torch.save(self.summary(), staging / SUMMARY)
+            disk.write_tensors(staging / "directions.safetensors", self.directions, metadata)
+            disk.write_tensors(staging / "measurements.safetensors", measurements)
+            disk.write_json(staging / "results.json", document)
             (staging / "cosine_by_layer.html").write_text(page, "utf-8")
         return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Results":
-        """Read back what `save` wrote.
-
-        Raises:
-            InputError: if a file is missing, damaged or of another format.
-        """
+        """Load saved results; raise InputError if a file is missing, damaged or of another format."""
         folder = Path(folder)
-        document = artifacts.read_json(folder / "results.json")
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise InputError(
-                f"{folder / 'results.json'} is not of format {FORMAT}: it was not written by "
-                "Results.save of this version"
-            )
-        tensors = artifacts.read_tensors(folder / "measurements.safetensors")
-        directions = artifacts.read_tensors(folder / "directions.safetensors")
-        tensors |= {f"/directions/{part}": tensor for part, tensor in directions.items()}
-        results = artifacts.unpack(document.get("saved"), tensors, (cls, *SAVED))
-        if not isinstance(results, cls):
-            raise InputError(f"{folder / 'results.json'} holds no results: save them anew")
-        return results
+        document = _read_document(folder / "results.json")
+        tensors = disk.read_tensors(folder / "measurements.safetensors")
+        directions = disk.read_tensors(folder / "directions.safetensors")
+        tensors |= {DIRECTIONS + part: tensor for part, tensor in directions.items()}
+        if isinstance(results := unpack(document.get("saved"), tensors, (cls, *SAVED)), cls):
+            return results
+        raise InputError(f"{folder} holds no results: save them anew")
 
     def summary(self) -> dict[str, Any]:
-        """The published experiment's summary: tensors by layer, scalars at the highlighted one."""
-        scalars = {
-            name: float(self.similarities[name][self.layer]) for name in list(self.similarities)[:4]
-        }
+        """Return the published experiment's summary: tensors by layer, scalars at the layer."""
+        published = [*self.similarities][:4]
         return {
             "model": self.model_name,
             "layer": self.layer,
             "refusal_direction": self.directions["refusal"],
             "negativity_direction": self.directions["negativity"],
             "cosine_similarity": self.similarities["refusal_vs_negativity"],
-            **scalars,
+            **{name: float(self.similarities[name][self.layer]) for name in published},
         }
 
-    def _document(self, tree: Any) -> dict[str, Any]:
+    def _document(self) -> dict[str, Any]:
+        """Return the readable part of `results.json`."""
+        *reasons, geometry = self.verdict_lines()
+        curves = ("norms", "metrics", "estimators", "auroc")
         return {
             "format": FORMAT,
             "model": self.model_name,
             "layer": self.layer,
             "layer_note": self.layer_note,
             "at_highlighted_layer": [
-                {"measure": measure, "cosine": artifacts.plain(value), "published_rule": reading}
-                for measure, value, reading in self.table()
+                {"measure": measure, "cosine": cosine, "published_rule": rule}
+                for measure, cosine, rule in self.table()
             ],
             "uncertainty_at_highlighted_layer": {
-                part: artifacts.plain(at_layer(found, self.layer))
-                for part, found in self.statistics.items()
+                part: wording.at_layer(s, self.layer) for part, s in self.statistics.items()
             },
-            "verdict": artifacts.plain(
-                {
-                    "answer": self.verdict.answer,
-                    "reasons": self.verdict.reasons,
-                    "geometry": self.verdict.geometry,
-                    "evidence": self.verdict.evidence,
-                    "rule": self.verdict.rule,
-                }
-            ),
-            "by_layer": artifacts.plain(
-                {
-                    **self.similarities,
-                    "norms": self.norms,
-                    "metrics": self.metrics,
-                    "estimators": self.estimators,
-                    "auroc": self.auroc,
-                }
-            ),
-            "provenance": artifacts.plain(self.provenance),
-            "saved": tree,
+            "verdict": {"answer": self.verdict.answer, "reasons": reasons, "geometry": geometry}
+            | {"evidence": self.verdict.evidence, "rule": self.rule()},
+            "by_layer": self.similarities | {name: getattr(self, name) for name in curves},
+            "provenance": self.provenance,
         }
 
     def __str__(self) -> str:
-        width = max(len(measure) for measure, _, _ in self.table())
+        table, step = self.table(), max(1, round(self.n_layers / 8))
+        width = max(len(measure) for measure, _, _ in table)
+        layers = sorted({*range(0, self.n_layers, step), self.n_layers - 1, self.layer})
+        cosine = self.similarities["refusal_vs_negativity"][layers]
+        unbiased = self.statistics["negativity"].unbiased[layers]
         lines = [
-            f"{self.model_name}, {self.layer_note}",
-            "",
-            str(self.verdict),
-            "",
-            f"{'measure':<{width}}   cosine  the published rule would say",
-        ]
-        lines += [
-            f"{measure:<{width}}  {value:+.4f}  {reading}"
-            for measure, value, reading in self.table()
-        ]
-        lines += ["", *self.uncertainty()]
-        layers = self.profile_layers()
-        cosine = self.similarities["refusal_vs_negativity"]
-        unbiased = self.statistics["negativity"].unbiased
-        lines += [
-            "",
-            f"{self.describe('refusal_vs_negativity')}, across depth",
+            f"{self.model_name}, {self.layer_note}\n",
+            wording.verdict_text(self.verdict, self.names),
+            f"\n{'measure':<{width}}   cosine  the published rule would say",
+            *(f"{measure:<{width}}  {value:+.4f}  {rule}" for measure, value, rule in table),
+            "\n" + "\n".join(self.uncertainty()),
+            f"\n{table[0][0]}, across depth",
             "layer     " + " ".join(f"{layer:>6}" for layer in layers),
-            "cosine    " + " ".join(_signed(cosine[layer]) for layer in layers),
-            "unbiased  " + " ".join(_signed(unbiased[layer]) for layer in layers),
+            "cosine    " + _signed(cosine),
+            "unbiased  " + _signed(unbiased),
         ]
         return "\n".join(lines)
 
-    def why_unknown(self, layer: int, part: str = "negativity") -> str:
-        """Why the cosine of refusal with a part can't be estimated at a layer; empty if it can."""
-        reason = self.statistics[part].reasons[layer]
-        names = {"a": self.contrasts["refusal"].name, "b": self.contrasts[part].name}
-        for letter, name in names.items():
-            reason = re.sub(
-                rf"\b((?:direction|contrast|and|of) ){letter}\b", rf"\g<1>{name}", reason
-            )
-        return reason
-
-    def uncertainty(self) -> list[str]:
-        """How sure the cosine at the highlighted layer is, in a few lines of text."""
-        sure = self.statistics["negativity"]
-        here = at_layer(sure, self.layer)
-        level = f"{100 * sure.confidence:g} %"
-        if sure.reasons[self.layer]:
-            return [
-                f"true cosine: not measurable at layer {self.layer}, {sure.reasons[self.layer]}"
-            ]
-        return [
-            f"true cosine {here['unbiased']:+.2f} (noise taken off), {level} interval "
-            f"{here['lower']:+.2f} to {here['upper']:+.2f}, for all layers at once "
-            f"{here['band_lower']:+.2f} to {here['band_upper']:+.2f}",
-            f"reliability of the directions {here['reliability_a']:.2f} and "
-            f"{here['reliability_b']:.2f}: noise alone keeps the plain cosine below "
-            f"{here['ceiling']:.2f}",
-            f"were the true cosine 0, the plain one would lie between {here['null_lower']:+.2f} and "
-            f"{here['null_upper']:+.2f} (p {here['p_value']:.2g}, over all layers "
-            f"{here['p_adjusted']:.2g})",
-        ]
-
     def __repr__(self) -> str:
         cosine = float(self.similarities["refusal_vs_negativity"][self.layer])
-        return (
-            f"Results({self.model_name}, layer {self.layer}: cosine {cosine:+.4f}, "
-            f"{self.verdict.answer})"
-        )
+        found = f"layer {self.layer}: cosine {cosine:+.4f}, {self.verdict.answer}"
+        return f"Results({self.model_name}, {found})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(measure)}</td><td>{value:+.4f}</td>"
-            f"<td>{html.escape(reading)}</td></tr>"
-            for measure, value, reading in self.table()
-        )
-        reasons = "".join(
-            f"<li>{html.escape(reason)}</li>"
-            for reason in (*self.verdict.reasons, self.verdict.geometry)
-        )
-        sure = "<br>".join(map(html.escape, self.uncertainty()))
+        import pandas as pd
+
+        columns = ["measure", "cosine", "the published rule would say"]
+        table = pd.DataFrame(self.table(), columns=columns)
+        note = html.escape(f"{self.model_name}, {self.layer_note}")
+        reasons = "".join(f"<li>{html.escape(line)}</li>" for line in self.verdict_lines())
         return (
-            f"<p><b>{html.escape(self.model_name)}</b>, {html.escape(self.layer_note)}</p>"
-            f"<p>verdict: <b>{html.escape(self.verdict.answer)}</b></p><ul>{reasons}</ul><table>"
-            "<tr><th>measure</th><th>cosine</th><th>the published rule would say</th></tr>"
-            f"{rows}</table><p>{sure}</p>"
+            f"<p><b>{note}</b></p><p>verdict: {self.verdict.answer}</p><ul>{reasons}</ul>"
+            + table.to_html(index=False, float_format="{:+.4f}".format)
         )
 
     def _ipython_display_(self) -> None:
@@ -348,59 +266,33 @@ class Results:
 
 
 def config_of(path: str | Path) -> Config:
-    """The configuration that repeats a run, from its `results.json`, or the folder that it is in.
+    """Return the configuration that repeats a run, with its prompts and model revision.
 
-    The prompts are the run's own, whatever the bundled ones are by now, and the model's revision is
-    the one that was used.
-
-    Raises:
-        InputError: if the file is missing, damaged or of another format.
+    `path` is the run's `results.json` or its folder. Raises InputError as `Results.load`.
     """
-    path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
-    document = artifacts.read_json(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT}: name a results.json of this version")
+    path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    document = _read_document(path)
     try:
         saved = document["saved"]["fields"]
         parts = {"config": saved["config"], "contrasts": saved["contrasts"]}
-        revision = document["provenance"]["model"].get("revision")
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} lacks the configuration of its run: save it anew") from None
-    found = artifacts.unpack({"dict": parts}, {}, SAVED)
-    config, contrasts = found["config"], found["contrasts"]
-    if not isinstance(config, Config) or not isinstance(contrasts, dict):
-        raise InputError(f"{path} lacks the configuration of its run: save it anew")
-    try:
+        config, contrasts = unpack({"dict": parts}, {}, SAVED).values()
         refusal, negativity, *controls = contrasts.values()
-        return replace(
-            config,
-            refusal=refusal,
-            negativity=negativity,
-            controls=tuple(controls),
-            revision=config.revision or revision,
-        )
-    except (ValueError, TypeError):
-        raise InputError(f"{path} lacks the contrasts of its run: save it anew") from None
+        concepts = {"refusal": refusal, "negativity": negativity, "controls": tuple(controls)}
+        revision = config.revision or document["provenance"]["model"].get("revision")
+        return replace(config, **concepts, revision=revision)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{path} lacks the configuration of its run: save it anew") from None
 
 
-def set_names(contrasts: Mapping[str, Contrast]) -> dict[str, tuple[str, str]]:
-    """The names of the sides of the refusal and the negativity contrast, no two alike."""
-    parts = ("refusal", "negativity")
-    names = {part: (contrasts[part].target_name, contrasts[part].baseline_name) for part in parts}
-    if len({name for pair in names.values() for name in pair}) < 4:
-        names = {part: (f"{part}: {a}", f"{part}: {b}") for part, (a, b) in names.items()}
-    return names
+def _signed(cosines: Tensor) -> str:
+    """Format cosines with their sign, six characters wide; "?" is NaN."""
+    return " ".join(f"{value:>+6.2f}".replace("+nan", "   ?") for value in cosines.tolist())
 
 
-def _signed(value: Tensor) -> str:
-    return f"{float(value):>+6.2f}" if value.isfinite() else f"{'?':>6}"
-
-
-def at_layer(found: CosineStatistics, layer: int) -> dict[str, float]:
-    """Everything that is known of the cosine at one layer, by name."""
-    return {
-        name: float(values[layer])
-        for name, values in vars(found).items()
-        if isinstance(values, Tensor)
-    }
+def _read_document(path: Path) -> dict[str, Any]:
+    document = disk.read_json(path)
+    if isinstance(document, dict) and document.get("format") == FORMAT:
+        return document
+    raise InputError(f"{path} is not of format {FORMAT}: name a run that this version saved")

@@ -1,173 +1,128 @@
-"""The whole experiment in one call: model, activations, directions, similarities across depth."""
+"""The whole experiment in one call: model, activations, directions, interventions, verdict."""
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..activations.extract import ContrastActivations, extract
+from ..activations.extract import ContrastActivations, by_contrast
 from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..directions.similarity import causal_cosine
-from ..errors import InputError
-from ..interventions import ContrastEffects, CrossEffects, Effects, RefusalTokens
-from ..models.load import LensModel, model_provenance
+from ..errors import InputError, check_tensors
+from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, RefusalTokens
+from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
-from ..uncertainty import cosine_statistics
+from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
+from .cached_model import PACKAGES, CachedModel
 from .config import Config
-from .distributed import ALONE, Team
-from .evidence import Causal, can_intervene, evidence, intervene
-from .lazy_model import LazyModel
-from .results import Results, set_names
+from .distributed import divide, is_main
+from .evidence import PARTS, Causal, can_intervene, evidence, intervene
+from .results import Results
 from .verdict import judge
+from .wording import Names
 
-Answer = TypeVar("Answer")
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_LAYER, PUBLISHED_DEPTH = 20, 32
-"""The layer the published experiment reads, and the number of layers of the model it reads."""
-MAIN_PARTS = ("refusal", "negativity")
+PUBLISHED_LAYER, PUBLISHED_DEPTH = 20, 32  # the published layer, and its model's layers
 
 
 def run_experiment(
     config: Config | None = None,
     *,
-    model: LensModel | None = None,
+    model: "HookedTransformer | TransformerBridge | None" = None,
     progress: bool = True,
     cache: Cache | str | Path | None = None,
-    team: Team = ALONE,
 ) -> Results:
-    """Run the whole experiment and return everything it found.
+    """Run the whole experiment and return its results.
 
-    `model` takes the place of `config.model` with one that is loaded already (it is left as it was
-    found). With a `cache`, a folder, nothing is computed twice, and a run whose every part is there
-    loads no model; a model that is handed over has no name to be found by, and is not cached. A
-    `team` (`distributed.join`) divides the prompts over several processes.
+    Under `torchrun` or `accelerate launch` the processes share the work; each returns all results.
+
+    Args:
+        config: every choice of the run; None is the published experiment on Llama-3-8B-Instruct.
+        model: a loaded model to use instead of `config.model`; unchanged, and never cached.
+        progress: show progress bars.
+        cache: folder for finished work; None stores nothing. A fully cached run loads no model.
 
     Raises:
-        InputError: on anything in `config` that can't be used; if another process of the team ends.
+        InputError: if `config` is not valid, or another process of the run has ended.
     """
     config = config or Config()
     contrasts = config.contrasts()
     if len(config.protocol.positions) != 1:
         raise InputError(
-            f"the protocol reads {len(config.protocol.positions)} positions: the experiment takes "
-            "one, choose it with `positions=(-1,)`"
+            f"the experiment takes one position, not {config.protocol.positions}: use `positions=(-1,)`"
         )
-    source = _Source.of(config, model, cache, team)
-    n_layers = source.remember("layers", {}, lambda: source.lens().cfg.n_layers)
-    layer, _ = highlighted_layer(config.layer, n_layers)
-    logger.info("reading the prompts of %s at every layer", ", ".join(contrasts))
-    found = extract(
-        source.model,
-        list(contrasts.values()),
-        protocol=config.protocol,
-        batch_size=config.batch_size,
-        progress=progress,
-        cache=source.cache,
-        team=team,
+    cache = cache if isinstance(cache, Cache) else Cache(cache)
+    source = CachedModel(config, cache, model=model)
+    origin, n_layers = source.remember(
+        "model", {}, lambda: (model_provenance(source.model), source.model.cfg.n_layers)
     )
-    activations = dict(zip(contrasts, found.values(), strict=True))
-    directions = {part: mean_difference(*activations[part]) for part in MAIN_PARTS}
+    layer, _ = highlighted_layer(config.layer, n_layers)
+    logger.info("running the prompts of %s at every layer", ", ".join(contrasts))
+    activations = by_contrast(partial(source.prompt_activations, progress=progress), contrasts)
     causal = None
     if config.interventions and can_intervene(contrasts):
-        logger.info("ablating and adding the directions of %s", " and ".join(MAIN_PARTS))
-        causal = source.remember(
-            "interventions",
-            {
-                "prompts": [contrasts[part].sha256 for part in MAIN_PARTS],
-                "layer": layer,
-                "protocol": config.protocol.to_dict(),
-                "seed": config.seed,
-                "directions": list(directions.values()),
-            },
-            lambda: intervene(
-                source.lens(),
-                contrasts,
-                activations,
-                directions,
-                layer=layer,
-                generator=torch.Generator().manual_seed(config.seed),
-                protocol=config.protocol,
-                batch_size=config.batch_size,
-                progress=progress,
-            ),
-            (Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects),
-        )
-    causal_inner_product = source.remember(
-        "causal inner product",
-        {"directions": list(directions.values())},
-        lambda: causal_cosine(
-            directions["refusal"],
-            directions["negativity"],
-            measures.effective_unembedding(source.lens()),
-        ),
-    )
+        logger.info("ablating and adding the directions of %s", " and ".join(PARTS))
+        causal = _interventions(source, contrasts, activations, layer, progress)
     results = analyse(
         activations,
         config=config,
         contrasts=contrasts,
         causal=causal,
-        provenance=provenance(
-            source.remember("provenance", {}, lambda: model_provenance(source.lens())),
-            contrasts,
-            config,
-        ),
+        provenance=provenance(origin, contrasts, config),
     )
-    metrics = {**results.metrics, "causal inner product": causal_inner_product}
-    return replace(results, metrics=metrics)
+    a, b = (results.directions[part] for part in PARTS)
+    metric = source.remember(
+        "causal inner product",
+        _prompts(config, contrasts),
+        lambda: causal_cosine(a, b, measures.effective_unembedding(source.model)),
+    )
+    return replace(results, metrics=results.metrics | {"causal inner product": metric})
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The model of a run, loaded when it is first needed, and what was computed with it before."""
+def _interventions(
+    source: CachedModel,
+    contrasts: Mapping[str, Contrast],
+    activations: Mapping[str, ContrastActivations],
+    layer: int,
+    progress: bool,
+) -> Causal:
+    config = source.config
+    return source.remember(
+        "interventions",
+        _prompts(config, contrasts) | {"layer": layer, "seed": config.seed},
+        lambda: intervene(
+            source.model,
+            contrasts,
+            activations,
+            layer=layer,
+            generator=torch.Generator().manual_seed(config.seed),
+            protocol=config.protocol,
+            batch_size=config.batch_size,
+            progress=progress and is_main(),
+            divide=divide,
+        ),
+        (Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects, Intervention),
+    )
 
-    model: LensModel | LazyModel
-    cache: Cache
-    team: Team
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        model: LensModel | None,
-        cache: Cache | str | Path | None,
-        team: Team,
-    ) -> "_Source":
-        if model is not None:
-            return cls(model, Cache(None), team)
-        lazy = LazyModel(
-            config.model,
-            device=config.device,
-            dtype=config.torch_dtype(),
-            revision=config.revision,
-        )
-        return cls(lazy, cache if isinstance(cache, Cache) else Cache(cache), team)
-
-    def lens(self) -> LensModel:
-        return self.model() if isinstance(self.model, LazyModel) else self.model
-
-    def remember(
-        self,
-        what: str,
-        decided_by: dict[str, Any],
-        compute: Callable[[], Answer],
-        types: tuple[type, ...] = (),
-    ) -> Answer:
-        """Computed by the leading process alone, and once for all runs that it is the same in."""
-        if not isinstance(self.model, LazyModel):
-            return self.team.once(compute)
-        key = {"what": what, "model": self.model.identity, "decided by": decided_by}
-        return self.team.once(lambda: self.cache.remember(key, compute, types))
+def _prompts(config: Config, contrasts: Mapping[str, Contrast]) -> dict[str, Any]:
+    hashes = [contrasts[part].sha256 for part in PARTS]
+    return {"prompts": hashes, "protocol": config.protocol.to_dict()}
 
 
 def analyse(
@@ -179,46 +134,32 @@ def analyse(
     unembedding: Float[Tensor, "d_model d_vocab"] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Results:
-    """Everything that activations alone can tell: all of the experiment but running the model.
+    """Return the results for given activations, without running a model.
 
-    `activations` maps the parts `refusal` and `negativity`, then any controls, to their target's and
-    baseline's activations, each `[prompt layer d_model]`, from whatever source. `contrasts` holds
-    the prompts behind them, by the same names; without it the prompts are numbered and taken not to
-    be in pairs. Without `causal` there is no verdict but inconclusive, without `unembedding` (as
-    `measures.effective_unembedding` gives it) no causal inner product.
+    Args:
+        activations: pairs `[prompt layer d_model]` of `refusal`, `negativity` and any controls.
+        config: layer, resamples, confidence, seed and thresholds; None takes the defaults.
+        contrasts: the prompts behind the activations; None is unpaired, numbered prompts.
+        causal: effects of the interventions; without them the verdict is inconclusive.
+        unembedding: for the causal inner product, from `measures.effective_unembedding`.
+        provenance: the origin of the activations, in JSON values.
 
     Raises:
-        InputError: if a part is missing, the sets differ in layers or width, hold a number that is
-            not finite or do not go with their contrasts, or the layer to highlight isn't there.
+        InputError: if a part or the layer is missing, a number is not finite, or shapes differ.
     """
     config = config or Config()
     sides = _checked(activations)
-    contrasts = dict(contrasts) if contrasts is not None else _numbered(sides)
-    _check_contrasts(sides, contrasts)
-    n_layers = sides["refusal"].target.shape[1]
-    layer, note = highlighted_layer(config.layer, n_layers)
+    contrasts = _matching(contrasts, sides)
+    layer, note = highlighted_layer(config.layer, sides["refusal"].target.shape[1])
     directions = {part: mean_difference(*pair) for part, pair in sides.items()}
-    statistics = {
-        part: cosine_statistics(
-            *sides["refusal"],
-            *sides[part],
-            a_paired=contrasts["refusal"].paired,
-            b_paired=contrasts[part].paired,
-            n_resamples=config.n_resamples,
-            confidence=config.confidence,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        for part in list(sides)[1:]
-    }
-    names = set_names(contrasts)
+    statistics = _statistics(sides, contrasts, config)
+    names = Names.of(contrasts["refusal"], contrasts["negativity"]).sets()
     projections = measures.projections(sides, names)
-    sets = {
-        name: side
-        for part in MAIN_PARTS
-        for name, side in zip(names[part], sides[part], strict=True)
-    }
-    both_paired = all(contrasts[part].paired for part in MAIN_PARTS)
-    found = evidence(contrasts, causal, statistics["negativity"], layer=layer)
+    sets = {n: rows for part in PARTS for n, rows in zip(names[part], sides[part], strict=True)}
+    paired = all(contrasts[part].paired for part in PARTS)
+    if causal is not None and causal.ablation.layer != layer:
+        raise InputError(f"the interventions are of layer {causal.ablation.layer}, not {layer}")
+    measured = evidence(contrasts, causal, statistics["negativity"], layer=layer)
     return Results(
         config=config,
         contrasts=contrasts,
@@ -229,75 +170,82 @@ def analyse(
         norms=measures.norms(sides, directions),
         statistics=statistics,
         metrics=measures.by_metric(sides, directions, unembedding),
-        estimators=measures.by_estimator(sides, paired=both_paired),
+        estimators=measures.by_estimator(sides, paired=paired),
         auroc=measures.aurocs(projections, names),
         projections=projections,
         plane=measures.in_plane(sets, directions),
         components=measures.in_components(sets),
         causal=causal,
-        verdict=judge(found, config.thresholds),
+        verdict=judge(measured, config.thresholds),
         provenance=dict(provenance or {"model": {"model": "activations handed over"}}),
     )
 
 
-def _checked(activations: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ContrastActivations]:
-    if missing := [part for part in MAIN_PARTS if part not in activations]:
-        raise InputError(f"the activations lack {missing[0]!r}: hand over refusal and negativity")
-    parts = [*MAIN_PARTS, *(part for part in activations if part not in MAIN_PARTS)]
-    sides = {}
-    for part in parts:
-        pair = tuple(activations[part])
-        if len(pair) != 2 or any(not isinstance(s, Tensor) or s.ndim != 3 for s in pair):
-            raise InputError(
-                f"the activations of {part!r} are not a pair of tensors [prompt layer d_model], "
-                "target and baseline"
-            )
-        sides[part] = ContrastActivations(*(side.detach().float().cpu() for side in pair))
-    shapes = {part: tuple(side.shape[1:]) for part, pair in sides.items() for side in pair}
-    if len(set(shapes.values())) > 1 or any(
-        p[0].shape[1:] != p[1].shape[1:] for p in sides.values()
-    ):
-        raise InputError(f"the sets differ in [layer d_model], {shapes}: take one model's")
-    return sides
-
-
-def _check_contrasts(
-    sides: Mapping[str, ContrastActivations], contrasts: Mapping[str, Contrast]
-) -> None:
-    if list(sides) != list(contrasts):
-        raise InputError(f"activations of {list(sides)} do not go with contrasts {list(contrasts)}")
-    for part, contrast in contrasts.items():
-        have = tuple(map(len, sides[part]))
-        said = len(contrast.target), len(contrast.baseline)
-        if have != said:
-            raise InputError(f"{part!r} has {have} rows of activations and {said} prompts")
-
-
-def _numbered(sides: Mapping[str, ContrastActivations]) -> dict[str, Contrast]:
-    named = {"refusal": ("harmful", "harmless"), "negativity": ("negative", "neutral")}
-    made = {}
-    for part, pair in sides.items():
-        names = named.get(part, (f"{part} target", f"{part} baseline"))
-        target, baseline = (
-            tuple(f"{name} prompt {i}" for i in range(len(side)))
-            for name, side in zip(names, pair, strict=True)
+def _statistics(
+    sides: Mapping[str, ContrastActivations], contrasts: Mapping[str, Contrast], config: Config
+) -> dict[str, CosineStatistics]:
+    return {
+        part: cosine_statistics(
+            *(*sides["refusal"], *sides[part]),
+            a_paired=contrasts["refusal"].paired,
+            b_paired=contrasts[part].paired,
+            n_resamples=config.n_resamples,
+            confidence=config.confidence,
+            generator=torch.Generator().manual_seed(config.seed),
         )
-        made[part] = Contrast(part, target, baseline, target_name=names[0], baseline_name=names[1])
-    return made
+        for part in [*sides][1:]
+    }
+
+
+def _checked(activations: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ContrastActivations]:
+    """Check the activations; return float32 copies on the CPU, refusal and negativity first."""
+    parts = [*dict.fromkeys((*PARTS, *activations))]
+    for part in parts:
+        if len(activations.get(part, ())) != 2:
+            raise InputError(f"the activations lack {part!r} as a pair: target and baseline")
+    sides = {part: ContrastActivations(*activations[part]) for part in parts}
+    named = {
+        f"{part}'s {name}": (side, f"{part}_{name} layer d_model")
+        for part, pair in sides.items()
+        for name, side in pair._asdict().items()
+    }
+    check_tensors(**named)
+    return {
+        part: ContrastActivations(*(side.detach().float().cpu() for side in pair))
+        for part, pair in sides.items()
+    }
+
+
+def _matching(
+    contrasts: Mapping[str, Contrast] | None, sides: Mapping[str, ContrastActivations]
+) -> dict[str, Contrast]:
+    """Check that contrasts fit the activations; by default, return contrasts of numbered prompts."""
+    n_rows = {part: (len(pair.target), len(pair.baseline)) for part, pair in sides.items()}
+    if contrasts is None:
+        names = {"refusal": ("harmful", "harmless"), "negativity": ("negative", "neutral")}
+        contrasts = {}
+        for part, sizes in n_rows.items():
+            a, b = names.get(part, (f"{part} target", f"{part} baseline"))
+            target = tuple(f"{a} prompt {i}" for i in range(sizes[0]))
+            baseline = tuple(f"{b} prompt {i}" for i in range(sizes[1]))
+            contrasts[part] = Contrast(part, target, baseline, target_name=a, baseline_name=b)
+    n_prompts = {part: (len(c.target), len(c.baseline)) for part, c in contrasts.items()}
+    if n_rows != n_prompts:
+        raise InputError(f"activations of {n_rows} do not go with prompts of {n_prompts}")
+    return {part: contrasts[part] for part in n_rows}
 
 
 def main(config: Config | None = None) -> Results:
-    """Run the experiment and print its table, as the published script's `main` does."""
+    """Print and return the results of `run_experiment(config)`, like the published `main`."""
     results = run_experiment(config)
     print(results)
     return results
 
 
 def highlighted_layer(layer: int | None, n_layers: int) -> tuple[int, str]:
-    """The layer to highlight in a model of `n_layers`, and a sentence that says why that one.
+    """Return the layer to highlight in a model of `n_layers`, and a sentence that says why.
 
-    Raises:
-        InputError: if the model has no such layer.
+    A `layer` of None is the published relative depth. Raises InputError if the layer is missing.
     """
     if layer is not None:
         if not 0 <= layer < n_layers:
@@ -305,20 +253,18 @@ def highlighted_layer(layer: int | None, n_layers: int) -> tuple[int, str]:
                 f"layer {layer} is out of range: this model's layers are 0 to {n_layers - 1}"
             )
         return layer, f"layer {layer} of {n_layers}, as asked for"
+    published = f"the published experiment's layer {PUBLISHED_LAYER} of {PUBLISHED_DEPTH}"
     if n_layers == PUBLISHED_DEPTH:
-        return PUBLISHED_LAYER, f"layer {PUBLISHED_LAYER}, the published experiment's"
-    same_depth = round(PUBLISHED_LAYER * (n_layers - 1) / (PUBLISHED_DEPTH - 1))
-    return same_depth, (
-        f"layer {same_depth} of {n_layers}, the relative depth of the published experiment's layer "
-        f"{PUBLISHED_LAYER} of {PUBLISHED_DEPTH}"
-    )
+        return PUBLISHED_LAYER, published
+    layer = round(PUBLISHED_LAYER * (n_layers - 1) / (PUBLISHED_DEPTH - 1))
+    return layer, f"layer {layer} of {n_layers}, the relative depth of {published}"
 
 
 def provenance(
     model: Mapping[str, Any], contrasts: Mapping[str, Contrast], config: Config
 ) -> dict[str, Any]:
-    """Where a result came from: model, prompts, protocol, seed and the versions of what made it."""
-    packages = ("refusal_lens", "transformer_lens", "transformers", "torch")
+    """Return the origin of a result: `model_provenance`, prompts, seed and software versions."""
+    versions = {package: version(package) for package in ("refusal_lens", *PACKAGES)}
     return {
         "model": dict(model),
         "contrasts": {
@@ -334,6 +280,5 @@ def provenance(
             for part, contrast in contrasts.items()
         },
         "seed": config.seed,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version()} | versions,
     }

@@ -1,24 +1,32 @@
-"""The evidence -> distinct, shared, partly shared or inconclusive, with reasons.
-
-Pure arithmetic on numbers that others measured. The rule is `RULE`, printed with every verdict.
-"""
+"""The rule that turns evidence into a verdict; `wording.rule` states the rule in words."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import InputError
 
 Answer = Literal["distinct", "shared", "partly shared", "inconclusive"]
+Finding = (
+    Literal["too low", "too high", "not measured", "not shown above", "chance"]
+    | Literal["above", "below", "within", "undecided", "reported"]
+)
+"""How a number compares with its threshold; "reported" means without a comparison."""
+
+CROSS_ABLATION = ("cross_ablation_gap", "cross_ablation_drop")
+STATEMENTS = ("statement_gap", "statement_ablation")
+RATIOS = (*CROSS_ABLATION, "cross_addition", "statement_gap")  # the ratios that decide
+HIGH_COSINE = 0.5
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its confidence interval; NaN where it could not be measured."""
+    """A number and its confidence interval; NaN where it was not measured."""
 
-    value: float
-    lower: float
-    upper: float
+    value: float = math.nan
+    lower: float = math.nan
+    upper: float = math.nan
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.lower:.2f}, {self.upper:.2f}]"
@@ -26,58 +34,55 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the verdict is made from. Log-odds are refusal log-odds, in nats.
+    """The numbers behind a verdict; numbers from interventions are NaN without interventions.
+
+    The gap is the refusal score (log-odds, in nats) of harmful minus that of harmless prompts. A drop
+    or rise is a change of the refusal score. Ratios are relative to refusal's effect.
 
     Attributes:
-        layer: the layer whose directions were intervened with.
-        n_prompts: prompts in the smallest of the four sets.
-        reliability_refusal: split-half reliability of the refusal direction there, at most 1.
-        reliability_negativity: the same of the negativity direction.
-        refused_harmful: share of harmful prompts whose refusal log-odds are above 0.
-        refused_harmless: the same of harmless prompts.
-        gap: log-odds of harmful less those of harmless prompts.
-        refusal_ablation: how much of `gap` ablating refusal closes: 1 where harmful and harmless prompts
-            are refused alike afterwards.
-        random_ablation: the same for ablating a random direction, the median of several.
-        cross_ablation_gap: how much of `gap` ablating negativity closes, over how much refusal's does.
-        cross_ablation_drop: how far ablating negativity lowers the log-odds of harmful prompts, over the part of
-            `gap`, in nats, that refusal's closes. Tells what `cross_ablation_gap` can't: a gap that moves
-            down as a whole.
-        cross_addition: what adding negativity does to harmless prompts, over what refusal's does.
-        statement_gap: log-odds of negative less those of neutral prompts, over `gap`.
-        statement_ablation: what ablating refusal does to negative prompts, over what to harmful ones.
-        cosine: the unbiased cosine of the two directions at `layer`.
+        layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
+        reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
+        cosine: unbiased cosine of the two directions.
+        refused_harmful, refused_harmless: share of these prompts with a refusal score above 0.
+        gap: the gap of the unmodified model, in nats.
+        refusal_ablation, random_ablation: share of the gap that ablating refusal, or a random
+            direction (median), closes.
+        cross_ablation_gap: share of the gap that ablating negativity closes, over refusal's share.
+        cross_ablation_drop: drop of harmful prompts under ablating negativity, over the part of the
+            gap that ablating refusal closes; counts a drop that harmless prompts share.
+        cross_addition: ratio of the rises of harmless prompts under adding negativity and refusal.
+        statement_gap: score of negative minus that of neutral prompts, over the gap.
+        statement_ablation: ratio of the drops of negative and harmful prompts under ablating refusal.
     """
 
     layer: int
     n_prompts: int
     reliability_refusal: float
     reliability_negativity: float
-    refused_harmful: float
-    refused_harmless: float
-    gap: Estimate
-    refusal_ablation: Estimate
-    random_ablation: float
-    cross_ablation_gap: Estimate
-    cross_ablation_drop: Estimate
-    cross_addition: Estimate
-    statement_gap: Estimate
-    statement_ablation: Estimate
     cosine: Estimate
+    refused_harmful: float = math.nan
+    refused_harmless: float = math.nan
+    gap: Estimate = Estimate()
+    refusal_ablation: Estimate = Estimate()
+    random_ablation: float = math.nan
+    cross_ablation_gap: Estimate = Estimate()
+    cross_ablation_drop: Estimate = Estimate()
+    cross_addition: Estimate = Estimate()
+    statement_gap: Estimate = Estimate()
+    statement_ablation: Estimate = Estimate()
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every number the rule compares with.
+    """The thresholds of the rule; raises InputError unless 0 < margin < shared_from.
 
     Attributes:
-        min_prompts: fewer in any set is too few.
-        min_reliability: a direction below it is mostly noise.
-        min_refused: a model that refuses a smaller share of harmful prompts does not refuse.
-        max_refused_harmless: one that refuses a larger share of harmless ones refuses anything.
-        min_refusal_ablation: the part of the gap that ablating refusal must close.
-        margin: a ratio whose whole interval lies within +-margin is nothing.
-        shared_from: a ratio whose whole interval lies above it is as good as refusal's own.
+        min_prompts, min_reliability: least size of every set and least reliability of a direction.
+        min_refused, max_refused_harmless: bounds on the shares of harmful and harmless prompts that
+            the model refuses.
+        min_refusal_ablation: smallest share of the gap that ablating refusal must close.
+        margin: equivalence margin; a ratio whose interval lies within +-margin is no effect.
+        shared_from: a ratio whose interval lies above this shows a shared mechanism.
     """
 
     min_prompts: int = 16
@@ -90,204 +95,121 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         if not 0 < self.margin < self.shared_from:
-            raise InputError(
-                f"margin {self.margin} and shared_from {self.shared_from}: choose "
-                "0 < margin < shared_from"
-            )
+            values = f"margin {self.margin} and shared_from {self.shared_from}"
+            raise InputError(f"{values}: choose 0 < margin < shared_from")
 
 
-RULE = """\
-Inconclusive comes first: too few prompts, a direction that is not reliable, a model that does not
-refuse what it should (or refuses anything), a refusal direction that does not move refusal.
-Otherwise four ratios decide, each relative to what the refusal direction itself does:
-  cross_ablation_gap    ablate negativity: how much of the gap between harmful and harmless prompts goes?
-  cross_ablation_drop         ablate negativity: how far does the refusal of harmful prompts sink?
-  cross_addition  add negativity: how much refusal does it bring to harmless prompts?
-  statement_gap      are negative statements themselves refused?
-shared         cross_ablation_gap or cross_ablation_drop is shown above {shared_from}; or statement_gap is, and ablating refusal
-               takes the refusal of negative statements away as it does that of harmful prompts.
-distinct       cross_ablation_gap and cross_ablation_drop are shown within +-{margin} of nothing, the others below {margin}.
-partly shared  one of the four is shown above {margin}, without being shared.
-inconclusive   everything else: the intervals are too wide to say.
-"Shown" means the whole confidence interval. Geometry does not decide: two mechanisms may be
-distinct at a cosine of -0.4, or one at +0.1. It is reported beside the verdict."""
+@dataclass(frozen=True)
+class Reason:
+    """A number of the evidence and its comparison with a threshold.
+
+    Attributes:
+        measure: the field of `Evidence` that holds the number.
+        finding, threshold: the comparison (a ratio's whole interval counts); the threshold, if any.
+    """
+
+    measure: str
+    finding: Finding
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, why, and by which thresholds.
+    """The answer and its reasons; `print` shows the verdict in words.
 
     Attributes:
         answer: distinct, shared, partly shared or inconclusive.
-        reasons: what it rests on, the deciding ones first.
-        geometry: what the cosine adds: support or qualification, never the decision.
-        evidence: the numbers.
-        thresholds: what they were compared with.
+        reasons: the numbers behind the answer, the deciding numbers first.
+        geometry: the cosine: "too high" or "too low" for the answer, or "reported". Never decides.
+        evidence, thresholds: all numbers, and the thresholds of the rule.
     """
 
     answer: Answer
-    reasons: tuple[str, ...]
-    geometry: str
+    reasons: tuple[Reason, ...]
+    geometry: Reason
     evidence: Evidence
     thresholds: Thresholds
 
     @property
     def rule(self) -> str:
-        """The rule in words, with the thresholds that were used."""
-        return RULE.format(margin=self.thresholds.margin, shared_from=self.thresholds.shared_from)
+        """The rule in words, with its thresholds."""
+        from .wording import rule
+
+        return rule(self.thresholds)
 
     def __str__(self) -> str:
-        lines = [f"verdict: {self.answer}", *(f"  - {reason}" for reason in self.reasons)]
-        return "\n".join([*lines, f"  - {self.geometry}"])
+        from .wording import verdict_text
+
+        return verdict_text(self)
 
 
 def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
-    """Decide by the rule in `RULE`, and say why."""
+    """Return the verdict of the rule on `evidence`; None as `thresholds` takes the defaults."""
     t = thresholds or Thresholds()
-    if problems := _problems(evidence, t):
-        answer: Answer = "inconclusive"
-        reasons = problems
-    else:
+    answer: Answer = "inconclusive"
+    if not (reasons := _obstacles(evidence, t)):
         answer, reasons = _decide(evidence, t)
-    return Verdict(answer, tuple(reasons), _geometry(answer, evidence), evidence, t)
+    return Verdict(answer, tuple(reasons), _geometry(answer, evidence.cosine), evidence, t)
 
 
 def published_rule(cosine: float) -> str:
-    """What the published rule reads into a cosine: above 0.8 the same, above 0.5 moderate overlap.
-
-    Kept to be compared with: it knows neither noise nor cause. NaN reads as "not measurable".
-    """
+    """Return the published conclusion from a cosine, which ignores noise and causal effects."""
     if math.isnan(cosine):
         return "not measurable"
     if cosine > 0.8:
         return "same mechanism"
-    if cosine > 0.5:
-        return "moderate overlap"
-    return "safety-specific"
+    return "moderate overlap" if cosine > 0.5 else "safety-specific"
 
 
-def _problems(e: Evidence, t: Thresholds) -> list[str]:
-    """Why nothing can be concluded; empty where something can."""
-    found = []
-    if e.n_prompts < t.min_prompts:
-        found.append(f"too few prompts: the smallest set has {e.n_prompts}, below {t.min_prompts}")
-    for part, reliability in (
-        ("refusal", e.reliability_refusal),
-        ("negativity", e.reliability_negativity),
-    ):
-        if not reliability >= t.min_reliability:
-            found.append(
-                f"the {part} direction at layer {e.layer} is not reliable: two halves of the "
-                f"prompts agree on it to {reliability:.2f}, below {t.min_reliability}"
-            )
+def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
+    """Return the reasons that prevent a conclusion; empty if there are none."""
+    minima = {
+        "n_prompts": float(t.min_prompts),
+        "reliability_refusal": t.min_reliability,
+        "reliability_negativity": t.min_reliability,
+        "refused_harmful": t.min_refused,
+    }
+    low = [name for name, minimum in minima.items() if not getattr(e, name) >= minimum]
+    found = [Reason(name, "too low", minima[name]) for name in low]
     if math.isnan(e.refused_harmful):
-        found.append(
-            "nothing was intervened with, or no token opens a refusal: whether this model refuses, "
-            "and what moves it, was not measured"
-        )
-        return found
-    if not e.refused_harmful >= t.min_refused:
-        found.append(
-            f"the model does not refuse what it should: {e.refused_harmful:.0%} of harmful prompts "
-            f"are refused, below {t.min_refused:.0%}"
-        )
+        return [*found[:-1], Reason("refused_harmful", "not measured")]
     if not e.refused_harmless <= t.max_refused_harmless:
-        found.append(
-            f"the model refuses anything: {e.refused_harmless:.0%} of harmless prompts are "
-            f"refused, above {t.max_refused_harmless:.0%}"
-        )
+        found.append(Reason("refused_harmless", "too high", t.max_refused_harmless))
     if not found and not e.refusal_ablation.lower >= t.min_refusal_ablation:
-        found.append(
-            f"the refusal direction does not move refusal: ablating it closes {e.refusal_ablation} of "
-            f"the gap between harmful and harmless prompts, not shown above {t.min_refusal_ablation}"
-        )
+        found.append(Reason("refusal_ablation", "not shown above", t.min_refusal_ablation))
     elif not found and not e.refusal_ablation.value > e.random_ablation:
-        found.append(
-            f"ablating the refusal direction closes {e.refusal_ablation.value:.2f} of the gap, and a "
-            f"typical random direction {e.random_ablation:.2f}: it is no better than chance"
-        )
+        found.append(Reason("refusal_ablation", "chance", e.random_ablation))
     return found
 
 
-def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[str]]:
-    cross_ablation_gap = (
-        f"ablating negativity closes {e.cross_ablation_gap} as much of the gap between harmful and harmless "
-        "prompts as ablating refusal does"
-    )
-    cross_ablation_drop = (
-        f"ablating negativity lowers the refusal of harmful prompts by {e.cross_ablation_drop} of the gap that "
-        "ablating refusal closes"
-    )
-    cross_addition = f"adding negativity brings {e.cross_addition} of what adding refusal brings"
-    statement_gap = f"negative statements are refused {e.statement_gap} as much as harmful requests"
-    statement_ablation = (
-        f"ablating refusal takes {e.statement_ablation} as much from them as from harmful requests"
-    )
-    by_name = {
-        cross_ablation_gap: e.cross_ablation_gap,
-        cross_ablation_drop: e.cross_ablation_drop,
-        cross_addition: e.cross_addition,
-        statement_gap: e.statement_gap,
-    }
+def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
+    def above(threshold: float, ratios: Sequence[str]) -> list[str]:
+        return [ratio for ratio in ratios if getattr(e, ratio).lower > threshold]
 
-    if e.cross_ablation_gap.lower > t.shared_from or e.cross_ablation_drop.lower > t.shared_from:
-        return "shared", [
-            *(
-                f"{x}: above {t.shared_from}"
-                for x in (cross_ablation_gap, cross_ablation_drop)
-                if by_name[x].lower > t.shared_from
-            ),
-            *(
-                x
-                for x in (cross_ablation_gap, cross_ablation_drop)
-                if not by_name[x].lower > t.shared_from
-            ),
-            cross_addition,
-            statement_gap,
-        ]
-    if e.statement_gap.lower > t.shared_from and e.statement_ablation.lower > t.shared_from:
-        return "shared", [
-            f"{statement_gap}: above {t.shared_from}",
-            f"{statement_ablation}: above {t.shared_from}, the same direction refuses both",
-            cross_ablation_gap,
-            cross_ablation_drop,
-        ]
-    above = [text for text, ratio in by_name.items() if ratio.lower > t.margin]
-    if above:
-        return "partly shared", [
-            *(f"{text}: above {t.margin}" for text in above),
-            *(text for text in by_name if text not in above),
-        ]
-    nothing = {
-        text: -t.margin < by_name[text].lower and by_name[text].upper < t.margin
-        for text in (cross_ablation_gap, cross_ablation_drop)
-    }
-    if (
-        all(nothing.values())
-        and e.cross_addition.upper < t.margin
-        and e.statement_gap.upper < t.margin
-    ):
-        return "distinct", [
-            f"{cross_ablation_gap}: within {t.margin} of nothing",
-            f"{cross_ablation_drop}: within {t.margin} of nothing",
-            f"{cross_addition}: below {t.margin}",
-            f"{statement_gap}: below {t.margin}",
-        ]
-    return "inconclusive", [
-        f"{text}: neither shown above {t.margin} nor within it"
-        for text, ratio in by_name.items()
-        if not ratio.upper < t.margin or not nothing.get(text, True)
-    ]
+    def reasons(deciding: Sequence[str], threshold: float) -> list[Reason]:
+        others = [Reason(ratio, "reported") for ratio in RATIOS if ratio not in deciding]
+        return [*(Reason(ratio, "above", threshold) for ratio in deciding), *others]
+
+    if deciding := above(t.shared_from, CROSS_ABLATION):
+        return "shared", reasons(deciding, t.shared_from)
+    if len(deciding := above(t.shared_from, STATEMENTS)) == len(STATEMENTS):
+        return "shared", reasons(deciding, t.shared_from)
+    if deciding := above(t.margin, RATIOS):
+        return "partly shared", reasons(deciding, t.margin)
+    below = [ratio for ratio in RATIOS if getattr(e, ratio).upper < t.margin]
+    # Ablating negativity must not raise refusal either; the other two ratios may be negative.
+    no_effect = {*below} & {*above(-t.margin, CROSS_ABLATION), *RATIOS[2:]}
+    if undecided := [ratio for ratio in RATIOS if ratio not in no_effect]:
+        return "inconclusive", [Reason(ratio, "undecided", t.margin) for ratio in undecided]
+    findings: list[Finding] = ["within", "within", "below", "below"]
+    return "distinct", [Reason(r, f, t.margin) for r, f in zip(RATIOS, findings, strict=True)]
 
 
-def _geometry(answer: Answer, e: Evidence) -> str:
-    if math.isnan(e.cosine.value):
-        return f"the cosine at layer {e.layer} can't be measured"
-    said = f"the cosine at layer {e.layer} is {e.cosine}"
-    if answer == "distinct" and e.cosine.lower > 0.5:
-        return f"{said}: high for distinct mechanisms, something idle is shared"
-    if answer == "shared" and e.cosine.upper < 0.5:
-        return f"{said}: low for a shared mechanism, each direction carries much else"
-    if answer == "inconclusive":
-        return f"{said}: no mechanism can be read from it alone"
-    return f"{said}, as may be for {answer} mechanisms"
+def _geometry(answer: Answer, cosine: Estimate) -> Reason:
+    if math.isnan(cosine.value):
+        return Reason("cosine", "not measured")
+    if answer == "distinct" and cosine.lower > HIGH_COSINE:
+        return Reason("cosine", "too high", HIGH_COSINE)
+    if answer == "shared" and cosine.upper < HIGH_COSINE:
+        return Reason("cosine", "too low", HIGH_COSINE)
+    return Reason("cosine", "reported")

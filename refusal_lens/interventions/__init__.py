@@ -1,30 +1,15 @@
-"""Ablate or add a direction while the model runs, and read what it does to the first token.
+"""Ablate or add directions while the model runs, and measure next-token distributions."""
 
-Nothing is generated: every effect is read from the distribution of the reply's first token.
-"""
-
-from .cross_ablation import (
-    ContrastEffects,
-    CrossEffects,
-    ablation_cross_effects,
-    addition_cross_effects,
-)
-from .hooks import ablate_direction, add_direction
-from .refusal_metric import RefusalTokens, find_refusal_tokens, next_token_kl, refusal_log_odds
-from .sweep import Effects, ablation_effects, addition_effects
-
-__all__ = [
-    "ContrastEffects",
-    "CrossEffects",
-    "Effects",
-    "RefusalTokens",
-    "ablate_direction",
-    "ablation_cross_effects",
-    "ablation_effects",
-    "add_direction",
-    "addition_cross_effects",
-    "addition_effects",
-    "find_refusal_tokens",
-    "next_token_kl",
-    "refusal_log_odds",
-]
+from .cross_ablation import ContrastEffects as ContrastEffects
+from .cross_ablation import CrossEffects as CrossEffects
+from .cross_ablation import Intervention as Intervention
+from .cross_ablation import cross_effects as cross_effects
+from .hooks import ablate_direction as ablate_direction
+from .hooks import add_direction as add_direction
+from .refusal_metric import RefusalTokens as RefusalTokens
+from .refusal_metric import find_refusal_tokens as find_refusal_tokens
+from .refusal_metric import next_token_kl as next_token_kl
+from .refusal_metric import refusal_log_odds as refusal_log_odds
+from .sweep import Effects as Effects
+from .sweep import ablation_effects as ablation_effects
+from .sweep import addition_effects as addition_effects

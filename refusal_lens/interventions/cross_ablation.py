@@ -1,33 +1,47 @@
-"""What intervening on one direction does to the other contrast: one mechanism or two?
+"""Effect of intervening on one contrast's direction on the prompts of the other contrast.
 
-Two orthogonal directions can still act on one another, and two similar ones need not. So each of
-them is ablated or added, whole and without the other's component, and beside them random directions
-with the activations' own covariance. Each time every prompt is read twice: how much the model is
-about to refuse it, and, at later layers, whether its class can still be told.
+Cosines do not show whether two directions share a mechanism. Therefore each direction is ablated or
+added, whole and without the other's component, and compared with random directions. Each prompt
+gets a refusal score and, at later layers, the score of a linear classifier of its class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from ..directions.estimators import mean_difference, whitened_mean_difference
 from ..directions.similarity import orthogonal_part
 from ..errors import InputError
-from ..models.load import LensModel
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from .branches import run_branches
+from .batched_runs import Outcome, run_interventions
 from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
 
-NOTHING_LEFT = 1e-6
-"""An orthogonal part with at most this share of its direction's norm is rounding."""
-LAYERS_READ = 4
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
+N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
+
+
+class Intervention(StrEnum):
+    """The direction that is ablated or added. `RANDOM` stands for every random direction."""
+
+    NONE = "none"
+    REFUSAL = "refusal"
+    NEGATIVITY = "negativity"
+    REFUSAL_ALONE = "refusal without negativity"
+    NEGATIVITY_ALONE = "negativity without refusal"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -35,17 +49,11 @@ class ContrastEffects:
     """One contrast's prompts under every intervention; float32, on the CPU.
 
     Attributes:
-        target_log_odds: refusal log-odds of the target prompts.
-        baseline_log_odds: refusal log-odds of the baseline prompts.
-        target_kl: next-token KL(unchanged || intervened) of the target prompts, in nats.
-        baseline_kl: the same of the baseline prompts.
-        target_scores: how much like a target each target prompt looks, at each layer read.
-        baseline_scores: the same of the baseline prompts.
-
-    A score is the projection on a discriminant that was fitted, under the same intervention, to the
-    half of the prompts that this one is not in; on its scale the classes of that other half have
-    means 1/2 and -1/2. So it asks whether the class is still there to be read, by whatever
-    direction reads it best, and not whether it is still where it was.
+        target_log_odds, baseline_log_odds: refusal log-odds of the two prompt sets.
+        target_kl, baseline_kl: next-token KL(unmodified || intervention), in nats.
+        target_scores, baseline_scores: class scores (`held_out_scores`) at `read_layers`. The
+            discriminant is fitted under the intervention: the score shows whether any direction
+            still decodes the class.
     """
 
     target_log_odds: Float[Tensor, "intervention target"]
@@ -55,121 +63,98 @@ class ContrastEffects:
     target_scores: Float[Tensor, "intervention layer target"]
     baseline_scores: Float[Tensor, "intervention layer baseline"]
 
-    def auroc(self) -> Float[Tensor, "intervention layer"]:
-        """How well target can be told from baseline: 1/2 is chance, 1 always."""
-        target = rearrange(self.target_scores, "i layer target -> i layer target 1")
-        baseline = rearrange(self.baseline_scores, "i layer baseline -> i layer 1 baseline")
-        wins = (target > baseline).float() + (target == baseline).float() / 2
-        unknown = (target + baseline).isnan()
-        return torch.where(unknown, torch.nan, wins).mean((-1, -2))
-
 
 @dataclass(frozen=True)
 class CrossEffects:
-    """Both contrasts' prompts under every intervention, prompt by prompt.
+    """Effects of every intervention on the prompts of both contrasts.
 
     Attributes:
-        kind: what was done with the directions, "ablation" or "addition".
-        layer: the layer the directions come from, and after which they are added.
-        interventions: their names, in the order of every `intervention` axis: "none", "refusal",
-            "negativity", "refusal without negativity", "negativity without refusal", then the
-            "random" ones. Rows are NaN where nothing is left of a direction without the other.
-        norms: the norm of each direction; 0 for "none".
-        read_layers: the layers at which the classes are read.
-        refusal: the refusal contrast's prompts.
-        negativity: the negativity contrast's prompts.
+        kind, layer: "ablation" or "addition"; the layer of the directions and of the addition.
+        interventions, norms: intervention of each row, `NONE` first, and the norm of its direction.
+            Rows are NaN where a direction has no part orthogonal to the other.
+        read_layers: the layers of the class scores.
+        refusal, negativity: effects on the prompts of each contrast.
     """
 
     kind: str
     layer: int
-    interventions: tuple[str, ...]
+    interventions: tuple[Intervention, ...]
     norms: Float[Tensor, " intervention"]
     read_layers: tuple[int, ...]
     refusal: ContrastEffects
     negativity: ContrastEffects
 
+    def __post_init__(self) -> None:
+        # Saved results hold strings.
+        object.__setattr__(self, "interventions", tuple(map(Intervention, self.interventions)))
 
-def ablation_cross_effects(
-    model: LensModel,
+    def rows(self, intervention: Intervention) -> list[int]:
+        """The rows of an `intervention`; `RANDOM` has one row for each random direction."""
+        return [i for i, other in enumerate(self.interventions) if other is intervention]
+
+
+def cross_effects(
+    model: "HookedTransformer | TransformerBridge",
     contrasts: tuple[Contrast, Contrast],
     activations: tuple[Sides, Sides],
     *,
+    intervention: Literal["ablation", "addition"],
     layer: int,
+    random: Float[Tensor, "random d_model"],
     refusal_tokens: RefusalTokens,
-    generator: torch.Generator,
-    n_random: int = 8,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     progress: bool = True,
 ) -> CrossEffects:
-    """Ablate each direction everywhere and read all prompts of both contrasts.
+    """Ablate or add each direction, and measure all prompts of both contrasts.
 
-    `contrasts` and `activations` are refusal's, then negativity's; the directions are the mean
-    differences at `layer`. The random directions are drawn from a normal distribution with the
-    covariance that the activations at that layer have within their classes. So ablating one removes
-    about as much of what varies anyway as an arbitrary direction of this model does, and what
-    refusal's does beyond that, it does by being refusal's.
-
-    Raises:
-        InputError: if there is no such layer, or a contrast has fewer than four prompts on a side;
-            and as `ablation_effects`.
+    Args:
+        model: the model, without hooks.
+        contrasts: refusal, then negativity, with at least four prompts a side; else InputError.
+        activations: target and baseline of both; the directions are the mean differences.
+        intervention: "ablation", or "addition" of the directions with their norms after `layer`.
+        layer: the layer of the directions; InputError if the model has no such layer.
+        random: directions to compare with (`random_directions`), added with refusal's norm.
+        refusal_tokens: the first tokens that count as a refusal.
+        protocol: how prompts are formatted.
+        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
+        progress: whether to show a progress bar.
     """
-    return _cross_effects(
-        "ablation",
-        model,
-        contrasts,
-        activations,
-        layer=layer,
-        refusal_tokens=refusal_tokens,
-        generator=generator,
-        n_random=n_random,
-        protocol=protocol,
-        batch_size=batch_size,
-        progress=progress,
+    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
+    _check(sides, layer, model.cfg.n_layers)
+    directions = _directions(activations, layer)
+    if adds := intervention == "addition":
+        random = functional.normalize(random, dim=-1) * directions[0].norm()
+    directions = torch.cat([directions, random])
+    run = (~directions.isnan().any(-1)).nonzero()[:, 0].cpu()
+    after = [layer] * len(run) if adds else None
+    read_layers = _later_layers(layer, model.cfg.n_layers)
+    options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
+    outcomes = run_interventions(
+        model, sum(sides, ()), directions[run], after, read_layers=read_layers, **options
     )
-
-
-def addition_cross_effects(
-    model: LensModel,
-    contrasts: tuple[Contrast, Contrast],
-    activations: tuple[Sides, Sides],
-    *,
-    layer: int,
-    refusal_tokens: RefusalTokens,
-    generator: torch.Generator,
-    n_random: int = 8,
-    protocol: Protocol = Protocol(),  # noqa: B008
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> CrossEffects:
-    """Add each direction after its layer and read all prompts of both contrasts.
-
-    Directions are added with the norm they have: the whole ones carry the mean of the baseline
-    prompts to that of the target prompts. The random ones have the refusal direction's norm.
-    Otherwise as `ablation_cross_effects`.
-
-    Raises:
-        InputError: as `ablation_cross_effects`.
-    """
-    return _cross_effects(
-        "addition",
-        model,
-        contrasts,
-        activations,
+    shape = (1 + len(directions), sum(map(len, sides)), len(read_layers), model.cfg.d_model)
+    measured = _measured(outcomes, functional.pad(run + 1, (1, 0)), shape, refusal_tokens)
+    by_side = [each.split([*map(len, sides)], dim=1) for each in measured]
+    named = [each for each in Intervention if each is not Intervention.RANDOM]
+    return CrossEffects(
+        kind=intervention,
         layer=layer,
-        refusal_tokens=refusal_tokens,
-        generator=generator,
-        n_random=n_random,
-        protocol=protocol,
-        batch_size=batch_size,
-        progress=progress,
+        interventions=(*named, *[Intervention.RANDOM] * len(random)),
+        norms=functional.pad(directions.norm(dim=-1), (1, 0)),
+        read_layers=tuple(read_layers),
+        refusal=_contrast_effects(*(each[:2] for each in by_side)),
+        negativity=_contrast_effects(*(each[2:] for each in by_side)),
     )
 
 
 def random_directions(
     *classes: Float[Tensor, "_ d_model"], n: int, generator: torch.Generator
 ) -> Float[Tensor, "random d_model"]:
-    """Normal random directions with the covariance that activations have within their classes."""
+    """`n` normal random directions with the covariance of activations within `classes`.
+
+    `generator`, on the CPU, is the only source of randomness.
+    """
     rows = torch.cat([(rows.double() - rows.double().mean(0)) for rows in classes])
     weights = torch.randn(n, len(rows), generator=generator, dtype=torch.float64)
     return (weights @ rows / len(rows) ** 0.5).float()
@@ -178,146 +163,77 @@ def random_directions(
 def held_out_scores(
     target: Float[Tensor, "target layer d_model"], baseline: Float[Tensor, "baseline layer d_model"]
 ) -> tuple[Float[Tensor, "layer target"], Float[Tensor, "layer baseline"]]:
-    """Scores of every prompt on the linear discriminant of the other half: even rows, odd rows.
+    """Scores of every prompt on a linear discriminant fitted to the other half of the prompts.
 
-    On its scale the means of the classes it was fitted to are 1/2 and -1/2. NaN at layers where the
-    activations do not vary.
+    The halves of `target` and `baseline` are the even and the odd rows. On the scale of the scores,
+    the class means of the fitted half are 1/2 and -1/2. NaN at layers where activations do not
+    vary, and everywhere if a target activation is NaN.
     """
-    scores = torch.empty(target.shape[1], len(target)), torch.empty(target.shape[1], len(baseline))
-    for fitted, read in ((0, 1), (1, 0)):
+    sides = (target, baseline)
+    scores = [torch.full(side.shape[1::-1], torch.nan) for side in sides]
+    if target.isnan().any():
+        return scores[0], scores[1]
+    for fitted, scored in ((0, 1), (1, 0)):
         fit = target[fitted::2], baseline[fitted::2]
         axis = whitened_mean_difference(*fit).double()
         means = [side.double().mean(0) for side in fit]
         apart = ((means[0] - means[1]) * axis).sum(-1)
         middle = (means[0] + means[1]) / 2
-        for side, score in zip((target, baseline), scores, strict=True):
-            along = ((side[read::2].double() - middle) * axis).sum(-1) / apart
-            score[:, read::2] = rearrange(along, "prompt layer -> layer prompt").float()
-    return scores
+        for side, score in zip(sides, scores, strict=True):
+            along = ((side[scored::2].double() - middle) * axis).sum(-1) / apart
+            score[:, scored::2] = along.T.float()
+    return scores[0], scores[1]
 
 
-def _cross_effects(
-    kind: str,
-    model: LensModel,
-    contrasts: tuple[Contrast, Contrast],
-    activations: tuple[Sides, Sides],
-    *,
-    layer: int,
+def _measured(
+    outcomes: Iterable[Outcome],
+    rows: Int[Tensor, " run"],
+    shape: tuple[int, ...],
     refusal_tokens: RefusalTokens,
-    generator: torch.Generator,
-    n_random: int,
-    protocol: Protocol,
-    batch_size: int | None,
-    progress: bool,
-) -> CrossEffects:
-    n_layers = model.cfg.n_layers
-    if not 0 <= layer < n_layers:
-        raise InputError(f"there is no layer {layer}: choose 0 to {n_layers - 1}")
-    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
-    if min(map(len, sides)) < 4:
-        raise InputError(
-            f"a side of {min(map(len, sides))} prompt(s) can't be split into halves that each show "
-            "how a class varies: give every side at least 4"
-        )
-    named = _directions(activations, layer, n_random, generator, match_norm=kind == "addition")
-    directions = torch.stack(list(named.values()))
-    run = [i for i, direction in enumerate(directions) if not direction.isnan().any()]
-    read_layers = _spread(min(layer + 1, n_layers - 1), n_layers - 1)
-    readings = _Readings(
-        len(directions), sum(map(len, sides)), len(read_layers), directions.shape[1]
-    )
-    for outcome in run_branches(
-        model,
-        [prompt for side in sides for prompt in side],
-        directions[run],
-        [layer] * len(run) if kind == "addition" else None,
-        read_layers=read_layers,
-        protocol=protocol,
-        batch_size=batch_size,
-        progress=progress,
-    ):
-        rows = [0, *(1 + run[i] for i in outcome.interventions)]
-        where = torch.tensor(rows)[:, None], torch.tensor(outcome.prompts)
-        readings.log_odds[where] = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
-        readings.kl[where] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
-        readings.residual[where] = outcome.residual.float().cpu()
-    read = readings.split(list(map(len, sides)))
-    return CrossEffects(
-        kind=kind,
-        layer=layer,
-        interventions=("none", *named),
-        norms=torch.cat([torch.zeros(1), directions.norm(dim=-1)]),
-        read_layers=tuple(read_layers),
-        refusal=_contrast_effects(*read[:2]),
-        negativity=_contrast_effects(*read[2:]),
-    )
-
-
-class _Readings:
-    """What is read of every prompt under every intervention, "none" first."""
-
-    def __init__(self, n_interventions: int, n_prompts: int, n_layers: int, d_model: int):
-        shape = (1 + n_interventions, n_prompts)
-        self.log_odds = torch.full(shape, torch.nan)
-        self.kl = torch.full(shape, torch.nan)
-        self.residual = torch.full((*shape, n_layers, d_model), torch.nan)
-
-    def split(self, sizes: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The readings of each side."""
-        every = (self.log_odds, self.kl, self.residual)
-        return list(zip(*(reading.split(sizes, dim=1) for reading in every), strict=True))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Refusal log-odds, KL and residual stream of all prompts; NaN where nothing ran."""
+    residual = torch.full(shape, torch.nan)
+    log_odds, kl = (torch.full(shape[:2], torch.nan) for _ in range(2))
+    for outcome in outcomes:
+        ran = rows[[0, *(1 + i for i in outcome.interventions)]]
+        cells = ran[:, None], torch.tensor(outcome.prompts)
+        log_odds[cells] = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
+        kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
+        residual[cells] = outcome.residual.float().cpu()
+    return log_odds, kl, residual
 
 
 def _contrast_effects(
-    target: tuple[Tensor, Tensor, Tensor], baseline: tuple[Tensor, Tensor, Tensor]
+    log_odds: Sequence[Tensor], kl: Sequence[Tensor], residual: Sequence[Tensor]
 ) -> ContrastEffects:
-    n_layers = target[2].shape[2]
-    scores = [
-        (
-            torch.full((n_layers, t.shape[0]), torch.nan),
-            torch.full((n_layers, b.shape[0]), torch.nan),
+    scores = [held_out_scores(*pair) for pair in zip(*residual, strict=True)]
+    return ContrastEffects(*log_odds, *kl, *map(torch.stack, zip(*scores, strict=True)))
+
+
+def _check(sides: Sequence[Sequence[str]], layer: int, n_layers: int) -> None:
+    if not 0 <= layer < n_layers:
+        raise InputError(f"there is no layer {layer}: choose 0 to {n_layers - 1}")
+    if (fewest := min(map(len, sides))) < FEWEST_PROMPTS:
+        raise InputError(
+            f"a side of {fewest} prompt(s) can't be split into halves that each show how a class "
+            f"varies: give every side at least {FEWEST_PROMPTS}"
         )
-        if t.isnan().any()
-        else held_out_scores(t, b)
-        for t, b in zip(target[2], baseline[2], strict=True)
-    ]
-    target_scores, baseline_scores = (torch.stack(side) for side in zip(*scores, strict=True))
-    return ContrastEffects(
-        target[0], baseline[0], target[1], baseline[1], target_scores, baseline_scores
+
+
+def _directions(activations: tuple[Sides, Sides], layer: int) -> Float[Tensor, "4 d_model"]:
+    """The refusal and negativity directions, then each without the other's component."""
+    refusal, negativity = (
+        mean_difference(*(side[:, layer : layer + 1] for side in sides))[0].float()
+        for sides in activations
     )
+    whole = torch.stack([refusal, negativity])
+    alone = torch.stack([orthogonal_part(*whole), orthogonal_part(*whole.flip(0))])
+    is_rounding = alone.norm(dim=-1) <= ROUNDING * whole.norm(dim=-1)
+    alone[is_rounding] = torch.nan
+    return torch.cat([whole, alone])
 
 
-def _directions(
-    activations: tuple[Sides, Sides],
-    layer: int,
-    n_random: int,
-    generator: torch.Generator,
-    *,
-    match_norm: bool,
-) -> Mapping[str, Float[Tensor, " d_model"]]:
-    at_layer = [[side[:, layer : layer + 1] for side in sides] for sides in activations]
-    refusal, negativity = (mean_difference(*sides)[0].float() for sides in at_layer)
-    classes = [side[:, 0] for sides in at_layer for side in sides]
-    random = random_directions(*classes, n=n_random, generator=generator)
-    if match_norm:
-        random = torch.nn.functional.normalize(random, dim=-1) * refusal.norm()
-    named = {
-        "refusal": refusal,
-        "negativity": negativity,
-        "refusal without negativity": _without(refusal, negativity),
-        "negativity without refusal": _without(negativity, refusal),
-    }
-    return named | {f"random {i + 1}": direction for i, direction in enumerate(random)}
-
-
-def _without(
-    direction: Float[Tensor, " d_model"], other: Float[Tensor, " d_model"]
-) -> Float[Tensor, " d_model"]:
-    rest = orthogonal_part(direction, other)
-    is_rounding = rest.norm() <= NOTHING_LEFT * direction.norm()
-    return torch.full_like(rest, torch.nan) if is_rounding else rest
-
-
-def _spread(first: int, last: int) -> list[int]:
-    """A few layers, evenly spread from the first to the last."""
-    return sorted({round(x) for x in torch.linspace(first, last, LAYERS_READ).tolist()})
+def _later_layers(layer: int, n_layers: int) -> list[int]:
+    """A few later layers, evenly spaced up to the last."""
+    first = min(layer + 1, n_layers - 1)
+    return sorted({round(x) for x in torch.linspace(first, n_layers - 1, N_READ_LAYERS).tolist()})

@@ -1,48 +1,44 @@
-"""A direction removed from, or added to, the residual stream while the model runs.
+"""Hooks that ablate a direction from the residual stream, or add one, while the model runs.
 
-Both functions return hooks, to be used in either of TransformerLens's ways, alone or together:
+A hook returns a new tensor and never writes into its input.
 
     with model.hooks(fwd_hooks=ablate_direction(model, direction)):
         logits = model(tokens, attention_mask=mask)
-
-    logits = model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=add_direction(...))
-
-A hook returns a new tensor and never writes into the one it is given; weights are not touched.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from ..models.load import LensModel
 
-Hook = tuple[str, Callable[..., Tensor]]
-"""The name of a hook point, and what to do there: `fn(x, hook) -> x`."""
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
-EMBEDDING = -1
-"""As a layer: what the embedding wrote, before block 0."""
+Hook = tuple[str, Callable[..., Tensor | None]]  # hook point and `fn(x, hook) -> new x`, or None
+EMBEDDING = -1  # layer number of the embedding's output, before block 0
 
 
-def ablate_direction(model: LensModel, direction: Float[Tensor, "*batch d_model"]) -> list[Hook]:
+def ablate_direction(
+    model: "HookedTransformer | TransformerBridge", direction: Float[Tensor, "*batch d_model"]
+) -> list[Hook]:
     r"""Hooks that remove the component along a direction from every write to the residual stream.
 
-    `x - (x . u) u`, `u` the direction at norm 1, for what the embedding, every attention layer and
-    every MLP writes, at all positions; after a norm that stands between a layer and the stream, as
-    in Gemma 2. So the stream never holds anything along `u`, and the model computes what it would
-    with `u` projected out of all weights that write to the stream. Neither the direction's norm nor
-    its sign matters. The projection is computed in float32.
+        x <- x - (x . u) u,    u = direction / |direction|
 
-    `[d_model]` is one direction for all rows; `[batch d_model]` gives each row its own. Two
-    ablations one after the other remove both directions only if these are orthogonal.
+    applies to the outputs of the embedding, attention layers and MLPs, after any norm that follows
+    the layer (Gemma 2), at all positions, in float32. The effect is the same as that of projecting
+    `u` out of all weights that write to the residual stream (Arditi et al. 2024, arXiv:2406.11717,
+    section 2.4). Two successive ablations remove both directions only if these are orthogonal.
 
-    Raises:
-        InputError: if the direction is zero, not finite, or not of the model's width; if the model
-            has no hook on what a layer writes.
-
-    Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.4.
+    Args:
+        model: InputError if the model lacks the hook point of a write.
+        direction: of any norm, for all rows, or one for each row (`[batch d_model]`). InputError if
+            zero, not finite, or not of the model's width.
     """
     check_directions(model, direction)
     norm = direction.float().norm(dim=-1, keepdim=True)
@@ -52,58 +48,56 @@ def ablate_direction(model: LensModel, direction: Float[Tensor, "*batch d_model"
 
 
 def add_direction(
-    model: LensModel, direction: Float[Tensor, "*batch d_model"], layer: int
+    model: "HookedTransformer | TransformerBridge",
+    direction: Float[Tensor, "*batch d_model"],
+    layer: int,
 ) -> list[Hook]:
     """Hooks that add a direction to the residual stream after one layer, at all positions.
 
-    Added as it is, its norm included, to `blocks.{layer}.hook_resid_post`; layer -1 is what the
-    embedding wrote. The published method adds at a block's input: its layer `l` is `l - 1` here.
-    `[batch d_model]` gives each row its own direction.
-
-    Raises:
-        InputError: if the direction is zero, not finite, or not of the model's width; if there is
-            no such layer.
-
-    Reference: Arditi et al. 2024, arXiv:2406.11717, section 2.4.
+    Args:
+        model: the model.
+        direction: added with its norm to all rows, or one for each row (`[batch d_model]`).
+            InputError if zero, not finite, or not of the model's width.
+        layer: the block whose `hook_resid_post` is changed; -1 is the embedding's output. Arditi et
+            al. (2024, arXiv:2406.11717, section 2.4) add at block inputs, so `l` is `l - 1` here.
     """
     check_directions(model, direction)
     if (direction == 0).all(-1).any():
         raise InputError("the direction to add is zero: there is nothing to add")
 
     def add(x: Tensor, hook: object) -> Tensor:
-        return (x + per_row(direction.float(), x)).to(x.dtype)
+        return (x + direction.float().to(x.device).unsqueeze(-2)).to(x.dtype)
 
     return [(stream_after(model, layer), add)]
 
 
-def projection_hooks(model: LensModel, units: Float[Tensor, "*batch d_model"]) -> list[Hook]:
-    """Hooks that project unit directions out of every write; a zero row leaves its row alone."""
+def projection_hooks(
+    model: "HookedTransformer | TransformerBridge", units: Float[Tensor, "*batch d_model"]
+) -> list[Hook]:
+    """Hooks that project unit directions out of every write; a zero vector changes nothing."""
 
     def project(x: Tensor, hook: object) -> Tensor:
-        unit, wide = per_row(units, x), x.float()
+        unit, wide = units.to(x.device).unsqueeze(-2), x.float()
         along = torch.linalg.vecdot(wide, unit).unsqueeze(-1)
         return torch.addcmul(wide, along, unit, value=-1).to(x.dtype)
 
     return [(name, project) for name in writes(model)]
 
 
-def writes(model: LensModel) -> list[str]:
-    """The hook points of all writes to the residual stream, the embedding's first."""
-    names = [stream_after(model, EMBEDDING)]
-    present = model.hook_dict
-    for layer in range(model.cfg.n_layers):
-        names.append(f"blocks.{layer}.hook_attn_out")
-        if not getattr(model.cfg, "attn_only", False):
-            names.append(f"blocks.{layer}.hook_mlp_out")
-    if missing := [name for name in names if name not in present]:
+def writes(model: "HookedTransformer | TransformerBridge") -> list[str]:
+    """The hook points of all writes to the residual stream, first the embedding's."""
+    layers = range(model.cfg.n_layers)
+    outputs = ["attn_out"] if getattr(model.cfg, "attn_only", False) else ["attn_out", "mlp_out"]
+    names = [f"blocks.{layer}.hook_{output}" for layer in layers for output in outputs]
+    if missing := [name for name in names if name not in model.hook_dict]:
         raise InputError(
-            f"this model has no {missing[0]}, so what that layer writes can't be changed: "
+            f"this model has no {missing[0]}, so the output of that layer can't be changed: "
             "directions can be added to its residual stream, not ablated from it"
         )
-    return names
+    return [stream_after(model, EMBEDDING), *names]
 
 
-def stream_after(model: LensModel, layer: int) -> str:
+def stream_after(model: "HookedTransformer | TransformerBridge", layer: int) -> str:
     """The hook point of the residual stream after a layer; -1 is after the embedding."""
     n_layers = model.cfg.n_layers
     if not EMBEDDING <= layer < n_layers:
@@ -111,7 +105,9 @@ def stream_after(model: LensModel, layer: int) -> str:
     return "blocks.0.hook_resid_pre" if layer == EMBEDDING else f"blocks.{layer}.hook_resid_post"
 
 
-def check_directions(model: LensModel, directions: Float[Tensor, "*batch d_model"]) -> None:
+def check_directions(
+    model: "HookedTransformer | TransformerBridge", directions: Float[Tensor, "*batch d_model"]
+) -> None:
     """Raise InputError unless directions are finite and of the model's width."""
     check_tensors(direction=(directions, "*batch d_model"))
     width = model.cfg.d_model
@@ -122,10 +118,3 @@ def check_directions(model: LensModel, directions: Float[Tensor, "*batch d_model
         )
     if not directions.isfinite().all():
         raise InputError("the direction holds NaN or infinite values: choose another layer")
-
-
-def per_row(
-    directions: Float[Tensor, "*batch d_model"], x: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "*batch 1 d_model"]:
-    """Directions as they broadcast over the positions of a batch, on its device."""
-    return directions.to(x.device).unsqueeze(-2)

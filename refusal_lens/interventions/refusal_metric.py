@@ -1,46 +1,41 @@
-"""How much a model is about to refuse, from the distribution of its first token alone."""
+"""Refusal log-odds, from the distribution of the reply's first token."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from ..models.load import LensModel
 from ..prompts.protocol import Protocol
-from .branches import first_token_logits
+from .batched_runs import first_token_logits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 EPSILON = 1e-8
 
-OPENINGS: dict[str, tuple[str, ...]] = {
+# First words of refusals in Llama 3, Gemma, Qwen and Llama 2, by a marker in the chat template.
+# Token ids in Arditi et al.: 40; 235285; 40 and 2121; 306.
+FIRST_WORDS: dict[str, tuple[str, ...]] = {
     "<|start_header_id|>": ("I",),
     "<start_of_turn>": ("I",),
     "<|im_start|>": ("I", "As"),
     "[INST]": ("I",),
 }
-"""What refusals open with in Llama 3, Gemma, Qwen and Llama 2, by what the chat template writes.
-
-Words and not token ids, so that the tokenizer at hand decides. (In Arditi et al.: 40; 235285; 40
-and 2121; 306.)
-"""
 
 
 @dataclass(frozen=True)
 class RefusalTokens:
-    """The first tokens of a refusal, and how they are known.
+    """The first tokens that count as a refusal, and how they were found.
 
     Attributes:
-        ids: token ids; empty where the model has none.
-        texts: their texts.
-        how: one sentence that says how they were found.
-        refused: mean next-token probability of the tokens over the prompts to be refused.
-        answered: the same over the prompts to be answered.
+        ids, texts: token ids and their texts; empty if the model has no such tokens.
+        how: one sentence on how the tokens were found.
+        refused, answered: mean probability of the tokens after prompts to be refused, answered.
     """
 
     ids: tuple[int, ...]
@@ -51,7 +46,7 @@ class RefusalTokens:
 
     @property
     def separation(self) -> float:
-        """How much likelier the tokens are where the model should refuse: 1 at best."""
+        """`refused - answered`: 1 is perfect separation, 0 is none."""
         return self.refused - self.answered
 
 
@@ -60,14 +55,13 @@ def refusal_log_odds(
 ) -> Float[Tensor, "*batch"]:
     r"""`log(p + e) - log(1 - p + e)`, `p` the summed next-token probability of the refusal tokens.
 
-    `e = 1e-8` keeps it within +-18.4. From logits in any dtype, computed from the two
-    log-sum-exps, so that `1 - p` is exact where `p` is almost 1; the answer is float32. NaN where
-    there are no refusal tokens, as for a model that does not refuse.
+    In nats, float32; `e = 1e-8` bounds the log-odds to +-18.4 (Arditi et al. 2024,
+    arXiv:2406.11717, section B.1).
 
-    Raises:
-        InputError: if a token id is not of the vocabulary.
-
-    Reference: Arditi et al. 2024, arXiv:2406.11717, section B.1.
+    Args:
+        logits: next-token logits of any dtype.
+        tokens: the tokens that count as a refusal, or their ids. Without tokens the result is NaN.
+            InputError if an id is not in the vocabulary.
     """
     check_tensors(logits=(logits, "*batch d_vocab"))
     ids = list(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)
@@ -81,6 +75,7 @@ def refusal_log_odds(
     wide = logits.float()
     refusal = wide[..., is_refusal].logsumexp(-1)
     rest = wide.masked_fill(is_refusal, -torch.inf).logsumexp(-1)
+    # 1 - p is computed from the log-sum-exps too, so it is exact where p is almost 1.
     p, not_p = (refusal - rest).sigmoid(), (rest - refusal).sigmoid()
     return (p + EPSILON).log() - (not_p + EPSILON).log()
 
@@ -88,14 +83,14 @@ def refusal_log_odds(
 def next_token_kl(
     logits: Float[Tensor, "*#batch d_vocab"], changed: Float[Tensor, "*#batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """Kullback-Leibler divergence KL(unchanged || changed) of next-token distributions, in nats."""
+    """KL(softmax of `logits` || softmax of `changed`), in nats, float32."""
     check_tensors(logits=(logits, "*batch d_vocab"), changed=(changed, "*batch d_vocab"))
     before, after = logits.float().log_softmax(-1), changed.float().log_softmax(-1)
     return torch.einsum("...v,...v->...", before.exp(), before - after).clamp_min(0)
 
 
 def find_refusal_tokens(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     refused: Sequence[str],
     answered: Sequence[str],
     *,
@@ -103,59 +98,42 @@ def find_refusal_tokens(
     min_separation: float = 0.05,
     progress: bool = True,
 ) -> RefusalTokens:
-    """The tokens with which a model begins a refusal, from its family or from what it does.
+    """The first tokens of a model's refusals, from its chat template or from its behaviour.
 
-    Where the chat template is of a known family, the words its refusals open with, from Arditi et
-    al. Else every second prompt of both sets is used to choose, and the others to measure: a token
-    is chosen if its mean probability is higher by `min_separation` or more on the prompts to be
-    refused and at least four times that on the prompts to be answered. Without any such token the
-    answer has no ids, and says so.
+    The chat template of a known family determines the first words (Arditi et al.). Otherwise, even
+    prompts of both sets select tokens and odd prompts measure them. A token is selected if its mean
+    probability after prompts to be refused is higher by `min_separation` and at least four times as
+    high; `ids` may be empty. Check `separation` before you interpret refusal log-odds.
 
-    Either way `refused` and `answered` tell how far the tokens do separate the prompts: look there
-    before reading anything into refusal log-odds.
-
-    Raises:
-        InputError: if there are fewer than two prompts in either set.
+    Args:
+        model: the model, without hooks.
+        refused, answered: prompts to be refused and to be answered; InputError below two each.
+        protocol: how prompts are formatted.
+        min_separation: least difference of mean probabilities.
+        progress: whether to show progress bars.
     """
-    for prompts, side in ((refused, "refused"), (answered, "answered")):
-        if len(prompts) < 2:
-            raise InputError(f"{len(prompts)} prompt(s) to be {side}: at least two are needed")
+    if (fewest := min(len(refused), len(answered))) < 2:
+        raise InputError(f"a set of {fewest} prompt(s): give at least two to be refused, answered")
     probabilities = [
         first_token_logits(model, prompts, protocol=protocol, progress=progress).softmax(-1)
         for prompts in (refused, answered)
     ]
-    if known := _opening_tokens(model.tokenizer, protocol):
-        ids, marker = known
-        how = f"what refusals of chat templates with {marker} open with (Arditi et al. 2024)"
-        return _measured(model.tokenizer, ids, how, *probabilities)
-    p, q = (side[::2].mean(0) for side in probabilities)
-    separates = (p - q >= min_separation) & (p >= 4 * q)
-    ids = [i for i in (p - q).argsort(descending=True).tolist() if separates[i]]
-    how = f"first tokens likelier by {min_separation} on refused prompts, chosen on half of them"
-    if not ids:
-        how = f"none: no first token is likelier by {min_separation} on the prompts to be refused"
-    return _measured(model.tokenizer, ids, how, *(side[1::2] for side in probabilities))
-
-
-def _opening_tokens(
-    tokenizer: "PreTrainedTokenizerBase", protocol: Protocol
-) -> tuple[list[int], str] | None:
+    tokenizer: Any = model.tokenizer
+    ids: list[int] = []
     template = protocol.chat_template or getattr(tokenizer, "chat_template", None) or ""
-    for marker, words in OPENINGS.items():
-        if marker in template:
-            encoded = [tokenizer.encode(word, add_special_tokens=False) for word in words]
-            ids = [tokens[0] for tokens in encoded if len(tokens) == 1]
-            return (ids, marker) if ids else None
-    return None
-
-
-def _measured(
-    tokenizer: "PreTrainedTokenizerBase",
-    ids: list[int],
-    how: str,
-    refused: Tensor,
-    answered: Tensor,
-) -> RefusalTokens:
+    if marker := next((marker for marker in FIRST_WORDS if marker in template), None):
+        words = [tokenizer.encode(word, add_special_tokens=False) for word in FIRST_WORDS[marker]]
+        ids = [word[0] for word in words if len(word) == 1]
+        how = f"first words of refusals under chat templates with {marker} (Arditi et al. 2024)"
+    if not ids:
+        p, q = (side[::2].mean(0) for side in probabilities)
+        separates = (p - q >= min_separation) & (p >= 4 * q)
+        ids = [i for i in (p - q).argsort(descending=True).tolist() if separates[i]]
+        likelier = f"likelier by {min_separation} on"
+        how = f"first tokens {likelier} refused prompts, chosen on half of them"
+        if not ids:
+            how = f"none: no first token is {likelier} the prompts to be refused"
+        probabilities = [side[1::2] for side in probabilities]
     texts = tuple(str(tokenizer.decode([i])) for i in ids)
-    means = (side[:, ids].sum(-1).mean().item() for side in (refused, answered))
+    means = (side[:, ids].sum(-1).mean().item() for side in probabilities)
     return RefusalTokens(tuple(ids), texts, how, *means)

@@ -1,16 +1,14 @@
-"""Choosing one direction of many as Arditi et al. do: by what ablating and adding it does.
+"""Select one direction among positions and layers by the effects of ablating and adding it.
 
-Every position and layer gives a candidate. Three numbers are measured of each, none by generating:
-the refusal of harmful prompts once it is ablated, the refusal of harmless prompts once it is added,
-and how far ablating it moves the next-token distribution of harmless prompts. Filters on the last
-two, the lowest of the first wins.
-
-Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.3 and C.
+Every candidate has three scores, without generation: the refusal score of harmful prompts under
+ablation, the refusal score of harmless prompts under addition, and the KL divergence that ablation
+causes on harmless prompts. Among the candidates that pass filters on the last two scores, the
+selected candidate has the lowest first score. Reference: Arditi et al. 2024, arXiv:2406.11717,
+sections 2.3 and C.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +17,38 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..activations import disk as artifacts
+from ..activations import disk
 from ..activations.extract import get_prompt_activations
 from ..directions.estimators import mean_difference
 from ..directions.similarity import NOISE_FLOOR
 from ..errors import InputError
-from ..models.load import LensModel, model_provenance
+from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import arditi
-from . import RefusalTokens, ablation_effects, addition_effects, find_refusal_tokens
-from .selection_rule import CandidateScores, Choice, Thresholds, choose, passes
+from .refusal_metric import RefusalTokens, find_refusal_tokens
+from .selection_rule import RECORD, CandidateScores, Choice, SelectionFilters, choose, passes
+from .sweep import ablation_effects, addition_effects
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 FILE = "candidates.json"
-HELD_OUT = 4
-"""Without validation prompts of its own, every so many-th prompt of the contrast is held out."""
+HELD_OUT = 4  # without validation prompts, every fourth prompt of the contrast is held out
+LAYERS_AT_ONCE = 16  # candidates of these layers run together and are saved together
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select_direction` found; `chosen` is None where no candidate passes.
+    """The result of `select_direction`.
 
     Attributes:
-        chosen: position and layer, counted as the protocol counts.
-        scores: of every candidate.
-        directions: the candidates, mean differences, not normalised.
-        protocol: how they were read, and how layers are counted.
-        refusal_tokens: what was taken for a refusal's first tokens.
-        unchanged: refusal score of the harmful and of the harmless prompts without intervention.
-        thresholds: of the filters.
+        chosen: position, and layer as the protocol numbers layers; None if no candidate passes.
+        scores, directions: of every candidate; directions are mean differences, not normalised.
+        unchanged: refusal scores of harmful and of harmless prompts in the unmodified model.
+        protocol, refusal_tokens, filters: the settings of the selection.
     """
 
     chosen: Choice | None
@@ -59,109 +57,82 @@ class Selection:
     protocol: Protocol
     refusal_tokens: RefusalTokens
     unchanged: tuple[float, float]
-    thresholds: Thresholds
+    filters: SelectionFilters
 
     @property
     def direction(self) -> Float[Tensor, " d_model"]:
-        """The chosen direction.
-
-        Raises:
-            InputError: if no candidate passes.
-        """
-        if self.chosen is None:
-            raise InputError(f"no direction was chosen: {self.reason()}")
-        row = self.scores.positions.index(self.chosen.position)
-        return self.directions[row, self.chosen.layer]
+        """The chosen direction. Raises InputError if no candidate passes."""
+        return self.directions[self._cell()]
 
     @property
     def layer(self) -> int:
-        """The chosen direction's layer as this package counts it, -1 the embedding's output.
-
-        Raises:
-            InputError: if no candidate passes.
-        """
-        if self.chosen is None:
-            raise InputError(f"no direction was chosen: {self.reason()}")
-        return self.chosen.layer - (self.protocol.hook == "resid_pre")
+        """The chosen layer, -1 the embedding's output. InputError if no candidate passes."""
+        return self._cell()[1] - (self.protocol.hook == "resid_pre")
 
     def reason(self) -> str:
-        """One sentence: what was chosen and why, or why nothing was."""
-        filters = passes(self.scores, self.thresholds)
+        """One sentence with the chosen candidate and its scores, or the filters that failed."""
+        filters = passes(self.scores, self.filters)
         n = self.scores.ablation.numel()
-        each = ", ".join(f"{int(ok.sum())} {name}" for name, ok in filters.items())
         if self.chosen is None:
+            each = ", ".join(f"{int(ok.sum())} {name}" for name, ok in filters.items())
             return f"none of {n} candidates passes every filter ({each})"
         passing = int(torch.stack(list(filters.values())).all(0).sum())
-        row = self.scores.positions.index(self.chosen.position)
-        where = (row, self.chosen.layer)
+        cell = self._cell()
         return (
             f"position {self.chosen.position}, {self.protocol.hook}[{self.chosen.layer}]: of the "
             f"{passing} among {n} candidates that pass, its ablation leaves the lowest refusal "
-            f"score, {self.scores.ablation[where]:.2f} (without {self.unchanged[0]:.2f}; added to "
-            f"harmless prompts it gives {self.scores.addition[where]:.2f}, without "
-            f"{self.unchanged[1]:.2f}; KL {self.scores.kl[where]:.3f})"
+            f"score, {self.scores.ablation[cell]:.2f} (without {self.unchanged[0]:.2f}; added to "
+            f"harmless prompts it gives {self.scores.addition[cell]:.2f}, without "
+            f"{self.unchanged[1]:.2f}; KL {self.scores.kl[cell]:.3f})"
         )
 
+    __str__ = reason
+
     def figures(self) -> "dict[str, go.Figure]":
-        """The three score maps over positions and layers, the chosen candidate outlined."""
+        """A heatmap of each score over positions and layers, with the chosen candidate outlined."""
         from .. import plotting
 
-        selected = None
-        if self.chosen is not None:
-            selected = (self.scores.positions.index(self.chosen.position), self.chosen.layer)
         return plotting.selection_scores(
-            {
-                "ablation": self.scores.ablation,
-                "addition": self.scores.addition,
-                "kl": self.scores.kl,
-            },
+            {name: getattr(self.scores, name) for name in ("ablation", "addition", "kl")},
             positions=self.scores.positions,
-            selected=selected,
+            selected=self._cell() if self.chosen else None,
             counting="input" if self.protocol.hook == "resid_pre" else "output",
         )
 
-    def __str__(self) -> str:
-        return self.reason()
+    def _cell(self) -> tuple[int, int]:
+        """Row and column of the chosen candidate."""
+        if self.chosen is None:
+            raise InputError(f"no direction was chosen: {self.reason()}")
+        return self.scores.positions.index(self.chosen.position), self.chosen.layer
 
 
 def select_direction(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     contrast: Contrast,
     validation: Contrast | None = None,
     *,
     refusal_tokens: RefusalTokens | None = None,
     protocol: Protocol | None = None,
-    thresholds: Thresholds | None = None,
+    filters: SelectionFilters | None = None,
     folder: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Selection:
-    """Choose a direction of a contrast as Arditi et al. do, over positions and layers.
-
-    The candidates are the mean differences of `contrast` at the protocol's positions. Each is
-    ablated everywhere, and added, as it is, where it was read. A candidate that is rounding noise
-    (as at the first block's input, where the template's tokens have seen no prompt yet) has no
-    direction: it changes nothing, and its scores are those of the model as it is.
+    """Select a direction of a contrast as Arditi et al. do, over positions and layers.
 
     Args:
-        model: the model.
+        model: the model, without hooks.
         contrast: harmful (target) and harmless (baseline) prompts to take the directions from.
-        validation: others to score them on; None holds every fourth of `contrast` out.
-        refusal_tokens: the first tokens of a refusal; None finds them (`find_refusal_tokens`).
-        protocol: how prompts are read; None is Arditi et al.'s for the model's chat template.
-        thresholds: of the filters.
-        folder: keeps the candidates finished so far, so that a run that was stopped goes on from
-            there.
-        batch_size: as `ablation_effects`.
-        progress: show a bar over the candidates.
-
-    Raises:
-        InputError: as `get_prompt_activations` and `ablation_effects`; if the protocol's positions
-            are not all numbers; if `folder` holds the candidates of another run.
-
-    Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.3, 2.4 and C.
+        validation: prompts to score directions on; None holds out every fourth of `contrast`.
+        refusal_tokens: the first tokens of a refusal; None calls `find_refusal_tokens`.
+        protocol: InputError for positions that are not numbers; None is Arditi et al.'s protocol.
+        filters: conditions on a candidate; None is the published filters.
+        folder: of the scores so far, to resume a run; InputError if it holds another run's scores.
+        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
+        progress: whether to show progress bars.
     """
-    protocol = protocol or arditi(model.tokenizer)
+    tokenizer: Any = model.tokenizer
+    protocol = protocol or arditi(tokenizer)
     positions = tuple(p for p in protocol.positions if isinstance(p, int))
     if len(positions) < len(protocol.positions):
         raise InputError(
@@ -172,195 +143,128 @@ def select_direction(
     tokens = refusal_tokens or find_refusal_tokens(
         model, held_out.target, held_out.baseline, protocol=protocol, progress=progress
     )
-    directions = candidate_directions(
-        model, train, protocol=protocol, batch_size=batch_size, progress=progress
-    )
+    options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size}
+    directions = candidate_directions(model, train, progress=progress, **options)
     identity = {
         "model": model_provenance(model),
         "prompts": {"directions": train.sha256, "scores": held_out.sha256},
         "protocol": protocol.to_dict(),
         "refusal_tokens": list(tokens.ids),
     }
-    finished = _Finished(Path(folder) if folder is not None else None, artifacts.plain(identity))
-    measured = _measure(
-        model,
-        directions,
-        positions,
-        held_out,
-        tokens,
-        protocol=protocol,
-        finished=finished,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    scores = CandidateScores.from_records(measured.records)
+    options |= {"refusal_tokens": tokens}
+    saved = _saved(folder, disk.plain(identity))
+    _measure(model, directions, positions, held_out, saved, folder, options, progress)
+    scores = CandidateScores.from_records(saved["candidates"])
     order = [scores.positions.index(position) for position in positions]
-    scores = CandidateScores(
-        positions, scores.ablation[order], scores.addition[order], scores.kl[order]
-    )
-    return Selection(
-        chosen=choose(scores, thresholds),
-        scores=scores,
-        directions=directions,
-        protocol=protocol,
-        refusal_tokens=tokens,
-        unchanged=measured.unchanged,
-        thresholds=thresholds or Thresholds(),
-    )
+    maps = (each[order] for each in (scores.ablation, scores.addition, scores.kl))
+    scores = CandidateScores(positions, *maps)
+    harmful, harmless = (math.nan if x is None else x for x in saved["unchanged"])
+    filters = filters or SelectionFilters()
+    found = scores, directions, protocol, tokens, (harmful, harmless), filters
+    return Selection(choose(scores, filters), *found)
 
 
 def candidate_directions(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     contrast: Contrast,
     *,
     protocol: Protocol,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Float[Tensor, "pos layer d_model"]:
-    """Mean differences of a contrast at every position and layer; zero where they are rounding.
+    """Mean differences of a contrast at every position and layer of a protocol.
 
-    Raises:
-        InputError: as `get_prompt_activations`.
+    Zero where a difference is rounding noise, as at template tokens at the first block's input. A
+    zero candidate has the scores of the unmodified model. `batch_size` None derives the number of
+    prompts in a pass from the free memory.
     """
     prompts = [*contrast.target, *contrast.baseline]
     activations = get_prompt_activations(
         model, prompts, protocol=protocol, batch_size=batch_size, progress=progress
     )
-    n_positions = activations.shape[1]
     flat = rearrange(activations, "prompt pos layer d -> prompt (pos layer) d")
     target, baseline = flat.split([len(contrast.target), len(contrast.baseline)])
-    rows = rearrange(
-        mean_difference(target, baseline), "(pos layer) d -> pos layer d", pos=n_positions
-    )
+    rows = mean_difference(target, baseline).unflatten(0, activations.shape[1:3])
     norms = rows.norm(dim=-1, keepdim=True)
     return torch.where(norms > NOISE_FLOOR * norms.amax(1, keepdim=True), rows, 0.0)
 
 
-@dataclass
-class _Finished:
-    """The candidates scored so far, kept in a file where there is a folder."""
-
-    folder: Path | None
-    identity: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.unchanged: tuple[float, float] = (math.nan, math.nan)
-        if self.folder is None:
-            return
-        artifacts.check_writable(self.folder)
-        if not (self.folder / FILE).exists():
-            return
-        saved = artifacts.read_json(self.folder / FILE)
-        if not isinstance(saved, dict) or saved.get("identity") != self.identity:
-            raise InputError(
-                f"{self.folder / FILE} holds the candidates of another model, other prompts or "
-                "another protocol: choose another folder, or delete the file"
-            )
-        self.records = list(saved["candidates"])
-        if None not in saved["unchanged"]:
-            self.unchanged = (saved["unchanged"][0], saved["unchanged"][1])
-
-    def add(self, records: Sequence[dict[str, Any]], unchanged: tuple[float, float]) -> None:
-        self.records += records
-        self.unchanged = unchanged
-        if self.folder is None:
-            return
-        with artifacts.whole_directory(self.folder) as staging:
-            artifacts.write_json(
-                staging / FILE,
-                artifacts.plain(
-                    {
-                        "identity": self.identity,
-                        "unchanged": self.unchanged,
-                        "candidates": self.records,
-                    }
-                ),
-            )
+def _saved(folder: str | Path | None, identity: dict[str, Any]) -> dict[str, Any]:
+    """The saved scores, or an empty record of this run."""
+    nothing = {"identity": identity, "unchanged": (None, None), "candidates": []}
+    if folder is None:
+        return nothing
+    disk.check_writable(folder)
+    path = Path(folder) / FILE
+    if not path.exists():
+        return nothing
+    saved = disk.read_json(path)
+    if not isinstance(saved, dict) or saved.get("identity") != identity:
+        raise InputError(
+            f"{path} holds the candidates of another model, other prompts or another protocol: "
+            "choose another folder, or delete the file"
+        )
+    return saved
 
 
 def _measure(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     directions: Float[Tensor, "pos layer d_model"],
     positions: tuple[int, ...],
     prompts: Contrast,
-    tokens: RefusalTokens,
-    *,
-    protocol: Protocol,
-    finished: _Finished,
-    batch_size: int | None,
+    saved: dict[str, Any],
+    folder: str | Path | None,
+    options: dict[str, Any],
     progress: bool,
-) -> _Finished:
-    """Score the candidates that are not finished, a few layers at a time."""
+) -> None:
+    """Score the candidates that are not in `saved`, a few layers at a time, and save the scores."""
     from tqdm.auto import tqdm
 
-    n_layers = directions.shape[1]
-    done = {(record["position"], record["layer"]) for record in finished.records}
-    options: dict[str, Any] = {
-        "refusal_tokens": tokens,
-        "protocol": protocol,
-        "batch_size": batch_size,
-        "progress": False,
-    }
-    shift = int(protocol.hook == "resid_pre")
-    harmful, harmless = list(prompts.target), list(prompts.baseline)
-    total = directions.shape[0] * n_layers
+    n_layers, n = directions.shape[1], len(prompts.target)
+    shift = int(options["protocol"].hook == "resid_pre")
+    done = {(record["position"], record["layer"]) for record in saved["candidates"]}
+    total = len(positions) * n_layers
     with tqdm(total=total, initial=len(done), unit="candidate", disable=not progress) as bar:
         for start in range(0, n_layers, LAYERS_AT_ONCE):
-            pending = [
-                (row, layer)
-                for layer in range(start, min(start + LAYERS_AT_ONCE, n_layers))
-                for row, position in enumerate(positions)
-                if (position, layer) not in done
-            ]
-            if not pending:
+            layers = range(start, min(start + LAYERS_AT_ONCE, n_layers))
+            cells = [(row, layer) for layer in layers for row in range(len(positions))]
+            cells = [(row, layer) for row, layer in cells if (positions[row], layer) not in done]
+            if not cells:
                 continue
-            rows = torch.stack([directions[where] for where in pending])
-            layers = torch.tensor([layer - shift for _, layer in pending])
-            ablated = ablation_effects(model, harmful + harmless, rows, **options)
-            added = addition_effects(model, harmless, rows, layers, **options)
-            n = len(harmful)
-            records = [
-                {
-                    "position": positions[row],
-                    "layer": layer,
-                    "refusal_score": ablated.log_odds[i, :n].double().mean().item(),
-                    "steering_score": added.log_odds[i].double().mean().item(),
-                    "kl_div_score": ablated.kl[i, n:].double().mean().item(),
-                }
-                for i, (row, layer) in enumerate(pending)
-            ]
-            unchanged = ablated.unchanged.double()
-            finished.add(records, (unchanged[:n].mean().item(), unchanged[n:].mean().item()))
-            bar.update(len(pending))
-    return finished
-
-
-LAYERS_AT_ONCE = 16
-"""Layers whose candidates run together, and are kept together once they are finished."""
+            rows, columns = torch.tensor(cells).T
+            these = directions[rows, columns]
+            every = [*prompts.target, *prompts.baseline]
+            ablated = ablation_effects(model, every, these, progress=False, **options)
+            added = addition_effects(
+                model, prompts.baseline, these, columns - shift, progress=False, **options
+            )
+            scores = (ablated.log_odds[:, :n], added.log_odds, ablated.kl[:, n:])
+            means = torch.stack([each.double().mean(-1) for each in scores], dim=-1).tolist()
+            for (row, layer), each in zip(cells, means, strict=True):
+                record = zip(RECORD, (positions[row], layer, *each), strict=True)
+                saved["candidates"].append(dict(record))
+            unchanged = ablated.unchanged.double().tensor_split([n])
+            saved["unchanged"] = [side.mean().item() for side in unchanged]
+            if folder is not None:
+                with disk.whole_directory(folder) as staging:
+                    disk.write_json(staging / FILE, disk.plain(saved))
+            bar.update(len(cells))
 
 
 def _split(contrast: Contrast) -> tuple[Contrast, Contrast]:
-    """The contrast without every fourth prompt, and those."""
-    sides = (contrast.target, contrast.baseline)
-    if min(map(len, sides)) < 2 * HELD_OUT:
+    """The contrast without every fourth prompt, and the contrast of every fourth prompt."""
+    fewest = min(len(contrast.target), len(contrast.baseline))
+    if fewest < 2 * HELD_OUT:
         raise InputError(
-            f"a side of {min(map(len, sides))} prompts is too small to hold some out: give "
-            f"`validation` prompts, or at least {2 * HELD_OUT} a side"
+            f"a side of {fewest} prompts is too small to hold some out: give `validation` prompts, "
+            f"or at least {2 * HELD_OUT} a side"
         )
 
     def part(held_out: bool) -> Contrast:
-        kept = [
-            tuple(p for i, p in enumerate(side) if (i % HELD_OUT == HELD_OUT - 1) == held_out)
-            for side in sides
-        ]
-        return Contrast(
-            contrast.name,
-            kept[0],
-            kept[1],
-            contrast.target_name,
-            contrast.baseline_name,
-            paired=contrast.paired,
-        )
+        kept: dict[str, Any] = {}
+        for name in ("target", "baseline", "topics"):
+            rows = enumerate(getattr(contrast, name))
+            kept[name] = tuple(x for i, x in rows if (i % HELD_OUT == HELD_OUT - 1) == held_out)
+        return replace(contrast, **kept)
 
     return part(False), part(True)

@@ -1,12 +1,9 @@
-"""Arditi et al.'s rule: which of many candidate directions, by what ablating and adding each does.
-
-Reference: Arditi et al. 2024, arXiv:2406.11717, section C.
-"""
+"""The selection rule of Arditi et al. (2024, arXiv:2406.11717, section C) for directions."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,15 +11,17 @@ from torch import Tensor
 
 from ..errors import InputError
 
+RECORD = ("position", "layer", "refusal_score", "steering_score", "kl_div_score")
+
 
 @dataclass(frozen=True)
-class Thresholds:
-    """What a candidate must meet.
+class SelectionFilters:
+    """Conditions on a candidate.
 
     Attributes:
-        max_kl: most that ablating it may move harmless prompts' next-token distribution, in nats.
-        min_addition: least refusal score of harmless prompts once it is added.
-        last_layers: share of the layers, at the end, that are not considered.
+        max_kl: highest `CandidateScores.kl`, in nats.
+        min_addition: lowest `CandidateScores.addition`.
+        last_layers: share of the layers, at the end, that are excluded.
     """
 
     max_kl: float = 0.1
@@ -36,16 +35,16 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """What is known of every candidate; a refusal score is a mean of refusal log-odds.
+    """The scores of every candidate; a refusal score is a mean of refusal log-odds.
+
+    Layers are numbered as in the protocol: for Arditi et al., `l` is the input of block `l`. NaN
+    where a candidate was not measured.
 
     Attributes:
         positions: the position of each row, from the end of the formatted prompt.
-        ablation: refusal score of harmful prompts with the direction ablated everywhere.
-        addition: refusal score of harmless prompts with the direction added at its layer.
-        kl: mean KL(unchanged || ablated) of harmless prompts' next-token distributions, in nats.
-
-    Layer `l` is counted as in the protocol that the candidates were read by: for Arditi et al.'s, the
-    input of block `l`. NaN where a candidate was not measured.
+        ablation, addition: refusal score of harmful prompts under ablation, of harmless ones under
+            addition.
+        kl: mean next-token KL(unmodified || ablated) of harmless prompts, in nats.
     """
 
     positions: tuple[int, ...]
@@ -55,47 +54,42 @@ class CandidateScores:
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]]) -> "CandidateScores":
-        """Scores as Arditi et al. publish them (`direction_evaluations.json`), in any order.
+        """Scores as Arditi et al. publish them (`direction_evaluations.json`).
 
-        Raises:
-            InputError: if a record lacks one of `position`, `layer`, `refusal_score`,
-                `steering_score` and `kl_div_score`, or there are none.
+        Args:
+            records: one for each candidate, in any order, with the keys `RECORD`. A score may be
+                None. InputError if a record lacks a key, or if there are no records.
         """
-        rows = list(records)
-        names = ("position", "layer", "refusal_score", "steering_score", "kl_div_score")
-        for i, row in enumerate(rows):
-            if missing := [name for name in names if name not in row]:
-                raise InputError(f"record {i} of the scores lacks {missing[0]!r}: it needs {names}")
+        rows = []
+        for i, record in enumerate(records):
+            if missing := [name for name in RECORD if name not in record]:
+                why = f"lacks {missing[0]!r}: it needs {RECORD}"
+                raise InputError(f"record {i} of the scores {why}")
+            rows.append([math.nan if record[name] is None else record[name] for name in RECORD])
         if not rows:
             raise InputError("there are no scores: hand over at least one record")
-        positions = tuple(sorted({int(row["position"]) for row in rows}))
-        shape = (len(positions), 1 + max(int(row["layer"]) for row in rows))
-        maps = [torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3)]
-        for row in rows:
-            where = positions.index(int(row["position"])), int(row["layer"])
-            for scores, name in zip(maps, names[2:], strict=True):
-                scores[where] = math.nan if row[name] is None else float(row[name])
-        return cls(positions, *maps)
+        table = torch.tensor(rows, dtype=torch.float64)
+        positions, row = table[:, 0].long().unique(return_inverse=True)
+        layers = table[:, 1].long()
+        maps = table.new_full((3, len(positions), 1 + int(layers.max())), math.nan)
+        maps[:, row, layers] = table[:, 2:].T
+        return cls(tuple(positions.tolist()), *maps)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The candidate that was chosen: its position and its layer, as `CandidateScores` counts it."""
+class Choice(NamedTuple):
+    """The chosen candidate's position and layer, numbered as in `CandidateScores`."""
 
     position: int
     layer: int
 
 
-def choose(scores: CandidateScores, thresholds: Thresholds | None = None) -> Choice | None:
-    """The candidate whose ablation leaves the least refusal, of those that pass the filters.
+def choose(scores: CandidateScores, filters: SelectionFilters | None = None) -> Choice | None:
+    """The candidate with the lowest refusal score under ablation that passes the `filters`.
 
-    A candidate passes with `kl <= max_kl`, `addition >= min_addition` and a layer before the last
-    `last_layers`; one with a NaN does not. Of equal ones the first position and layer wins. None
-    where none passes.
-
-    Reference: Arditi et al. 2024, arXiv:2406.11717, section C.
+    A candidate with a NaN in `scores` does not pass. The first of equal candidates wins. None if no
+    candidate passes. The default filters are the published ones.
     """
-    passing = torch.stack(list(passes(scores, thresholds).values())).all(0)
+    passing = torch.stack(list(passes(scores, filters).values())).all(0)
     if not passing.any():
         return None
     refusal = scores.ablation.masked_fill(~passing, torch.inf)
@@ -104,15 +98,15 @@ def choose(scores: CandidateScores, thresholds: Thresholds | None = None) -> Cho
 
 
 def passes(
-    scores: CandidateScores, thresholds: Thresholds | None = None
+    scores: CandidateScores, filters: SelectionFilters | None = None
 ) -> dict[str, Bool[Tensor, "pos layer"]]:
-    """Which candidates pass each filter, by the filter's name."""
-    t = thresholds or Thresholds()
+    """Which candidates pass each filter, by the filter's name; None is the published filters."""
+    f = filters or SelectionFilters()
     n_layers = scores.ablation.shape[1]
-    early = torch.arange(n_layers) < int(n_layers * (1 - t.last_layers))
+    early = torch.arange(n_layers) < int(n_layers * (1 - f.last_layers))
     return {
         "measured": scores.ablation.isfinite(),
-        f"KL at most {t.max_kl:g}": scores.kl <= t.max_kl,
-        f"refusal of at least {t.min_addition:g} once added": scores.addition >= t.min_addition,
-        f"not in the last {t.last_layers:.0%} of layers": early.expand_as(scores.ablation),
+        f"KL at most {f.max_kl:g}": scores.kl <= f.max_kl,
+        f"refusal of at least {f.min_addition:g} once added": scores.addition >= f.min_addition,
+        f"not in the last {f.last_layers:.0%} of layers": early.expand_as(scores.ablation),
     }

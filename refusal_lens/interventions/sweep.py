@@ -1,28 +1,32 @@
-"""What ablating or adding each of many directions does to the first token of the reply."""
+"""Effects of ablating or adding each of many directions on the first token of the reply."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from ..models.load import LensModel
 from ..prompts.protocol import Protocol
-from .branches import run_branches
+from .batched_runs import run_interventions
 from .hooks import check_directions, stream_after
 from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
 class Effects:
-    """The first token under many interventions, prompt by prompt; float32, on the CPU.
+    """The first token of the reply under many interventions; float32, on the CPU.
 
     Attributes:
-        unchanged: refusal log-odds of the model as it is.
-        log_odds: refusal log-odds under each intervention, in the shape the directions had.
-        kl: next-token KL(unchanged || under the intervention), in nats.
+        unchanged: refusal log-odds of each prompt in the unmodified model.
+        log_odds: refusal log-odds under each intervention, in the shape of the directions.
+        kl: next-token KL(unmodified || intervention), in nats.
     """
 
     unchanged: Float[Tensor, " prompt"]
@@ -31,7 +35,7 @@ class Effects:
 
 
 def ablation_effects(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     *,
@@ -40,25 +44,29 @@ def ablation_effects(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
-    """The effect of ablating each direction, everywhere, as `ablate_direction` does.
+    """The effect of ablating each direction; equals runs with `ablate_direction` within 1e-4.
 
-    `[layer d_model]` sweeps the directions of all layers, `[pos layer d_model]` those of several
-    positions too. The same numbers as one at a time, whatever the batches (within 1e-4 in float32).
-    NaN where a direction has a NaN; a direction of zeros has no effect.
+        effects = ablation_effects(model, harmful, directions, refusal_tokens=tokens)
+        change = effects.log_odds - effects.unchanged     # [layer prompt]
 
-    Raises:
-        InputError: if there are no prompts, or one is longer than the model's context; if a
-            direction is infinite or not of the model's width; if there are hooks on the model.
+    Args:
+        model, prompts: the model, and prompts as text. InputError if the model has hooks, if there
+            are no prompts, or if a prompt is longer than the model's context.
+        directions: for example `[layer d_model]` or `[pos layer d_model]`. A direction with a NaN
+            gives NaN; a zero direction has no effect. InputError if infinite or of another width.
+        refusal_tokens: the first tokens that count as a refusal.
+        protocol: how prompts are formatted.
+        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
+        progress: whether to show a progress bar.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.4 and B.
     """
-    return _effects(
-        model, prompts, directions, None, refusal_tokens, protocol, batch_size, progress
-    )
+    options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
+    return _effects(model, prompts, directions, None, refusal_tokens, options)
 
 
 def addition_effects(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     layers: Int[Tensor, "..."],
@@ -68,71 +76,61 @@ def addition_effects(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
-    """The effect of adding each direction after its layer, as `add_direction` does.
+    """The effect of adding each direction; equals runs with `add_direction` within 1e-4.
 
-    `layers` broadcasts against the directions: `torch.arange(n_layers)` for `[layer d_model]` or
-    `[pos layer d_model]` adds each where it was read. Layer -1 is the embedding. Otherwise as
-    `ablation_effects`.
+    Args:
+        model, prompts: the model, and prompts as text. InputError if the model has hooks, if there
+            are no prompts, or if a prompt is longer than the model's context.
+        directions: for example `[layer d_model]`, added with their norms. A direction with a NaN
+            gives NaN; a zero direction has no effect. InputError if infinite or of another width.
+        layers: the layer after which each direction is added, -1 the embedding. Broadcasts against
+            the directions: `torch.arange(n_layers)` fits `[pos layer d_model]`. InputError if the
+            model has no such layer.
+        refusal_tokens: the first tokens that count as a refusal.
+        protocol: how prompts are formatted.
+        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
+        progress: whether to show a progress bar.
 
-    Raises:
-        InputError: as `ablation_effects`, and if there is no such layer.
+    Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.4 and B.
     """
     check_tensors(directions=(directions, "*intervention d_model"))
     try:
-        each = layers.expand(directions.shape[:-1])
+        each = layers.expand(directions.shape[:-1]).flatten().tolist()
     except RuntimeError as error:
         raise InputError(
             f"layers of shape {list(layers.shape)} do not fit directions of shape "
             f"{list(directions.shape)}: give one layer to each"
         ) from error
-    return _effects(
-        model,
-        prompts,
-        directions,
-        each.flatten().tolist(),
-        refusal_tokens,
-        protocol,
-        batch_size,
-        progress,
-    )
+    options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
+    return _effects(model, prompts, directions, each, refusal_tokens, options)
 
 
 def _effects(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     layers: list[int] | None,
     refusal_tokens: RefusalTokens,
-    protocol: Protocol,
-    batch_size: int | None,
-    progress: bool,
+    options: dict[str, Any],
 ) -> Effects:
+    """The effect of each direction; NaN and zero directions are not run."""
     check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
     for layer in layers or ():
-        stream_after(model, layer)  # also of directions that need no run
-    unknown, nothing = flat.isnan().any(-1).cpu(), (flat == 0).all(-1).cpu()
-    run = (~unknown & ~nothing).nonzero()[:, 0].tolist()
+        stream_after(model, layer)
+    unknown, zero = flat.isnan().any(-1).cpu(), (flat == 0).all(-1).cpu()
+    run = (~unknown & ~zero).nonzero()[:, 0]
     check_directions(model, flat[run])
-    outcomes = run_branches(
-        model,
-        prompts,
-        flat[run],
-        None if layers is None else [layers[i] for i in run],
-        protocol=protocol,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    after = None if layers is None else [layers[i] for i in run.tolist()]
     unchanged = torch.full((len(prompts),), torch.nan)
     log_odds = torch.full((len(flat), len(prompts)), torch.nan)
     kl = torch.full_like(log_odds, torch.nan)
-    for outcome in outcomes:
+    for outcome in run_interventions(model, prompts, flat[run], after, **options):
         odds = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
         unchanged[outcome.prompts] = odds[0]
-        ran = torch.tensor([run[i] for i in outcome.interventions], dtype=torch.long)
-        where = ran[:, None], torch.tensor(outcome.prompts)
-        log_odds[where] = odds[1:]
-        kl[where] = next_token_kl(outcome.logits[:1], outcome.logits[1:]).cpu()
-    log_odds[nothing], kl[nothing] = unchanged, 0.0
+        cells = run[outcome.interventions][:, None], torch.tensor(outcome.prompts)
+        log_odds[cells] = odds[1:]
+        kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits[1:]).cpu()
+    log_odds[zero], kl[zero] = unchanged, 0.0
     shape = (*directions.shape[:-1], len(prompts))
     return Effects(unchanged, log_odds.reshape(shape), kl.reshape(shape))

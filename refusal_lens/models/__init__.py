@@ -1,1 +1,1 @@
-"""A name or a path to a model that can be hooked."""
+"""Load models that can be hooked, and run forward passes on either TransformerLens."""

@@ -1,233 +1,151 @@
-"""A loaded Hugging Face model becomes a HookedTransformer without a second copy of its weights.
+"""TransformerLens 3: a `HookedTransformer` with views of a Hugging Face model's weights."""
 
-TransformerLens 3 only; TransformerLens 4 wraps the Hugging Face model itself. TransformerLens's own
-path reads the architecture off the model's name, fills a freshly initialised model, and copies
-every weight into it. Here the model is built on the meta device, which holds no data, and then
-takes the Hugging Face tensors themselves, reshaped as views.
-"""
-
+import copy
 import tempfile
 import warnings
+from contextlib import nullcontext
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ..errors import InputError
+from .forward import after_prefix
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformer_lens import HookedTransformer
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-LONGEST_ROTARY_TABLE = 32_768
-"""Positions for which sine and cosine are tabulated, whatever longer context a config promises."""
+LONGEST_ROTARY_TABLE = 32_768  # positions, however long a context the config promises
 
-FAMILIES = {
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Phi3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
+FAMILIES = {  # decoders with RMS norm, rotary positions and gated MLP, configured from their fields
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    *("Phi3ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
     "Gemma3ForConditionalGeneration",
 }
-"""Decoders of one shape (RMS norm, rotary, gated MLP), read from their own configuration."""
+SHARED_FIELDS = {"normalization_type": "RMS", "final_rms": True, "gated_mlp": True}
+SHARED_FIELDS |= {"positional_embedding_type": "rotary", "rotary_adjacent_pairs": False}
+SHARED_FIELDS |= {"init_weights": False}
+RENAMED_FIELDS = {"d_model": "hidden_size", "d_mlp": "intermediate_size", "d_vocab": "vocab_size"}
+RENAMED_FIELDS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+RENAMED_FIELDS |= {"eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings"}
 
 
-def hooked_transformer(
-    hf_model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    model_name: str,
-    directory: Path,
-    n_devices: int = 1,
-) -> Any:
-    """Make a HookedTransformer that shares its weights with a Hugging Face model.
-
-    No weight processing: no folded norms, no centring; the residual stream is the model's own.
-    Gemma's embedding and norms are the exception to sharing, because TransformerLens stores them
-    scaled.
-
-    Raises:
-        InputError: if the architecture has parts that TransformerLens 3 has no place for.
-    """
+def from_hugging_face(
+    hf_model: "PreTrainedModel", tokenizer: "Tokenizer | None", *, name: str, n_devices: int = 1
+) -> "HookedTransformer":
+    """Share a Hugging Face model's raw weights; copy only Gemma's scaled embedding and norms."""
     from transformer_lens import HookedTransformer
     from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 
-    cfg = _hooked_config(hf_model, model_name=model_name, directory=directory, n_devices=n_devices)
-    _refuse_unknown_biases(hf_model, cfg.original_architecture)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings(
-            "ignore", "HookedTransformer is deprecated", category=DeprecationWarning
-        )
+    cfg = _config(hf_model, name, n_devices)
+    _refuse_unknown_biases(hf_model, type(hf_model).__name__)
+    with warnings.catch_warnings(), torch.device("meta"):  # the meta device holds no data
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     with torch.no_grad():
-        converted = get_pretrained_state_dict(str(directory), cfg, hf_model)
-        weights = _fitted(converted, model, cfg)
+        # TransformerLens takes "." for a local model and converts the weights of `hf_model`.
+        weights = _fitted(get_pretrained_state_dict(".", cfg, hf_model), model, cfg)
         buffers = _buffers(hf_model, model, cfg)
-    # Set beforehand: loading leaves a rotary table of another length than the model's own as it is,
-    # and the model's own begins with 2,048 positions of whatever context.
-    for name, buffer in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, buffer)
+    # A new model's rotary table holds 2,048 positions, and loading would keep that length.
+    for path, buffer in buffers.items():
+        module, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(module), leaf, buffer)
+    # `strict` raises on a weight that no converter took.
     model.load_state_dict(weights | buffers, strict=True, assign=True)
     return model.eval()
 
 
-def _hooked_config(
-    hf_model: "PreTrainedModel", *, model_name: str, directory: Path, n_devices: int
-) -> Any:
-    """The HookedTransformerConfig of a model, from its configuration and never from its name."""
+def _config(hf_model: "PreTrainedModel", name: str, n_devices: int) -> Any:
+    """The HookedTransformerConfig of a model, built from its configuration, never from its name."""
     from transformer_lens.config import HookedTransformerConfig
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
-    architecture = type(hf_model).__name__
-    where: dict[str, Any] = {
-        "device": str(hf_model.device),
-        "n_devices": n_devices,
-        "dtype": hf_model.dtype,
-        "model_name": model_name.rstrip("/").split("/")[-1],
-        "original_architecture": architecture,
-        "init_weights": False,
-    }
+    architecture, model_name = type(hf_model).__name__, name.rstrip("/").split("/")[-1]
+    device: dict[str, Any] = {"device": str(hf_model.device), "n_devices": n_devices}
+    device["dtype"] = hf_model.dtype
     if architecture in FAMILIES:
-        config = hf_model.config.get_text_config()
-        return HookedTransformerConfig(**_decoder_fields(config, architecture), **where)
-    return _config_by_transformer_lens(hf_model, directory, where)
+        fields = _decoder_fields(hf_model.config.get_text_config(), architecture)
+        return HookedTransformerConfig(**fields, **device, model_name=model_name)
+    config = copy.deepcopy(hf_model.config)
+    config.architectures = [architecture]
+    # TransformerLens guesses the architecture from some paths, but not from this neutral path.
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        config.save_pretrained(folder)
+        try:
+            cfg = get_pretrained_model_config(folder, hf_cfg=config.to_dict(), **device)
+        except (AttributeError, KeyError, NotImplementedError, ValueError) as error:
+            raise _unsupported(f"has no {architecture} ({name})") from error
+    cfg.model_name, cfg.tokenizer_name = model_name, None
+    return cfg
 
 
 def _decoder_fields(config: Any, architecture: str) -> dict[str, Any]:
-    """What the families share, and by which of their own fields they differ."""
-    n_heads = config.num_attention_heads
+    n_heads, is_gemma = config.num_attention_heads, architecture.startswith("Gemma")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     ropes = config.rope_parameters
     rope = ropes.get("full_attention", ropes)
     local_rope = ropes.get("sliding_attention") or rope
     # A converter that always writes grouped keys and values needs the count even if it is n_heads.
-    always_grouped = architecture.startswith(("Gemma", "Mistral", "Qwen2"))
-    grouped = always_grouped or config.num_key_value_heads != n_heads
-    local = _local_layers(config)
-    is_gemma = architecture.startswith("Gemma")
-    fields: dict[str, Any] = {
-        "d_model": config.hidden_size,
+    grouped = architecture.startswith(("Gemma", "Mistral", "Qwen2"))
+    grouped |= config.num_key_value_heads != n_heads
+    longest = config.max_position_embeddings
+    if rope["rope_type"] in ("dynamic", "longrope"):  # longer prompts have other angles
+        longest = rope.get("original_max_position_embeddings") or longest
+    own = {field: getattr(config, theirs) for field, theirs in RENAMED_FIELDS.items()}
+    fields: dict[str, Any] = SHARED_FIELDS | own
+    fields |= {
+        "original_architecture": architecture,
         "d_head": d_head,
-        "n_heads": n_heads,
         "n_key_value_heads": config.num_key_value_heads if grouped else None,
-        "d_mlp": config.intermediate_size,
-        "n_layers": config.num_hidden_layers,
-        "n_ctx": _context_length(config, rope),
-        "d_vocab": config.vocab_size,
-        "eps": config.rms_norm_eps,
+        "n_ctx": min(longest, LONGEST_ROTARY_TABLE),
         "act_fn": getattr(config, "hidden_activation", None) or config.hidden_act,
-        "normalization_type": "RMS",
-        "final_rms": True,
-        "gated_mlp": True,
-        "positional_embedding_type": "rotary",
-        "rotary_adjacent_pairs": False,
         "rotary_dim": int(d_head * rope.get("partial_rotary_factor", 1.0)),
         "rotary_base": rope["rope_theta"],
         "rotary_base_local": local_rope["rope_theta"] if local_rope is not rope else None,
         "use_qk_norm": architecture.startswith(("Qwen3", "Gemma3")),
         "use_normalization_before_and_after": architecture.startswith(("Gemma2", "Gemma3")),
         "default_prepend_bos": not architecture.startswith("Qwen"),
-        "tie_word_embeddings": config.tie_word_embeddings,
     }
-    if any(local):
-        fields |= {
-            "use_local_attn": True,
-            "window_size": config.sliding_window,
-            "attn_types": ["local" if is_local else "global" for is_local in local],
-        }
+    if window := getattr(config, "sliding_window", None):
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * fields["n_layers"]
+        types = ["local" if kind == "sliding_attention" else "global" for kind in kinds]
+        if "local" in types:
+            fields |= {"use_local_attn": True, "window_size": window, "attn_types": types}
     if is_gemma and getattr(config, "query_pre_attn_scalar", None):
         fields["attn_scale"] = config.query_pre_attn_scalar**0.5
-    if getattr(config, "attn_logit_softcapping", None):
-        fields["attn_scores_soft_cap"] = config.attn_logit_softcapping
-    if getattr(config, "final_logit_softcapping", None):
-        fields["output_logits_soft_cap"] = config.final_logit_softcapping
+    for field, cap in (("attn_scores", "attn_logit"), ("output_logits", "final_logit")):
+        if value := getattr(config, f"{cap}_softcapping", None):
+            fields[f"{field}_soft_cap"] = value
     return fields
 
 
-def _local_layers(config: Any) -> list[bool]:
-    """Which layers attend only to a sliding window of earlier positions."""
-    if not getattr(config, "sliding_window", None):
-        return [False] * config.num_hidden_layers
-    if kinds := getattr(config, "layer_types", None):
-        return [kind == "sliding_attention" for kind in kinds]
-    return [True] * config.num_hidden_layers
-
-
-def _context_length(config: Any, rope: dict[str, Any]) -> int:
-    """How many positions the rotary table covers.
-
-    Where the scaling of the angles depends on the length of the input, it is the length up to which
-    they are the unscaled ones.
-    """
-    longest = config.max_position_embeddings
-    if rope["rope_type"] in ("dynamic", "longrope"):
-        longest = rope.get("original_max_position_embeddings") or longest
-    return min(longest, LONGEST_ROTARY_TABLE)
-
-
-def _config_by_transformer_lens(
-    hf_model: "PreTrainedModel", directory: Path, where: dict[str, Any]
-) -> Any:
-    """TransformerLens's own reading of a configuration, for the other architectures it knows."""
-    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
-
-    # It guesses the architecture from the path, so it is shown one that says nothing.
-    with tempfile.TemporaryDirectory(prefix="model-") as nameless:
-        link = Path(nameless) / "model"
-        link.symlink_to(directory.resolve(), target_is_directory=True)
-        try:
-            cfg = get_pretrained_model_config(
-                str(link),
-                hf_cfg=hf_model.config.to_dict(),
-                device=where["device"],
-                n_devices=where["n_devices"],
-                dtype=where["dtype"],
-            )
-        except (AttributeError, KeyError, NotImplementedError, ValueError) as error:
-            raise InputError(
-                f"TransformerLens 3 has no {where['original_architecture']} ({directory}): install "
-                "transformer_lens>=4, which does more architectures"
-            ) from error
-    cfg.model_name = where["model_name"]
-    cfg.tokenizer_name = None
-    return cfg
-
-
-def _refuse_unknown_biases(hf_model: "PreTrainedModel", architecture: str | None) -> None:
-    """The converters of these families drop biases in silence, all but Qwen2's own three."""
-    if architecture not in FAMILIES:
-        return
+def _refuse_unknown_biases(hf_model: "PreTrainedModel", architecture: str) -> None:
+    """Raise InputError for biases that the converters drop in silence: all but Qwen2's three."""
     carried = ("q_proj.bias", "k_proj.bias", "v_proj.bias") if "Qwen2" in architecture else ()
-    for name, _ in hf_model.named_parameters():
+    for name, _ in hf_model.named_parameters() if architecture in FAMILIES else ():
         is_decoder = "vision" not in name and "multi_modal" not in name
         if is_decoder and name.endswith(".bias") and not name.endswith(carried):
-            raise InputError(
-                f"TransformerLens 3 has no place for {name} in a {architecture}: install "
-                "transformer_lens>=4, which runs this model as it is"
-            )
+            raise _unsupported(f"has no place for {name} in a {architecture}")
 
 
-def _fitted(
-    converted: dict[str, torch.Tensor], model: torch.nn.Module, cfg: Any
-) -> dict[str, torch.Tensor]:
-    """The converted weights, each where and in the dtype in which the model uses it.
+def _unsupported(what: str) -> InputError:
+    advice = "install transformer_lens>=4, which runs more architectures"
+    return InputError(f"TransformerLens 3 {what}: {advice}")
 
-    Converters create absent biases on the CPU, and for Phi-3 two per block that no module has.
-    """
-    wanted = dict(model.named_parameters())
+
+def _fitted(converted: dict[str, Tensor], model: torch.nn.Module, cfg: Any) -> dict[str, Tensor]:
+    """The converted weights, each on the device and in the dtype in which the model uses it."""
     fitted = {}
-    for name, parameter in wanted.items():
-        device = _device_of(name, cfg)
-        if name in converted:
-            fitted[name] = converted[name].detach().to(device, parameter.dtype)
-        elif name.rsplit(".", 1)[-1].startswith(("b_", "_b_")):
-            fitted[name] = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-        else:
-            raise RuntimeError(f"the converted weights lack {name}")
+    for name, parameter in model.named_parameters():
+        weight = converted.get(name)  # converters leave out some biases, which are zero
+        if weight is None and name.rsplit(".", 1)[-1].startswith(("b_", "_b_")):
+            weight = torch.zeros(parameter.shape)
+        if weight is not None:
+            fitted[name] = weight.detach().to(_device_of(name, cfg), parameter.dtype)
     return fitted
 
 
@@ -241,46 +159,31 @@ def _device_of(name: str, cfg: Any) -> torch.device:
     return get_device_for_block_index(cfg.n_layers - 1 if last else 0, cfg)
 
 
-def _buffers(
-    hf_model: "PreTrainedModel", model: torch.nn.Module, cfg: Any
-) -> dict[str, torch.Tensor]:
-    """Real values for what the meta device left without, one tensor for all blocks alike."""
-    shared: dict[tuple[str, ...], torch.Tensor] = {}
+def _buffers(hf_model: "PreTrainedModel", model: torch.nn.Module, cfg: Any) -> dict[str, Tensor]:
+    """Values for the buffers, which the meta device left empty; equal buffers share one tensor."""
     tables = cache(partial(_rotary_tables, hf_model, cfg.n_ctx))
+
+    @cache
+    def value(leaf: str, attention: str, shape: torch.Size, device: Any, dtype: Any) -> Tensor:
+        if leaf == "IGNORE":
+            return torch.tensor(-torch.inf, device=device)
+        if leaf == "mask":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return tables(attention)[leaf].to(device, dtype)
+
     filled = {}
     for name, buffer in model.named_buffers():
         path, _, leaf = name.rpartition(".")
-        device = _device_of(name, cfg)
         attention = getattr(model.get_submodule(path), "attn_type", "global")
-        key = (leaf, attention, str(device))
-        if key not in shared:
-            if leaf == "IGNORE":
-                value = torch.tensor(-torch.inf)
-            elif leaf == "mask":
-                value = torch.zeros(buffer.shape, dtype=buffer.dtype)
-            elif leaf in ("rotary_sin", "rotary_cos"):
-                value = tables(attention)[leaf].to(buffer.dtype)
-            else:
-                raise RuntimeError(f"no value is known for the buffer {name}")
-            shared[key] = value.to(device)
-        filled[name] = shared[key]
+        filled[name] = value(leaf, attention, buffer.shape, _device_of(name, cfg), buffer.dtype)
     return filled
 
 
-def _rotary_tables(
-    hf_model: "PreTrainedModel", n_ctx: int, attention: str
-) -> dict[str, torch.Tensor]:
-    """Sines and cosines of every position, each `[n_ctx, rotary_dim]`, as Hugging Face has them.
-
-    So every scaling of the angles (Llama 3.1's, YaRN, ...) is right because it is the model's own.
-    `attention` is `global` or `local`: some models turn differently in the two.
-    """
+def _rotary_tables(hf_model: "PreTrainedModel", n_ctx: int, attention: str) -> dict[str, Tensor]:
+    """Hugging Face's sines and cosines, `[n_ctx, rotary_dim]`, for `global` or `local` attention."""
     rotary = getattr(hf_model.get_decoder(), "rotary_emb", None)
     if rotary is None:
-        raise InputError(
-            "this architecture's rotary embedding is not where Llama's is, so TransformerLens 3 "
-            "can't be given it: install transformer_lens>=4, which runs this model as it is"
-        )
+        raise _unsupported(f"can't find the rotary embedding of a {type(hf_model).__name__}")
     device = next(rotary.buffers()).device
     kind = {}
     if hasattr(rotary, "layer_types"):
@@ -288,3 +191,61 @@ def _rotary_tables(
     example = torch.zeros(1, dtype=hf_model.dtype, device=device)
     cos, sin = rotary(example, torch.arange(n_ctx, device=device)[None], **kind)
     return {"rotary_cos": cos[0], "rotary_sin": sin[0]}
+
+
+def without_logits(model: "HookedTransformer") -> dict[str, Any]:
+    """Arguments that end a forward pass before the unembedding and keep no cache."""
+    return {"stop_at_layer": model.cfg.n_layers}
+
+
+def keeps_keys(model: "HookedTransformer") -> bool:
+    """Whether every attention fills the cache it is given."""
+    return True
+
+
+keeping_keys = nullcontext  # the attention needs no help to fill its cache
+
+
+class PrefixCache:
+    """The key-value cache of a `SharedPrefix`, as a HookedTransformer takes it."""
+
+    def __init__(self, model: "HookedTransformer"):
+        cfg = model.cfg
+        nothing = torch.empty(1, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+        self._layers = [_PrefixLayer(nothing) for _ in range(cfg.n_layers)]
+
+    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, repeat: int) -> dict[str, Any]:
+        """Arguments of the next pass, which records or repeats each recorded row."""
+        if not records and not self._layers[0].keys.shape[1]:
+            return {"attention_mask": mask}
+        for layer in self._layers:
+            layer.records, layer.repeat, layer.n_token_rows = records, repeat, len(mask)
+        return {"attention_mask": mask, "past_kv_cache": self}
+
+    def __getitem__(self, layer: int) -> "_PrefixLayer":
+        return self._layers[layer]
+
+    def append_attention_mask(self, mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row whole"]:
+        """The mask over the prefix and the tokens after it."""
+        return torch.cat([mask.new_ones(len(mask), self._layers[0].keys.shape[1]), mask], dim=1)
+
+
+class _PrefixLayer:
+    """Keys and values of one layer, `[row pos head d_head]`, one set for each recorded row."""
+
+    records, repeat, n_token_rows = False, 1, 1
+
+    def __init__(self, nothing: Tensor):
+        self.keys = self.values = nothing
+
+    @property
+    def past_keys(self) -> Tensor:
+        """Keys from whose shape a HookedTransformer takes the rows of tokens and their offset."""
+        return self.keys[:1].expand(self.n_token_rows, -1, -1, -1)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        if self.records:
+            self.keys, self.values = keys, values
+            return keys, values
+        prefix = (self.keys, self.values)
+        return after_prefix(prefix, (keys, values), repeat=self.repeat, dim=1)

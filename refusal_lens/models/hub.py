@@ -1,13 +1,13 @@
-"""A model's name becomes a directory of its files: bundled, local, or fetched from the hub."""
+"""Find the directory of a model's files: bundled, local, or fetched from the hub."""
 
 import getpass
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 
@@ -24,31 +24,22 @@ SAMPLES_PER_FILE = 64
 
 logger = logging.getLogger(__name__)
 
-_typed: dict[str, str] = {}
-"""Tokens that were typed in, by the model that each opened: in memory alone, for this process."""
+_typed: dict[str, str] = {}  # tokens that the user typed, by model; never written to disk
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory of model files, and how to find the same again.
-
-    `revision` is the hub's commit hash; of a directory of one's own it is `None`, and
-    `fingerprint` tells its versions apart.
-    """
+    """A directory of model files; `revision` is the hub's commit hash, or `None` if it is local."""
 
     name: str
     directory: Path
     revision: str | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration and of samples of every weight file.
-
-        64 stretches of 64 KiB, evenly spread over each file: any training changes some byte of
-        them, and 16 GB take milliseconds. Not proof against a forger.
-        """
+        """SHA-256 of the configuration and samples of every weight file; no proof of authenticity."""
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        weights = [*self.directory.glob("*.safetensors"), *self.directory.glob("*.bin")]
-        for path in sorted(weights):
+        files = self.directory.iterdir()
+        for path in sorted(path for path in files if path.suffix in (".safetensors", ".bin")):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             step = max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)
@@ -62,32 +53,26 @@ class Checkpoint:
         """Whether any file of the directory matches any of the patterns."""
         return any(any(self.directory.glob(pattern)) for pattern in patterns)
 
-    def names_bos(self) -> bool:
-        """Whether its tokenizer's files name a BOS token that can be put first; False if unknown."""
-        try:
-            text = (self.directory / "tokenizer_config.json").read_text("utf-8")
-            bos = json.loads(text).get("bos_token")
-        except (OSError, ValueError, AttributeError):
-            return False
-        bos = bos.get("content") if isinstance(bos, dict) else bos
-        return isinstance(bos, str) and ":" not in bos
-
 
 def find_checkpoint(
     name: str, files: Sequence[str] = CONFIG_FILES, *, revision: str | None = None
 ) -> Checkpoint:
-    """The directory a name stands for, with at least those of the named files that there are.
+    """Return the directory that a name stands for.
 
-    `name` is `organism:NAME`, a local directory, or a hub name. Only the last is downloaded,
-    into the hub's own cache, and only what matches `files` and lies at the repository's top.
+    Args:
+        name: `organism:NAME`, a local directory, or a hub name. Only a hub name is downloaded.
+        files: patterns of the files to download from the repository's top folder.
+        revision: the hub's branch, tag or commit; `None` takes the newest.
 
     Raises:
-        InputError: if there is no such organism, directory, hub name or revision; if the hub can't
-            be reached and the files were not fetched before; if the model is gated and no token
-            opens it.
+        InputError: if the name or revision does not exist, can't be fetched, or is gated.
     """
     if name.startswith(ORGANISM):
-        return _organism(name)
+        bundled = sorted(path.parent.name for path in ORGANISMS_DIRECTORY.glob("*/config.json"))
+        if (organism := name.removeprefix(ORGANISM)) not in bundled:
+            known = ", ".join(bundled) or "none"
+            raise InputError(f"there is no organism {organism!r}: there are {known}")
+        return Checkpoint(name, ORGANISMS_DIRECTORY / organism)
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         if not (directory / "config.json").is_file():
@@ -98,49 +83,32 @@ def find_checkpoint(
     return _fetched(name, files, revision)
 
 
-def _organism(name: str) -> Checkpoint:
-    there = sorted(path.parent.name for path in ORGANISMS_DIRECTORY.glob("*/config.json"))
-    organism = name.removeprefix(ORGANISM)
-    if organism not in there:
-        raise InputError(
-            f"there is no organism {organism!r}: there are {', '.join(there) or 'none'}"
-        )
-    return Checkpoint(name, ORGANISMS_DIRECTORY / organism)
-
-
 def _fetched(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
-    """Download from the hub, asking for a token where a gated model needs one."""
     from huggingface_hub import get_token
 
-    fetched = _download(name, files, revision, _typed.get(name) or get_token())
-    if fetched is None and (token := _ask_for_token(name)):
-        fetched = _download(name, files, revision, token)
-        if fetched is not None:
-            _typed[name] = token
-    if fetched is None:
-        raise InputError(_gate(name))
-    return fetched
+    if fetched := _download(name, files, revision, _typed.get(name) or get_token()):
+        return fetched
+    token = _ask_for_token(name)
+    if token and (fetched := _download(name, files, revision, token)):
+        _typed[name] = token
+        return fetched
+    raise InputError(_gate(name))
 
 
 def _download(
     name: str, files: Sequence[str], revision: str | None, token: str | None
 ) -> Checkpoint | None:
-    """The checkpoint in the hub's cache; `None` if it is gated and the token does not open it."""
+    """The checkpoint in the hub's cache; `None` if the token grants no access to a gated model."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        # Asked for first and alone: of one small file the hub says clearly why it can't be had.
+        # The request for a single small file gives a clear error.
         config = Path(hf_hub_download(name, "config.json", revision=revision, token=token))
         commit = config.parent.name
         if tuple(files) != CONFIG_FILES:
-            snapshot_download(
-                name,
-                revision=commit,
-                token=token,
-                allow_patterns=list(files),
-                ignore_patterns=["*/*", "consolidated*"],
-            )
+            only: Any = {"allow_patterns": [*files], "ignore_patterns": ["*/*", "consolidated*"]}
+            snapshot_download(name, revision=commit, token=token, **only)
     except GatedRepoError:
         return None
     except Exception as error:
@@ -149,16 +117,15 @@ def _download(
 
 
 def _ask_for_token(name: str) -> str | None:
-    """A token typed by someone who is there to type it; never written down by us."""
+    """A token typed at the notebook or terminal, which this package never writes down."""
     from huggingface_hub import get_token, notebook_login
     from huggingface_hub.utils import is_notebook
 
     if is_notebook():
         try:
             notebook_login(skip_if_logged_in=False)
-        except Exception as error:  # the box is the hub's own, and so is whatever stops it
-            why = f"{type(error).__name__}: {error}"
-            logger.warning("the hub's login box can't be shown (%s)", why)
+        except Exception as error:  # the hub's own login box can fail in any way
+            logger.warning("the hub's login box can't be shown (%r)", error)
         return get_token()
     if sys.stdin is not None and sys.stdin.isatty():
         logger.warning(_gate(name))
@@ -169,51 +136,35 @@ def _ask_for_token(name: str) -> str | None:
 def _gate(name: str) -> str:
     from huggingface_hub.utils import is_notebook
 
-    log_in = (
-        "run huggingface_hub.login() in a cell of its own, and this one again"
-        if is_notebook()
-        else "run: hf auth login"
-    )
-    return (
-        f"{name} is gated: accept its conditions at https://huggingface.co/{name}, make a token at "
-        "https://huggingface.co/settings/tokens, and set the environment variable HF_TOKEN to it "
-        f"(or {log_in})"
-    )
+    log_in = "run: hf auth login"
+    if is_notebook():
+        log_in = "run huggingface_hub.login() in a cell of its own, and this one again"
+    accept = f"accept its conditions at https://huggingface.co/{name}"
+    make = "make a token at https://huggingface.co/settings/tokens"
+    use = f"set the environment variable HF_TOKEN to it (or {log_in})"
+    return f"{name} is gated: {accept}, {make}, and {use}"
 
 
 def _as_input_error(error: Exception, name: str, revision: str | None) -> Exception:
-    """What a failed download means to the user; a failure that is none of theirs stays as it is."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The InputError for a failed download; any other failure stays as it is."""
+    from huggingface_hub import errors
 
-    if isinstance(error, HFValidationError):
-        return InputError(
-            f"{name!r} is no model: give organism:NAME, a directory, or a hub name (owner/model)"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return InputError(
-            f"{name} has no revision {revision!r} on the hub: give a branch, tag or commit"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return InputError(
-            f"the hub has no model {name!r}, or it is private and HF_TOKEN does not open it: check "
-            "the name (there is no such directory here either)"
-        )
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return InputError(
-            f"{name} has not been downloaded before and the hub can't be reached: check the "
-            "network and HF_HUB_OFFLINE, or the name (there is no such directory here)"
-        )
-    if isinstance(error, EntryNotFoundError):
-        return InputError(f"{name} on the hub holds no model: it has no config.json")
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else "nothing"
-        return InputError(f"the hub answers {status} when asked for {name}: try again later")
-    return error
+    status = getattr(getattr(error, "response", None), "status_code", "nothing")
+    offline = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled
+    kinds = "organism:NAME, a directory, or a hub name (owner/model)"
+    choose = "give a branch, tag or commit"
+    private = "or it is private and HF_TOKEN does not open it"
+    unreachable = "has not been downloaded before and the hub can't be reached"
+    check = "check the network and HF_HUB_OFFLINE, or the name (there is no such directory here)"
+    check_name = "check the name (there is no such directory here either)"
+    # A subclass comes before its base class.
+    messages: dict[type | tuple[type, ...], str] = {
+        errors.HFValidationError: f"{name!r} is no model: give {kinds}",
+        errors.RevisionNotFoundError: f"{name} has no revision {revision!r} on the hub: {choose}",
+        errors.RepositoryNotFoundError: f"the hub has no model {name!r}, {private}: {check_name}",
+        offline: f"{name} {unreachable}: {check}",
+        errors.EntryNotFoundError: f"{name} on the hub holds no model: it has no config.json",
+        errors.HfHubHTTPError: f"the hub answers {status} when asked for {name}: try again later",
+    }
+    found = (message for kind, message in messages.items() if isinstance(error, kind))
+    return next(map(InputError, found), error)

@@ -1,1 +1,1 @@
-"""The same question under every defensible protocol."""
+"""The cosine and the verdict under every defensible protocol."""

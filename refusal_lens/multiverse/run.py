@@ -1,79 +1,44 @@
-"""What a cosine depends on: the same two contrasts read in many ways, one choice at a time.
+"""The cosine and the verdict of two contrasts under many protocols.
 
-Three families of specifications, all compared at every layer:
-
-- from the published experiment's protocol, faults included, to ours, one choice after another;
-- one choice changed at a time around ours, and Arditi et al.'s positions;
-- ours over random subsets of the prompts.
+Layer `l` follows the count of each specification. Interventions always use the default protocol, so
+known bugs of a specification affect its directions alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from math import isnan
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..activations import disk as artifacts
 from ..directions.estimators import mean_difference
 from ..errors import InputError
-from ..experiment.evidence import FEWEST_PROMPTS, Geometry
+from ..experiment.evidence import FEWEST_PROMPTS, Divide, run_in_order
 from ..experiment.run import highlighted_layer
-from ..experiment.verdict import Estimate, Thresholds
-from ..interventions.cross_ablation import random_directions
-from ..models.load import LensModel, model_provenance
+from ..experiment.verdict import Estimate, Evidence, Thresholds
+from ..experiment.wording import Names
+from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
-from ..prompts.protocol import (
-    ARDITI,
-    ASSUMED_SYSTEM_PROMPT,
-    DEFAULT,
-    LAST_PROMPT_TOKEN,
-    PUBLISHED,
-    PUBLISHED_PROMPTS,
-    Protocol,
-)
-from ..uncertainty import CosineEstimate, Gram, estimate_cosine
-from ..uncertainty.difference import cosine_difference
+from ..uncertainty import Gram, estimate_cosine
+from ..uncertainty.effects import cosine_difference
 from ..uncertainty.reliability import split_half_reliability
-from .specifications import OURS, Change, Rows, Sensitivity, Specification
-from .streams import Reading, read_streams, readings
-from .verdicts import judge_all, respond
+from .activations import read_specifications
+from .results import CURVES, Change, Sensitivity
+from .specifications import Family, Specification, specify
+from .verdicts import Measured, judge_all, measure_responses
 
-SIZES = (5, 10, 20, 50, 96)
-"""Prompts (pairs, in a paired contrast) of the subsets."""
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
-STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("every prompt", {}),
-    ("no padding is read", {"padding": "left"}),
-    ("one BOS", {"bos": "once"}),
-    ("generation prompt", {"generation_prompt": True}),
-    ("no system prompt", {"system_prompt": None}),
-    ("layers counted at the output", {"hook": "resid_post"}),
-)
-"""The way from the published protocol to ours."""
-
-SINGLE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("padding is read", {"padding": "right_in_twos", "allow_bugs": True}),
-    ("two BOS", {"bos": "twice", "allow_bugs": True}),
-    ("no generation prompt", {"generation_prompt": False}),
-    ("a system prompt", {"system_prompt": ASSUMED_SYSTEM_PROMPT}),
-    ("layers counted at the input", {"hook": "resid_pre"}),
-    ("read at the prompt's own last token", {"positions": (LAST_PROMPT_TOKEN,)}),
-)
-"""One choice changed in ours."""
-
-
-CAUSAL_PROMPTS = 24
-"""Prompts of each set on which the verdicts' interventions are read."""
-N_RANDOM = 8
-"""Random directions a layer that refusal's is compared with."""
-SUBSETS = 2000
-"""Random subsets from which the scatter of a small set's cosine is read."""
+SIZES = (5, 10, 20, 50, 96)  # prompts (pairs, if paired) in a subset
+CAUSAL_PROMPTS = 24  # prompts of each set under interventions
+SUBSETS = 2000  # random subsets for the range of the cosine
 
 
 def run_sensitivity(
-    model: LensModel,
+    model: "HookedTransformer | TransformerBridge",
     contrasts: tuple[Contrast, Contrast],
     *,
     layer: int | None = None,
@@ -86,270 +51,118 @@ def run_sensitivity(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    divide: Divide = run_in_order,
 ) -> Sensitivity:
-    """Read two contrasts in every way that is compared, and say what the cosine depends on.
-
-    Protocols that share tokens share the run over them. Layer `l` means what each specification
-    counts as `l`: for one that counts at the input of blocks it is our layer `l - 1`.
-
-    Each specification's directions get a verdict at every layer. What ablating and adding them does
-    is measured in one way for all of them, with the default protocol, which is how the model is
-    used; the faults are those of the directions.
+    """Return the cosine and the verdict of two contrasts under every specification.
 
     Args:
         model: the model.
         contrasts: refusal and negativity.
-        layer: the highlighted layer; None as in `Config`.
-        sizes: how many prompts of each set the subsets have; sizes above what there is are left out.
-        draws: random subsets of each size.
-        n_resamples: resamples behind each interval.
-        confidence: of the intervals.
-        causal_prompts: prompts of each set, spread over it, on which interventions are read; with 0
-            nothing is intervened with, which saves most of the time, and all verdicts are
-            inconclusive.
-        thresholds: of the verdicts.
-        seed: of subsets, resamples and random directions.
-        batch_size: prompts a forward pass; None finds it.
-        progress: show progress bars.
+        layer: layer to report, from 0; None is layer 20 of 32, or the same relative depth.
+        sizes, draws: prompts per set in the subsets (below the smallest set), and subsets per size.
+        n_resamples, confidence: resamples behind each interval, and its confidence.
+        causal_prompts: prompts of each set to intervene on; 0 makes all verdicts inconclusive.
+        thresholds: thresholds of the verdicts; None takes the defaults.
+        seed: seed of subsets, resamples and random directions.
+        batch_size: prompts in a forward pass; None derives the number from the free memory.
+        progress: whether to show progress bars.
+        divide: runs the independent sweeps of interventions.
 
     Raises:
-        InputError: as `get_prompt_activations`; if there is no such layer; if the chat template takes
-            no system prompt; with fewer than two prompts in a set, or from 1 to 3 `causal_prompts`.
+        InputError: if there are too few prompts or the layer does not exist.
     """
-    at, _ = highlighted_layer(layer, model.cfg.n_layers)
-    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
-    if min(map(len, sides)) < 2:
-        raise InputError("a set has a single prompt: subsets need at least two")
     if causal_prompts and causal_prompts < FEWEST_PROMPTS:
-        raise InputError(
-            f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0 for no verdicts"
-        )
+        raise InputError(f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0")
+    at, _ = highlighted_layer(layer, model.cfg.n_layers)
     specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
-    activations = _Activations(model, sides, specifications, batch_size, progress)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    rows_of = read_specifications(model, contrasts, specifications, **options)
     generator = torch.Generator().manual_seed(seed)
-    paired = (contrasts[0].paired, contrasts[1].paired)
-    grams, estimates, directions, geometries = [], [], [], []
-    for specification in specifications:
-        read = activations.of(specification)
-        gram = Gram.of(*read, a_paired=paired[0], b_paired=paired[1])
-        estimate = estimate_cosine(
-            gram, n_resamples=n_resamples, confidence=confidence, generator=generator
-        )
-        grams.append(gram)
-        estimates.append(estimate)
-        directions.append((mean_difference(*read[:2]), mean_difference(*read[2:])))
-        geometries.append(_geometries(specification, gram, estimate, generator))
-    responses = None
-    if causal_prompts:
-        counted_before = torch.tensor([s.protocol.hook == "resid_pre" for s in specifications])
-        ours = next(s for s in specifications if s.name == OURS)
-        refusal, negativity = (torch.stack(rows) for rows in zip(*directions, strict=True))
-        responses = respond(
-            model,
-            contrasts,
-            (refusal, negativity),
-            torch.arange(refusal.shape[1]) - counted_before[:, None].long(),
-            _random(activations.of(ours), generator),
-            n_prompts=causal_prompts,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    verdicts = judge_all(
-        geometries, responses, paired=paired, confidence=confidence, thresholds=thresholds
-    )
-    plain = torch.stack([gram.plain for gram in grams])
-    changes = _changes(specifications, grams, plain, at, confidence, seed)
+    sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
+    measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
+    default = next(each for each in specifications if each.is_default)
+    options |= {"activations": rows_of(default), "generator": generator, "divide": divide}
+    responses = measure_responses(model, contrasts, measured, n_prompts=causal_prompts, **options)
+    settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
+    hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
     return Sensitivity(
         specifications=tuple(specifications),
-        plain=plain,
-        unbiased=torch.stack([estimate.unbiased for estimate in estimates]),
-        lower=torch.stack([estimate.intervals.lower for estimate in estimates]),
-        upper=torch.stack([estimate.intervals.upper for estimate in estimates]),
-        reasons=tuple(estimate.reasons for estimate in estimates),
-        verdicts=verdicts,
-        changes=changes,
+        **_curves(measured),
+        verdicts=judge_all(measured, responses, contrasts, confidence, thresholds),
+        changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,
-        provenance={
-            "model": model_provenance(model),
-            "contrasts": {contrast.name: contrast.sha256 for contrast in contrasts},
-            "seed": seed,
-            "n_resamples": n_resamples,
-            "causal_prompts": causal_prompts,
-            "thresholds": artifacts.plain(thresholds or Thresholds()),
-            "published system prompt": f"assumed: {ASSUMED_SYSTEM_PROMPT!r}",
-        },
+        names=Names.of(*contrasts),
+        provenance={"model": model_provenance(model), "contrasts": hashes, **settings},
     )
 
 
-def _geometries(
-    specification: Specification, gram: Gram, estimate: CosineEstimate, generator: torch.Generator
-) -> list[Geometry]:
-    """What one specification's directions tell at every layer."""
-    reliability = [
-        split_half_reliability(own, groups, generator=generator)
+def _curves(measured: list[Measured]) -> dict[str, Any]:
+    estimates = [each.estimate for each in measured]
+    curves = {name: torch.stack([getattr(e, name) for e in estimates]) for name in CURVES[1:]}
+    plain = torch.stack([each.gram.plain for each in measured])
+    return {"plain": plain, **curves, "reasons": tuple(each.reasons for each in estimates)}
+
+
+def _measure(
+    specification: Specification,
+    rows: list[Float[Tensor, "_ layer d_model"]],
+    contrasts: tuple[Contrast, Contrast],
+    **sampling: Any,
+) -> Measured:
+    gram = Gram.of(*rows, a_paired=contrasts[0].paired, b_paired=contrasts[1].paired)
+    estimate = estimate_cosine(gram, **sampling)
+    reliabilities = [
+        split_half_reliability(own, groups, generator=sampling["generator"])
         for own, groups in ((gram.aa, gram.groups_a), (gram.bb, gram.groups_b))
     ]
-    ends = (estimate.unbiased, estimate.intervals.lower, estimate.intervals.upper)
-    return [
-        Geometry(
-            layer=layer,
-            n_prompts=specification.n_prompts,
-            reliability_refusal=float(reliability[0][layer]),
-            reliability_negativity=float(reliability[1][layer]),
-            cosine=Estimate(*(float(end[layer]) for end in ends)),
-        )
-        for layer in range(len(gram.aa))
+    ends = (estimate.unbiased, estimate.lower, estimate.upper)
+    evidence = [
+        Evidence(layer, specification.n_prompts, numbers[0], numbers[1], Estimate(*numbers[2:]))
+        for layer, numbers in enumerate(torch.stack([*reliabilities, *ends], dim=-1).tolist())
     ]
-
-
-def _random(
-    sides: Sequence[Float[Tensor, "_ layer d_model"]], generator: torch.Generator
-) -> Float[Tensor, "layer random d_model"]:
-    """Random directions of the activations' own covariance, at every layer."""
-    each = [
-        random_directions(*(side[:, layer] for side in sides), n=N_RANDOM, generator=generator)
-        for layer in range(sides[0].shape[1])
-    ]
-    return torch.stack(each)
-
-
-def specify(
-    contrasts: tuple[Contrast, Contrast], *, sizes: Sequence[int], draws: int, seed: int
-) -> list[Specification]:
-    """Every way that is compared, ours among them."""
-    sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
-    every: Rows = tuple(tuple(range(len(side))) for side in sides)
-    first: Rows = tuple(rows[:PUBLISHED_PROMPTS] for rows in every)
-    family = "from published to ours"
-    published = f"published, {PUBLISHED_PROMPTS} prompts a set"
-    found = [Specification(published, family, PUBLISHED, first)]
-    protocol = PUBLISHED
-    for name, choice in STEPS[:-1]:
-        protocol = replace(protocol, **choice, name=f"published, {name}")
-        found.append(Specification(f"+ {name}", family, protocol, every))
-    found.append(Specification(OURS, family, DEFAULT, every))
-    for name, choice in SINGLE:
-        changed = replace(DEFAULT, **choice, name=f"default, {name}")
-        found.append(Specification(name, "one choice changed", changed, every))
-    for position in ARDITI.positions:
-        read = replace(ARDITI, positions=(position,))
-        found.append(Specification(f"position {position}", "Arditi et al.", read, every))
-    generator = torch.Generator().manual_seed(seed)
-    smallest = min(map(len, every))
-    for size in sorted({size for size in sizes if 1 < size < smallest}):
-        for draw in range(draws):
-            rows = _subset(contrasts, every, size, generator)
-            name = f"{size} prompts, draw {draw + 1}"
-            found.append(Specification(name, "subset", DEFAULT, rows))
-    return found
-
-
-def _subset(
-    contrasts: tuple[Contrast, Contrast], every: Rows, size: int, generator: torch.Generator
-) -> Rows:
-    """Random prompts of each set, in their order; the same rows on both sides where paired."""
-    drawn: list[tuple[int, ...]] = []
-    for i, rows in enumerate(every):
-        if i % 2 and contrasts[i // 2].paired:
-            drawn.append(drawn[-1])
-            continue
-        picked = torch.randperm(len(rows), generator=generator)[:size].sort().values
-        drawn.append(tuple(picked.tolist()))
-    return tuple(drawn)
-
-
-class _Activations:
-    """What every specification reads, each activation computed once."""
-
-    def __init__(
-        self,
-        model: LensModel,
-        sides: Sequence[tuple[str, ...]],
-        specifications: Sequence[Specification],
-        batch_size: int | None,
-        progress: bool,
-    ):
-        self._places: dict[tuple[Protocol, int, tuple[int, ...]], list[Reading]] = {}
-        for specification in specifications:
-            for side in range(len(sides)):
-                key = self._key(specification, side, len(sides[side]))
-                if key not in self._places:
-                    prompts = [sides[side][row] for row in key[2]]
-                    self._places[key] = readings(model, prompts, specification.protocol)
-        wanted = [reading for place in self._places.values() for reading in place]
-        self._streams = read_streams(model, wanted, batch_size=batch_size, progress=progress)
-        self._sizes = [len(side) for side in sides]
-
-    def of(self, specification: Specification) -> list[Float[Tensor, "prompt layer d_model"]]:
-        """The activations of the four sets, counted as the specification counts layers."""
-        found = []
-        for side, rows in enumerate(specification.rows):
-            key = self._key(specification, side, self._sizes[side])
-            places = self._places[key]
-            if len(places) > len(rows):
-                places = [places[row] for row in rows]
-            streams = torch.stack([self._streams[place] for place in places])
-            kept = (
-                streams[:, 1:] if specification.protocol.hook == "resid_post" else streams[:, :-1]
-            )
-            found.append(kept)
-        return found
-
-    @staticmethod
-    def _key(
-        specification: Specification, side: int, n: int
-    ) -> tuple[Protocol, int, tuple[int, ...]]:
-        """Prompts are read alone, but for padding, which comes from the neighbour in the subset."""
-        alone = specification.protocol.padding == "left"
-        rows = tuple(range(n)) if alone else specification.rows[side]
-        return specification.protocol, side, rows
+    # Under resid_pre, layer l is the output of block l - 1, and layer 0 is the embedding.
+    first = -1 if specification.protocol.hook == "resid_pre" else 0
+    layers = torch.arange(first, first + len(evidence))
+    directions = mean_difference(*rows[:2]), mean_difference(*rows[2:])
+    return Measured(gram, estimate, *directions, layers, evidence)
 
 
 def _changes(
-    specifications: Sequence[Specification],
-    grams: Sequence[Gram],
-    plain: Float[Tensor, "specification layer"],
+    specifications: list[Specification],
+    measured: list[Measured],
     layer: int,
     confidence: float,
     seed: int,
 ) -> tuple[Change, ...]:
-    """How far each choice moves the cosine at one layer, the largest first, unknown ones last."""
-    ours = next(i for i, s in enumerate(specifications) if s.name == OURS)
-    only = torch.arange(plain.shape[1]) == layer
+    """Return the effect of each choice at one layer, the largest first and unknown effects last."""
+    only = torch.arange(len(measured[0].evidence)) == layer
+    here = [(s, m.gram.at(only)) for s, m in zip(specifications, measured, strict=True)]
+    default = next(gram for specification, gram in here if specification.is_default)
     changes = []
-    smallest = [s for s in specifications if s.family == "subset"][:1]
-    for i, specification in enumerate(specifications):
-        if specification.family == "one choice changed":
-            ends = cosine_difference(grams[ours].at(only), grams[i].at(only), confidence=confidence)
-            value, lower, upper = (float(end[0]) for end in ends)
-            becomes = float(plain[i, layer])
-            changes.append(Change(specification.name, value, lower, upper, becomes))
-    for specification in smallest:
-        changes.append(
-            _fewer_prompts(grams[ours].at(only), specification.n_prompts, confidence, seed)
-        )
-    return tuple(sorted(changes, key=lambda c: -abs(c.value) if c.value == c.value else torch.inf))
+    for specification, gram in here:
+        if specification.family is Family.ONE_CHOICE:
+            moved = Estimate(*map(float, cosine_difference(default, gram, confidence=confidence)))
+            changes.append(Change(specification.name, float(gram.plain), moved))
+    sizes = [each.n_prompts for each in specifications if each.family is Family.SUBSET]
+    if sizes:
+        changes.append(_fewer_prompts(default, sizes[0], confidence, seed))
+    return tuple(sorted(changes, key=lambda c: (isnan(c.moved.value), -abs(c.moved.value))))
 
 
 def _fewer_prompts(gram: Gram, n: int, confidence: float, seed: int) -> Change:
-    """What the plain cosine at one layer is in random subsets of `n` rows a group."""
+    """Return the change of the plain cosine over random subsets of `n` rows per group."""
     generator = torch.Generator().manual_seed(seed)
 
-    def weights(groups: tuple[int, ...]) -> Float[Tensor, "subset row"]:
-        each = []
-        for size in groups:
-            picked = torch.rand(SUBSETS, size, generator=generator).argsort(1)[:, :n]
-            chosen = torch.zeros(SUBSETS, size, dtype=torch.float64)
-            each.append(chosen.scatter(1, picked, 1 / n))
-        return torch.cat(each, dim=1)
+    def weights(size: int) -> Float[Tensor, "subset row"]:
+        picked = torch.rand(SUBSETS, size, generator=generator).argsort(1)[:, :n]
+        return torch.zeros(SUBSETS, size, dtype=torch.float64).scatter(1, picked, 1 / n)
 
-    a, b = weights(gram.groups_a), weights(gram.groups_b)
+    a, b = (torch.cat([*map(weights, groups)], 1) for groups in (gram.groups_a, gram.groups_b))
     inner = ((a @ gram.ab[0]) * b).sum(-1)
     norms = ((a @ gram.aa[0]) * a).sum(-1) * ((b @ gram.bb[0]) * b).sum(-1)
     cosines = inner / norms.sqrt()
-    moved = cosines - gram.plain[0]
-    tail = (1 - confidence) / 2
-    lower, upper = (float(moved.quantile(q)) for q in (tail, 1 - tail))
-    middle = float(cosines.mean())
-    return Change(f"{n} prompts a set", float(moved.mean()), lower, upper, becomes=middle)
+    moved = cosines - gram.plain
+    ends = (moved.quantile(q) for q in ((1 - confidence) / 2, (1 + confidence) / 2))
+    scatter = Estimate(*map(float, (moved.mean(), *ends)))
+    return Change(f"{n} prompts a set", float(cosines.mean()), scatter, n_prompts=n)

@@ -1,126 +1,114 @@
-"""Verdicts of many pairs of directions at once: what each reading found, put to the same test.
+"""Interventions and verdicts for the directions of every specification."""
 
-The directions are a reading's own, faults and all. What they do is measured in one way for all of
-them: in the model as it is used, on the same prompts, one sweep over all pairs.
-"""
-
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..experiment.evidence import TOKEN_PROMPTS, Geometry, Responses, spread, weigh
-from ..experiment.verdict import Thresholds, Verdict, judge
+from ..experiment.evidence import (
+    N_RANDOM,
+    TOKEN_PROMPTS,
+    Divide,
+    Responses,
+    compute_evidence,
+    spread,
+)
+from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
 from ..interventions import ablation_effects, addition_effects, find_refusal_tokens
-from ..models.load import LensModel
+from ..interventions.cross_ablation import random_directions
 from ..prompts.contrast import Contrast
+from ..uncertainty import CosineEstimate, Gram
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 
-def respond(
-    model: LensModel,
+class Measured(NamedTuple):
+    """Results from the activations of one specification; `evidence` lacks interventions."""
+
+    gram: Gram
+    estimate: CosineEstimate
+    refusal: Float[Tensor, "layer d_model"]
+    negativity: Float[Tensor, "layer d_model"]
+    layers: Int[Tensor, " layer"]  # where the directions are added; -1 is the embedding
+    evidence: list[Evidence]
+
+
+def measure_responses(
+    model: "HookedTransformer | TransformerBridge",
     contrasts: tuple[Contrast, Contrast],
-    directions: tuple[
-        Float[Tensor, "reading layer d_model"], Float[Tensor, "reading layer d_model"]
-    ],
-    layers: Int[Tensor, "reading layer"],
-    random: Float[Tensor, "layer random d_model"],
+    measured: list[Measured],
     *,
+    activations: list[Float[Tensor, "_ layer d_model"]],
+    generator: torch.Generator,
     n_prompts: int,
-    batch_size: int | None = None,
-    progress: bool = True,
+    batch_size: int | None,
+    progress: bool,
+    divide: Divide,
 ) -> list[list[Responses]] | None:
-    """What ablating and adding every reading's directions does; None without refusal tokens.
+    """Return the responses to each specification's directions at each layer, if measurable.
 
-    Args:
-        model: the model.
-        contrasts: refusal and negativity.
-        directions: of refusal and of negativity, of every reading and layer.
-        layers: after which of our layers each is added, -1 the embedding.
-        random: directions to compare with, ablated, from each of our layers.
-        n_prompts: prompts of each side to intervene on, spread over the set.
-        batch_size: as `ablation_effects`.
-        progress: show progress bars.
-
-    Raises:
-        InputError: as `ablation_effects` and `find_refusal_tokens`.
+    Uses `n_prompts` of each set under the default protocol, and random directions with the covariance
+    of `activations`. Returns None without prompts or refusal tokens.
     """
-    refusal, negativity = directions
-    tokens = find_refusal_tokens(
-        model,
-        spread(contrasts[0].target, TOKEN_PROMPTS),
-        spread(contrasts[0].baseline, TOKEN_PROMPTS),
-        progress=False,
-    )
+    if not n_prompts:
+        return None
+    sides = [side for each in contrasts for side in (each.target, each.baseline)]
+    asked = [spread(side, TOKEN_PROMPTS) for side in sides[:2]]
+    tokens = find_refusal_tokens(model, *asked, progress=False)
     if not tokens.ids:
         return None
-    sides = [spread(side, n_prompts) for c in contrasts for side in (c.target, c.baseline)]
-    harmful, harmless, negative, neutral = sides
-    requests = harmful + harmless
-    rest: dict[str, Any] = {
-        "refusal_tokens": tokens,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
-    by_refusal = ablation_effects(model, requests + negative, refusal, **rest)
-    by_negativity = ablation_effects(model, requests, negativity, **rest)
-    by_chance = ablation_effects(model, requests, random, **rest).log_odds
-    added = [
-        addition_effects(model, harmless, each, layers, **rest).log_odds for each in directions
-    ]
-    nothing = torch.zeros(1, model.cfg.d_model)
-    plain = ablation_effects(model, neutral, nothing, **rest | {"progress": False}).unchanged
-    n = len(harmful)
-    before = by_refusal.unchanged.split([n, len(harmless), len(negative)])
+    harmful, harmless, negative, neutral = (spread(side, n_prompts) for side in sides)
+    by_layer = zip(*(side.unbind(1) for side in activations), strict=True)
+    random = [random_directions(*rows, n=N_RANDOM, generator=generator) for rows in by_layer]
+    requests, n, m = harmful + harmless, len(harmful), len(harmful) + len(harmless)
+    by_refusal = torch.stack([each.refusal for each in measured])
+    by_negativity = torch.stack([each.negativity for each in measured])
+    layers = torch.stack([each.layers for each in measured])
+    options: dict[str, Any] = {"refusal_tokens": tokens, "batch_size": batch_size}
+    ablate = partial(ablation_effects, model, progress=progress, **options)
+    add = partial(addition_effects, model, harmless, progress=progress, **options)
+    refusal, negativity, chance, unmodified, *added = divide(
+        [
+            partial(ablate, requests + negative, by_refusal),
+            partial(ablate, requests, by_negativity),
+            partial(ablate, requests, torch.stack(random)),
+            partial(ablate, neutral, torch.zeros(1, model.cfg.d_model)),
+            partial(add, by_refusal, layers),
+            partial(add, by_negativity, layers),
+        ]
+    )
 
-    def responses(reading: int, layer: int) -> Responses:
-        own = by_refusal.log_odds[reading, layer].split([n, len(harmless), len(negative)])
-        other = by_negativity.log_odds[reading, layer].split([n, len(harmless)])
-        chance = by_chance[max(0, int(layers[reading, layer]))].split([n, len(harmless)], dim=-1)
-
-        def ablated(side: int) -> dict[str, Tensor]:
-            found = {"none": before[side], "refusal": own[side], "negativity": other[side]}
-            return found | {f"random {i}": row for i, row in enumerate(chance[side])}
-
+    def responses(row: int, layer: int) -> Responses:
+        own, clean = refusal.log_odds[row, layer], refusal.unchanged
+        ablated = torch.stack([clean[:m], own[:m], negativity.log_odds[row, layer]])
+        ablated = torch.cat([ablated, chance.log_odds[max(0, int(layers[row, layer]))]])
         return Responses(
-            harmful=ablated(0),
-            harmless=ablated(1),
-            negative={"none": before[2], "refusal": own[2]},
-            neutral={"none": plain},
-            added={
-                name: odds[reading, layer]
-                for name, odds in zip(("refusal", "negativity"), added, strict=True)
-            },
+            harmful=ablated[:, :n],
+            harmless=ablated[:, n:],
+            negative=torch.stack([clean[m:], own[m:]]),
+            neutral=unmodified.unchanged[None],
+            added=torch.stack([clean[n:m], *(each.log_odds[row, layer] for each in added)]),
         )
 
-    return [
-        [responses(reading, layer) for layer in range(layers.shape[1])]
-        for reading in range(len(layers))
-    ]
+    rows, n_layers = layers.shape
+    return [[responses(row, layer) for layer in range(n_layers)] for row in range(rows)]
 
 
 def judge_all(
-    geometries: Sequence[Sequence[Geometry]],
-    responses: Sequence[Sequence[Responses]] | None,
-    *,
-    paired: tuple[bool, bool],
+    measured: list[Measured],
+    responses: list[list[Responses]] | None,
+    contrasts: tuple[Contrast, Contrast],
     confidence: float,
-    thresholds: Thresholds | None = None,
+    thresholds: Thresholds | None,
 ) -> tuple[tuple[Verdict, ...], ...]:
-    """The verdict of every reading at every layer; without responses all of them inconclusive."""
-    return tuple(
-        tuple(
-            judge(
-                weigh(
-                    geometry,
-                    None if responses is None else responses[reading][layer],
-                    paired=paired,
-                    confidence=confidence,
-                ),
-                thresholds,
-            )
-            for layer, geometry in enumerate(row)
-        )
-        for reading, row in enumerate(geometries)
-    )
+    """Return the verdict of every specification at every layer; inconclusive without responses."""
+    evidence = [each.evidence for each in measured]
+    if responses is not None:
+        paired = (contrasts[0].paired, contrasts[1].paired)
+        complete = partial(compute_evidence, paired=paired, confidence=confidence)
+        evidence = [list(map(complete, *rows)) for rows in zip(evidence, responses, strict=True)]
+    return tuple(tuple(judge(each, thresholds) for each in row) for row in evidence)

@@ -1,1 +1,1 @@
-"""Small trained models whose true answer is known by construction, and what trains them."""
+"""Model organisms: small trained models with known ground truth, and their training code."""

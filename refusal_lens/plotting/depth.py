@@ -1,44 +1,38 @@
-"""Similarity, causal effect and size across depth."""
+"""Figures across depth, and the builders they share: curves, shaded bands, marked layers."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, TypeVar, cast
 
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..errors import InputError
-from .curves import (
-    Band,
-    Bands,
-    Curve,
-    Curves,
-    bands_by_name,
-    check_layer,
-    check_same_length,
-    curve_styles,
-    curves_by_name,
-    fill,
-    line,
-    mark_highlight,
-    mark_layer,
-    mark_point,
-    traces,
-    why_empty,
-)
-from .look import (
-    Style,
-    Theme,
-    escaped,
-    figure,
-    layer_axis,
-    look,
-    nothing_to_show,
-    numbers,
-    wrapped,
-    written,
-)
+from ..errors import InputError, check_tensors
+from .text import escaped, numbers, wrapped, written
+from .theme import Style, Theme, empty, figure, is_layer, layer_axis, padded, palette, styles, tint
+
+Values = Float[Tensor, " _layer"]
+Curves = Values | Mapping[str, Values]
+Band = tuple[Values, Values]
+Bands = Band | Mapping[str, Band]
+T = TypeVar("T")
+
+PLOT_HEIGHT = 300  # approximate pixels of the plot area at the default height
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve across depth with its style, number format, and the bands shown on hover."""
+
+    name: str
+    values: Tensor
+    style: Style
+    form: str = ".3f"
+    bands: dict[str, Band] = field(default_factory=dict)
 
 
 def cosine_by_layer(
@@ -47,93 +41,57 @@ def cosine_by_layer(
     highlight: int | None = 20,
     interval: Bands | None = None,
     band: Bands | None = None,
-    null: Band | None = None,
-    ceiling: Curve | None = None,
-    unbiased: Curve | None = None,
+    null: Bands | None = None,
+    ceiling: Values | None = None,
+    unbiased: Values | None = None,
     strongest: int | None = None,
     confidence: float = 0.95,
-    title: str | None = None,
+    title: str = "Cosine similarity of the two directions across depth",
     theme: Theme = "light",
 ) -> go.Figure:
-    """Cosine similarity across depth, with what is needed to judge it.
+    """Cosine similarity across depth, with its uncertainty.
 
-    One curve, or several by name (controls, models, protocols; they may differ in depth). Names
-    that hold one of the package's concepts ("refusal vs alarm") get that concept's colour. NaN is
-    a gap.
+    Curves may differ in depth. A name that holds a concept ("refusal vs alarm") gets the concept's
+    colour. NaN is a gap.
 
     Args:
-        cosine: `[layer]`, or a mapping from names to such.
-        highlight: the layer marked on every curve and labelled with its value; left out on curves
-            that end before it.
-        interval: lower and upper end of the pointwise interval, by curve name; a bare pair belongs
-            to the first curve.
-        band: likewise, the band that covers all layers at once.
-        null: range of the cosine under permuted labels.
-        ceiling: the largest cosine that the directions' reliabilities let one observe.
+        cosine: `[layer]`, or a mapping from names to such curves.
+        highlight: the layer marked on every curve that reaches it, with the curve's value.
+        interval, band: lower and upper ends, pointwise and for all layers at once, by curve name.
+            A bare pair belongs to the first curve.
+        null: range of the first curve under permuted labels.
+        ceiling: the largest cosine that the reliability of the first curve's directions permits.
         unbiased: the first curve's estimate corrected for noise.
-        strongest: the layer where intervening acts most, marked on the first curve.
-        confidence: the level the bands are labelled with.
-        title: replaces the standard one.
-        theme: "light" or "dark".
-
-    Raises:
-        InputError: for bands of another length or name than the curves, or a negative layer.
+        strongest: the layer with the largest causal effect, marked on the first curve.
+        confidence: the level in the labels of the ranges.
+        title, theme: the figure's title; "light" or "dark".
     """
-    curves = curves_by_name(cosine)
-    intervals, bands = bands_by_name(interval, curves), bands_by_name(band, curves)
+    curves = named_curves(cosine, "cosine similarity", theme)
     level = f"{100 * confidence:g} %"
-    chart = figure(
-        title or "Cosine similarity of the two directions across depth",
-        theme=theme,
-        subtitle="1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite"
-        + (f"; shaded: {level} intervals" if len(intervals) > 1 else ""),
-    )
-    check_layer("highlight", highlight)
-    check_layer("strongest", strongest)
-    if reason := why_empty(curves, "cosine similarity"):
-        return nothing_to_show(chart, reason)
-    depth = max(map(len, curves.values()))
-    drawn = curve_styles(curves, theme)
-    name, curve = next(iter(curves.items()))
-    told: dict[str, list[tuple[str, Band]]] = {name: [] for name in curves}
-    shown: list[Tensor] = list(curves.values())
-
-    if null is not None:
-        for end in null:
-            check_same_length("null", end, curve)
-        what = f"permutation null, {level}"
-        fill(chart, null, look(theme).concepts["null"].colour, 0.22, what)
-        told[name].append((what, null))
-        shown += null
-    for what, ranges, opacity in (
-        (f"{level} simultaneous band", bands, 0.14),
-        (f"{level} interval", intervals, 0.28),
-    ):
-        for whose, ends in ranges.items():
-            label = f"{whose}: {what}" if len(curves) > 1 else what
-            alone = len(ranges) == 1
-            fill(chart, ends, drawn[whose].colour, opacity, label, in_legend=alone)
-            told[whose].append((what, ends))
-            shown += ends
-    for what, extra, style in (
-        ("noise ceiling", ceiling, look(theme).concepts["ceiling"]),
-        ("unbiased estimate", unbiased, Style(drawn[name].colour, "dot", "circle-open")),
-    ):
-        if extra is not None:
-            check_same_length(what, extra, curve)
-            line(chart, what, extra, style, width=1.6, rank=850)
-            shown.append(extra)
-    for whose, values in curves.items():
-        line(chart, whose or "cosine similarity", values, drawn[whose], ranges=told[whose])
-
-    limits = cosine_limits(shown)
-    _across_depth(chart, depth, "cosine similarity", range=limits, zeroline=True)
-    if strongest is not None and strongest < len(curve):
+    subtitle = "1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite"
+    subtitle += f"; shaded: {level} intervals" if interval else ""
+    chart = figure(title, subtitle, theme=theme)
+    if empty(chart, [curve.values for curve in curves], "cosine similarity"):
+        return chart
+    first, concepts = curves[0], palette(theme).concepts
+    add_bands(chart, f"permutation null, {level}", null, curves, 0.22, concepts["null"].colour)
+    add_bands(chart, f"{level} simultaneous band", band, curves, 0.14)
+    add_bands(chart, f"{level} interval", interval, curves, 0.28)
+    dotted = Style(first.style.colour, "dot", "circle-open")
+    estimates = {"noise ceiling": (ceiling, concepts["ceiling"])}
+    for label, (values, style) in (estimates | {"unbiased estimate": (unbiased, dotted)}).items():
+        if values is not None:
+            whose = {f"curve {first.name!r}": (first.values, "layer")}
+            check_tensors(**whose, **{label: (values, "layer")})
+            add_curve(chart, Curve(label, values, style), width=1.6, legendrank=950)
+    drawn = draw_curves(chart, curves, "cosine similarity")
+    chart.update_yaxes(range=cosine_limits(drawn))
+    if is_layer(strongest, len(first.values), "strongest"):
         label = f"largest causal effect: layer {strongest}"
-        mark_layer(chart, strongest, label, depth, theme, at_top=False)
-        if (value := numbers(curve)[strongest]) is not None:
-            mark_point(chart, strongest, value, theme, label)
-    mark_highlight(chart, curves, drawn, highlight, limits, theme)
+        foot = "bottom right" if strongest < len(first.values) / 2 else "bottom left"
+        mark_layer(chart, strongest, label, theme, line_dash="dot", annotation_position=foot)
+        mark_point(chart, first, strongest, theme)
+    mark_highlight(chart, curves, highlight, theme)
     return chart
 
 
@@ -144,66 +102,36 @@ def log_odds_by_ablated_layer(
     interval: Bands | None = None,
     highlight: int | None = 20,
     confidence: float = 0.95,
-    title: str | None = None,
+    title: str = "Refusal log-odds while one layer's direction is ablated",
     theme: Theme = "light",
 ) -> go.Figure:
     """Refusal log-odds while the direction of one layer is ablated, against that layer.
 
     Args:
-        log_odds: `[layer]` in nats, or a mapping from prompt sets' names to such; 0 is even odds.
-        without: the log-odds with nothing ablated, by name; a bare number belongs to the first.
-        interval: lower and upper end of the pointwise interval, likewise.
-        highlight: the layer marked on every curve and labelled with its value.
-        confidence: the level the interval is labelled with.
-        title: replaces the standard one.
-        theme: "light" or "dark".
-
-    Raises:
-        InputError: for intervals of another length or name than the curves, or a negative layer.
+        log_odds: `[layer]` in nats, or a mapping from names to such curves. 0 is even odds.
+        without: log-odds of the unmodified model by curve name. A number is the first curve's.
+        interval: lower and upper pointwise ends by curve name. A bare pair is the first curve's.
+        highlight: the layer marked on every curve, with the curve's value.
+        confidence: the level in the label of the interval.
+        title, theme: the figure's title; "light" or "dark".
     """
-    curves = curves_by_name(log_odds)
-    intervals = bands_by_name(interval, curves)
-    what = f"{100 * confidence:g} % interval"
-    levels = dict(without) if isinstance(without, Mapping) else {}
-    if without is not None and not isinstance(without, Mapping):
-        levels[next(iter(curves), "")] = without
-    if unknown := set(levels) - set(curves):
-        raise InputError(f"without names {sorted(unknown)}, log_odds only {sorted(curves)}")
-    chart = figure(
-        title or "Refusal log-odds while one layer's direction is ablated",
-        theme=theme,
-        subtitle="above 0 the refusal tokens are likelier than all others together"
-        + ("; dotted: nothing ablated" if levels else "")
-        + (f"; shaded: {what}" if intervals else ""),
-    )
-    check_layer("highlight", highlight)
-    if reason := why_empty(curves, "refusal log-odds"):
-        return nothing_to_show(chart, reason)
-    depth = max(map(len, curves.values()))
-    drawn = curve_styles(curves, theme)
-    for whose, ends in intervals.items():
-        fill(chart, ends, drawn[whose].colour, 0.22, what, in_legend=False)
-    for whose, values in curves.items():
-        ranges = [(what, intervals[whose])] if whose in intervals else []
-        line(chart, whose or "refusal log-odds", values, drawn[whose], ranges=ranges, form=".2f")
-    for whose, level in levels.items():
-        chart.add_scatter(
-            x=[-0.5, depth - 0.5],
-            y=[level, level],
-            mode="lines",
-            line={"color": drawn[whose].colour, "dash": "1px,3px", "width": 2},
-            name=f"{escaped(whose)}, nothing ablated".removeprefix(", "),
-            showlegend=False,
-            hoverinfo="skip",
-        )
-
-    tensors = [*curves.values(), *(end for pair in intervals.values() for end in pair)]
-    known = [0.0, *levels.values(), *(v for t in tensors for v in numbers(t) if v is not None)]
-    room = 0.08 * (max(known) - min(known) or 1.0)
-    limits = (min(known) - room, max(known) + room)
-    _across_depth(chart, depth, "refusal log-odds (nats)", range=limits, zeroline=True)
+    curves = named_curves(log_odds, "refusal log-odds", theme, ".2f")
+    label = f"{100 * confidence:g} % interval"
+    subtitle = "above 0 the refusal tokens are likelier than all others together"
+    subtitle += "; dotted: nothing ablated" if without is not None else ""
+    subtitle += f"; shaded: {label}" if interval else ""
+    chart = figure(title, subtitle, theme=theme)
+    if empty(chart, [curve.values for curve in curves], "refusal log-odds"):
+        return chart
+    add_bands(chart, label, interval, curves, 0.22)
+    drawn = draw_curves(chart, curves, "refusal log-odds (nats)")
+    levels = by_curve("without", {} if without is None else without, curves)
+    for curve in [curve for curve in curves if curve.name in levels]:
+        line = {"color": curve.style.colour, "dash": "1px,3px", "width": 2}
+        chart.add_hline(y=levels[curve.name], line=line)
     chart.update_xaxes(title_text="layer whose direction is ablated")
-    mark_highlight(chart, curves, drawn, highlight, limits, theme, form=".2f")
+    chart.update_yaxes(range=padded([*drawn, *levels.values()], 0.08))
+    mark_highlight(chart, curves, highlight, theme)
     return chart
 
 
@@ -211,163 +139,228 @@ def norms_by_layer(
     norms: Curves,
     *,
     highlight: int | None = 20,
-    title: str | None = None,
+    title: str = "Norms of the directions and of the residual stream across depth",
     theme: Theme = "light",
 ) -> go.Figure:
-    """Norms of directions, and of the residual stream they live in, across depth, on a log axis.
+    """Norms of directions and of the residual stream across depth, on a log axis.
 
-    `norms` maps names ("refusal", "negativity", "residual stream") to `[layer]` in the units of the
-    residual stream. A norm of 0, like NaN, is a gap: a log axis has no place for it.
-
-    Raises:
-        InputError: for a negative norm or layer.
+    Args:
+        norms: `[layer]`, or a mapping from names to such curves. 0 and NaN are gaps.
+        highlight: the layer marked with a line.
+        title, theme: the figure's title; "light" or "dark".
     """
-    curves = curves_by_name(norms)
-    for name, values in curves.items():
-        if (values < 0).any():
-            raise InputError(
-                f"the norms {name!r} go below 0: hand over norms, not their logarithms"
-            )
-    chart = figure(
-        title or "Norms of the directions and of the residual stream across depth",
-        theme=theme,
-        subtitle="in the units of the residual stream",
-    )
-    check_layer("highlight", highlight)
-    if reason := why_empty(curves, "norm"):
-        return nothing_to_show(chart, reason)
-    depth = max(map(len, curves.values()))
-    drawn = curve_styles(curves, theme)
-    known = []
-    for name, values in curves.items():
-        positive = values.double().where(values > 0, float("nan"))
-        line(chart, name or "norm", positive, drawn[name], form=".3g")
-        known += [v for v in numbers(positive) if v is not None]
-    _across_depth(chart, depth, "Euclidean norm (log scale)", type="log", **_log_ticks(known))
-    if highlight is not None and highlight < depth:
-        mark_layer(chart, highlight, f"layer {highlight}", depth, theme, at_top=True)
+    curves = named_curves(norms, "norm", theme, ".3g")
+    for curve in curves:
+        if (curve.values < 0).any():
+            raise InputError(f"the norms {curve.name!r} go below 0: give norms, not logarithms")
+    chart = figure(title, "in the units of the residual stream", theme=theme)
+    if empty(chart, [curve.values for curve in curves], "norm"):
+        return chart
+    positive = [replace(c, values=c.values.where(c.values > 0, math.nan)) for c in curves]
+    drawn = draw_curves(chart, positive, "Euclidean norm (log scale)")
+    powers = [math.log10(value) for value in drawn] or [0.0]
+    low, high = math.floor(min(powers)), math.ceil(max(powers))
+    axis = {"type": "log", "dtick": max(1, (high - low) // 8), "exponentformat": "power"}
+    chart.update_yaxes(axis, zeroline=False, range=(low - 0.1, max(high, low + 1) + 0.1))
+    if is_layer(highlight, max(len(curve.values) for curve in curves)):
+        mark_layer(chart, highlight, f"layer {highlight}", theme)
     return chart
 
 
 def metric_panel(
-    metrics: Mapping[str, Curve],
+    metrics: Mapping[str, Values],
     *,
     highlight: int | None = 20,
-    title: str | None = None,
+    title: str = "Similarity of the two directions across depth, by metric",
     theme: Theme = "light",
 ) -> go.Figure:
-    """One similarity under several metrics, side by side: does the answer depend on the metric?
+    """Similarity under several metrics: one panel each, with the other metrics as thin lines.
 
-    `metrics` maps names ("plain", "whitened", "without massive activations") to `[layer]`, all in
-    [-1, 1]. Each panel also shows the others, thin, on the same scale, and says its own value at
-    the highlighted layer.
-
-    Raises:
-        InputError: for metrics of different depth, or a negative layer.
+    Args:
+        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...), all of one depth.
+        highlight: the layer marked in every panel.
+        title, theme: the figure's title; "light" or "dark".
     """
-    curves = curves_by_name(metrics)
-    names = list(curves)
-    columns = 2 if len(names) in (2, 4) else max(1, min(3, len(names)))
-    rows = max(1, -(-len(names) // columns))
-    chart = figure(
-        title or "Similarity of the two directions across depth, by metric",
-        theme=theme,
-        subtitle="thin: the other metrics, on the same scale",
-        height=150 + 205 * rows,
-    )
-    check_layer("highlight", highlight)
-    if reason := why_empty(curves, "similarity"):
-        return nothing_to_show(chart, reason)
-    depth = max(map(len, curves.values()))
-    for name, values in curves.items():
-        check_same_length(f"the metric {name!r}", values, curves[names[0]])
-    make_subplots(
-        rows,
-        columns,
-        figure=chart,
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        vertical_spacing=0.34 / rows,
-    )
-    for i, name in enumerate(names):
-        row, col = i // columns + 1, i % columns + 1
-        others = [numbers(curve) for other, curve in curves.items() if other != name]
+    curves = named_curves(metrics, "similarity", theme)
+    check_tensors(**{f"metric {curve.name!r}": (curve.values, "layer") for curve in curves})
+    columns = 2 if len(curves) in (2, 4) else max(1, min(3, len(curves)))
+    rows = max(1, math.ceil(len(curves) / columns))
+    subtitle = "thin: the other metrics, on the same scale"
+    chart = figure(title, subtitle, theme=theme, height=150 + 205 * rows)
+    if empty(chart, [curve.values for curve in curves], "similarity"):
+        return chart
+    labels = [f"<b>{wrapped(curve.name, width=21, lines=2)}</b>" for curve in curves]
+    depth, concepts = len(curves[0].values), palette(theme).concepts
+    if is_layer(highlight, depth):
+        for i, curve in enumerate(curves):
+            labels[i] += f"<br>{written(float(curve.values[highlight]))} at layer {highlight}"
+    grid = {"horizontal_spacing": 0.04, "vertical_spacing": 0.34 / rows, "shared_yaxes": True}
+    make_subplots(rows, columns, figure=chart, shared_xaxes=True, subplot_titles=labels, **grid)
+    chart.update_annotations(font_size=12)
+    for i, curve in enumerate(curves):
+        place = {"row": i // columns + 1, "col": i % columns + 1}
+        others = [numbers(other.values) for other in curves if other is not curve]
         chart.add_scatter(
             x=[*range(depth), None] * len(others),
             y=[y for other in others for y in (*other, None)],
             mode="lines",
-            line={"color": look(theme).concepts["null"].colour, "width": 1},
+            line={"color": concepts["null"].colour, "width": 1},
             opacity=0.6,
             hoverinfo="skip",
-            row=row,
-            col=col,
+            **place,
         )
-        line(chart, name, curves[name], look(theme).concepts["negativity"], row=row, col=col)
-        label = f"<b>{wrapped(name, width=21, lines=2)}</b>"
-        if highlight is not None and highlight < depth:
-            value = numbers(curves[name])[highlight]
-            label += f"<br>{written(value)} at layer {highlight}"
-            if value is not None:
-                mark_point(
-                    chart, highlight, value, theme, f"{name} at layer {highlight}", row=row, col=col
-                )
-        chart.add_annotation(
-            text=label,
-            x=0,
-            xref="x domain",
-            xanchor="left",
-            y=1,
-            yref="y domain",
-            yanchor="bottom",
-            align="left",
-            showarrow=False,
-            row=row,
-            col=col,
-        )
-    if depth > 1:
-        chart.update_traces(mode="lines", selector={"mode": "lines+markers"})
-    chart.update_xaxes(**layer_axis(depth))
-    chart.update_xaxes(title_text=None, dtick=2 * chart.layout.xaxis.dtick)
-    chart.update_xaxes(title_text="layer", row=rows)
-    for column in range((len(names) - 1) % columns + 2, columns + 1):  # nothing stands below these
-        chart.update_xaxes(showticklabels=True, row=rows - 1, col=column)
-    chart.update_yaxes(range=cosine_limits(list(curves.values())), zeroline=True)
+        mode = "lines" if depth > 1 else "markers"
+        add_curve(chart, replace(curve, style=concepts["negativity"]), mode=mode, **place)
+        if highlight is not None:
+            mark_point(chart, curve, highlight, theme, **place)
+    drawn = [v for curve in curves for v in numbers(curve.values) if v is not None]
+    axis = layer_axis(depth)
+    axis |= {"title": None, "dtick": 2 * axis["dtick"], "showticklabels": True}
+    chart.update_xaxes(axis).update_xaxes(title_text="layer", row=rows)
+    chart.update_yaxes(range=cosine_limits(drawn), zeroline=True)
     chart.update_yaxes(title_text="similarity", col=1)
     chart.update_layout(showlegend=False, margin_t=chart.layout.margin.t + 40)
     return chart
 
 
-def cosine_limits(curves: list[Tensor]) -> tuple[float, float]:
-    """Whole quarters around everything drawn, so that figures of different runs compare by eye."""
-    values = [v for curve in curves for v in numbers(curve) if v is not None]
+def cosine_limits(values: list[float]) -> tuple[float, float]:
+    """Axis limits in whole quarters, so that figures of different runs compare by eye."""
     low = min([-0.25, *((v - 0.02) // 0.25 / 4 for v in values)])
     high = max([0.5, *(-((-v - 0.02) // 0.25) / 4 for v in values)])
     return max(-1.0, low) - 0.04, min(1.0, high) + 0.04
 
 
-def _log_ticks(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks of a log axis, each written out in full: plotly's own write the 2 of 20 as "2"."""
-    low, high = (math.log10(end(values, default=1.0)) for end in (min, max))
-    first, last = math.floor(low - 0.1), math.ceil(high + 0.1)
-    leading = (1, 2, 5) if high - low < 2.5 else (1,)
-    step = max(1, (last - first) // 8)
-    ticks = [(lead, power) for power in range(first, last + 1, step) for lead in leading]
-    return {
-        "tickvals": [float(f"{lead}e{power}") for lead, power in ticks],
-        "ticktext": [
-            f"{float(f'{lead}e{power}'):g}"
-            if -4 < power < 5
-            else f"10<sup>{power}</sup>".replace("-", "\N{MINUS SIGN}").replace(
-                "10<", "10<" if lead == 1 else f"{lead}\N{MULTIPLICATION SIGN}10<"
-            )
-            for lead, power in ticks
-        ],
-    }
+def named_curves(curves: Curves, quantity: str, theme: Theme, form: str = ".3f") -> list[Curve]:
+    """Check curves and give each a style. A bare curve is named after its quantity."""
+    named = dict(curves) if isinstance(curves, Mapping) else {quantity: curves}
+    for name, values in named.items():
+        check_tensors(**{f"curve {name!r}": (values, "layer")})
+    drawn = styles(named, theme)
+    return [Curve(name, values.detach(), drawn[name], form) for name, values in named.items()]
 
 
-def _across_depth(chart: go.Figure, depth: int, quantity: str, **y_axis: Any) -> None:
-    chart.update_xaxes(**layer_axis(depth))
-    chart.update_yaxes(title_text=quantity, **y_axis)
-    named = sum(trace.showlegend is not False for trace in traces(chart))
-    chart.update_layout(hovermode="x unified", showlegend=named > 1)
+def by_curve(what: str, values: T | Mapping[str, T], curves: Sequence[Curve]) -> dict[str, T]:
+    """Values by curve name. A bare value belongs to the first curve."""
+    named = dict(values) if isinstance(values, Mapping) else {curves[0].name: values}
+    if unknown := set(named) - {curve.name for curve in curves}:
+        raise InputError(f"{what} names no curve: {sorted(unknown)}")
+    return named
+
+
+def add_bands(
+    chart: go.Figure,
+    label: str,
+    bands: Bands | None,
+    curves: Sequence[Curve],
+    opacity: float,
+    colour: str | None = None,
+) -> None:
+    """Shade from lower to upper ends. The legend lists a band only if one curve has it."""
+    named = by_curve(f"the {label}", bands or {}, curves)
+    for curve in [curve for curve in curves if curve.name in named]:
+        ends = curve.bands[label] = named[curve.name]
+        whose = {f"curve {curve.name!r}": (curve.values, "layer")}
+        for end in ends:
+            check_tensors(**whose, **{f"its {label}": (end, "layer")})
+        low, high = map(numbers, ends)
+        known = [None not in pair for pair in zip(low, high, strict=True)]
+        x: list[int | None] = []
+        y: list[float | None] = []
+        for is_known, run in groupby(range(len(known)), key=known.__getitem__):
+            if is_known:  # one polygon for each run of layers at which both ends are known
+                at = list(run)
+                x += [*at, *at[::-1], None]
+                y += [*(low[i] for i in at), *(high[i] for i in at[::-1]), None]
+        shade = colour or curve.style.colour
+        chart.add_scatter(
+            x=x[:-1],
+            y=y[:-1],
+            mode="lines",
+            fill="toself",
+            fillcolor=tint(shade, opacity),
+            line={"color": tint(shade, 2 * opacity), "width": 1},
+            name=wrapped(f"{curve.name}: {label}" if len(curves) > 1 else label, lines=2),
+            hoverinfo="skip",
+            showlegend=len(named) == 1,
+        )
+
+
+def add_curve(chart: go.Figure, curve: Curve, *, width: float = 2.4, **trace: Any) -> None:
+    """Draw a curve with gaps at NaN. Hovering over a layer shows its value and bands."""
+    text = [f"<b>{written(value, curve.form)}</b>" for value in numbers(curve.values)]
+    for label, ends in curve.bands.items():
+        for i, pair in enumerate(zip(*map(numbers, ends), strict=True)):
+            low, high = (written(end, curve.form) for end in pair)
+            text[i] += f"<br>  {label}: {low} to {high}"
+    chart.add_scatter(
+        x=list(range(len(text))),
+        y=numbers(curve.values),
+        name=wrapped(curve.name, width=40, lines=2),
+        line={"color": curve.style.colour, "dash": curve.style.dash, "width": width},
+        marker=curve.style.marker(5.5),
+        text=text,
+        hovertemplate="%{fullData.name}: %{text}<extra></extra>",
+        **{"legendrank": 900, "mode": "lines+markers" if len(text) <= 40 else "lines"} | trace,
+    )
+
+
+def draw_curves(chart: go.Figure, curves: Sequence[Curve], quantity: str) -> list[float]:
+    """Draw curves, set the axes, and return every y value of the figure."""
+    for curve in curves:
+        add_curve(chart, curve)
+    chart.update_xaxes(layer_axis(max(len(curve.values) for curve in curves)))
+    chart.update_yaxes(title_text=quantity, zeroline=True)
+    chart.update_layout(hovermode="x unified")  # one box lists all curves at a layer
+    return [y for trace in cast(Any, chart.data) for y in trace.y if y is not None]
+
+
+def mark_layer(chart: go.Figure, layer: int, label: str, theme: Theme, **line: Any) -> None:
+    """Draw a vertical line at a layer, with a label above the plot."""
+    page = palette(theme)
+    chart.add_vline(
+        x=layer,
+        line={"color": tint(page.muted, 0.6), "width": 1.2},
+        layer="below",
+        annotation={"text": label, "font_color": page.muted, "bgcolor": page.background},
+        **{"annotation_position": "top"} | line,
+    )
+
+
+def mark_point(chart: go.Figure, curve: Curve, layer: int, theme: Theme, **place: Any) -> None:
+    """Draw a ring around the point of a curve at a layer, where its value is known."""
+    if layer >= len(curve.values) or not curve.values[layer].isfinite():
+        return
+    ring = {"symbol": "circle-open", "size": 13, "line_width": 2, "color": palette(theme).ink}
+    hidden = {"mode": "markers", "hoverinfo": "skip", "showlegend": False}
+    name, value = escaped(f"{curve.name} at layer {layer}"), float(curve.values[layer])
+    chart.add_scatter(x=[layer], y=[value], name=name, marker=ring, **hidden, **place)
+
+
+def mark_highlight(
+    chart: go.Figure, curves: Sequence[Curve], layer: int | None, theme: Theme
+) -> None:
+    """Mark a layer with a line, and every curve with a ring and its value, 20 pixels apart."""
+    depth = max(len(curve.values) for curve in curves)
+    if not is_layer(layer, depth):
+        return
+    at_layer = [(float(c.values[layer]), c) for c in curves if layer < len(c.values)]
+    known = sorted([at for at in at_layer if math.isfinite(at[0])], key=lambda at: -at[0])
+    mark_layer(chart, layer, f"layer {layer}" + ("" if known else ": undefined"), theme)
+    low, high = chart.layout.yaxis.range
+    ceiling, floor = PLOT_HEIGHT, 20 * len(known) - 10
+    for value, curve in known:
+        mark_point(chart, curve, layer, theme)
+        at_curve = PLOT_HEIGHT * (value - low) / (high - low)
+        height = max(floor, min(at_curve + 24, ceiling))
+        ceiling, floor = height - 20, floor - 20
+        chart.add_annotation(
+            text=f"<b>{written(value, curve.form)}</b>",
+            x=layer,
+            y=value,
+            ax=34 if layer < 0.85 * depth else -34,
+            ay=at_curve - height,
+            standoff=7,
+            bgcolor=palette(theme).background,
+            bordercolor=curve.style.colour,
+            borderpad=2,
+        )

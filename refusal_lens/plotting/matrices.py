@@ -1,27 +1,19 @@
 """Heatmaps: layer by layer, position by layer, intervention by outcome."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from .curves import check_layer
-from .look import (
-    NO_TICKS,
-    Theme,
-    escaped,
-    figure,
-    layer_axis,
-    look,
-    mixed,
-    nothing_to_show,
-    numbers,
-    readable_on,
-    wrapped,
-    written,
-)
+from .text import escaped, numbers, wrapped, written
+from .theme import SIGNED, UNSIGNED, Theme, check_count, empty, figure, is_layer, layer_axis
+
+Cells = Float[Tensor, "intervention outcome"]
+
+DARK_SHARE = 0.22  # share of `SIGNED`, from its lowest end, on which white text is easier to read
 
 
 def cosine_matrix(
@@ -35,57 +27,27 @@ def cosine_matrix(
     """Cosine of every layer of one direction with every layer of another, or of itself.
 
     Args:
-        matrix: `[layer_a layer_b]`; NaN cells stay empty.
-        names: of the directions along the rows and the columns.
-        highlight: the layer whose cell with itself is outlined, where the matrix reaches it.
-        title: replaces the standard one.
-        theme: "light" or "dark".
-
-    Raises:
-        InputError: for a negative layer.
+        matrix: `[layer_a layer_b]`. NaN cells stay empty.
+        names: the directions along the rows and the columns.
+        highlight: the layer whose diagonal cell is outlined.
+        title, theme: the figure's title; "light" or "dark".
     """
     check_tensors(matrix=(matrix, "layer_a layer_b"))
-    rows, columns = names
-    both = f"{rows} direction" if rows == columns else f"{rows} and {columns} directions"
-    chart = figure(
-        title or f"Cosine similarity between layers: {both}",
-        theme=theme,
-        subtitle="1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite; empty: undefined",
-        height=600,
-    )
-    check_layer("highlight", highlight)
-    if reason := _why_empty(matrix, "No layers: the cosine matrix handed over is empty."):
-        return nothing_to_show(chart, reason)
-    n_rows, n_columns = matrix.shape
-    _heatmap(
-        chart,
-        matrix,
-        limits=(-1.0, 1.0),
-        quantity="cosine",
-        hover=f"{escaped(rows)} at layer %{{y}}<br>{escaped(columns)} at layer %{{x}}"
-        "<br>cosine <b>%{z:.3f}</b>",
-        theme=theme,
-    )
-    chart.update_xaxes(
-        **layer_axis(n_columns), title_text=f"layer of the {wrapped(columns)} direction"
-    )
-    chart.update_yaxes(**layer_axis(n_rows), title_text=f"layer of the {wrapped(rows)} direction")
-    for update, length in ((chart.update_xaxes, n_columns), (chart.update_yaxes, n_rows)):
-        update(range=[-0.5, length - 0.5], constrain="domain")
-    chart.update_yaxes(scaleanchor="x")
-    if highlight is not None and highlight < min(matrix.shape):
+    a, b = names
+    title = title or f"Cosine similarity between layers: {a if a == b else f'{a} and {b}'}"
+    subtitle = "1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite; empty: undefined"
+    if is_layer(highlight, min(matrix.shape)):
+        subtitle += f"; layer {highlight}: {written(float(matrix[highlight, highlight]))}"
+    chart = figure(title, subtitle, theme=theme, height=600)
+    if empty(chart, [matrix], "cosine matrix"):
+        return chart
+    hover = f"{escaped(a)} at layer %{{y}}<br>{escaped(b)} at layer %{{x}}<br>cosine %{{z:.3f}}"
+    rows, columns = (layer_axis(n) | {"constrain": "domain"} for n in matrix.shape)
+    chart.update_xaxes(columns, title_text=f"layer of the {wrapped(b)} direction")
+    chart.update_yaxes(rows, title_text=f"layer of the {wrapped(a)} direction", scaleanchor="x")
+    _heatmap(chart, matrix, (-1.0, 1.0), "cosine", hover)
+    if is_layer(highlight, min(matrix.shape)):
         _outline(chart, highlight, highlight)
-        chart.add_annotation(
-            text=f"layer {highlight}: <b>{written(float(matrix[highlight, highlight]))}</b>",
-            x=highlight,
-            y=highlight,
-            ax=-44 if highlight > n_columns / 2 else 44,
-            ay=-30,
-            bgcolor=look(theme).background,
-            bordercolor=look(theme).ink,
-            borderpad=2,
-            arrowcolor=look(theme).ink,
-        )
     return chart
 
 
@@ -94,211 +56,167 @@ def position_by_layer(
     *,
     positions: Sequence[int | str] | None = None,
     quantity: str = "cosine similarity",
-    limits: tuple[float, float] | None = None,
     selected: tuple[int, int] | None = None,
     title: str | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Some quantity at every position and layer, as a heatmap.
+    """A quantity at every position and layer, as a heatmap.
 
     Args:
-        values: `[pos layer]`; NaN cells stay empty.
-        positions: the positions' names, numbers from the end or tokens; standard is -n to -1.
-        quantity: what the values are, with its unit.
-        limits: the ends of the colour scale. Standard: the values' own, around 0 where they have
-            both signs.
-        selected: the (row, layer) outlined.
-        title: replaces the standard one.
-        theme: "light" or "dark".
-
-    Raises:
-        InputError: unless there is one name per position and the outlined cell exists.
+        values: `[pos layer]`. NaN cells stay empty.
+        positions: the name of each position: an index from the end or a token. Default: -n to -1.
+        quantity: name of the values, with the unit.
+        selected: the (row, layer) that is outlined.
+        title, theme: the figure's title; "light" or "dark".
     """
     check_tensors(values=(values, "pos layer"))
     n_positions, n_layers = values.shape
     positions = range(-n_positions, 0) if positions is None else positions
-    if len(positions) != n_positions:
-        raise InputError(f"{len(positions)} positions named, {n_positions} in the values")
-    chart = figure(
-        title or f"{quantity[:1].upper()}{quantity[1:]} by position and layer",
-        theme=theme,
-        subtitle="positions count from the end of the formatted prompt, \N{MINUS SIGN}1 the last",
-        height=max(300, min(620, 190 + 34 * n_positions)),
-    )
-    if reason := _why_empty(values, "No positions or no layers: nothing was handed over."):
-        return nothing_to_show(chart, reason)
+    check_count("positions", positions, n_positions)
+    title = title or f"{quantity[:1].upper()}{quantity[1:]} by position and layer"
+    subtitle = "positions count from the end of the formatted prompt, \N{MINUS SIGN}1 the last"
+    height = max(300, min(620, 190 + 34 * n_positions))
+    chart = figure(title, subtitle, theme=theme, height=height)
+    if empty(chart, [values], quantity):
+        return chart
     if selected and not (0 <= selected[0] < n_positions and 0 <= selected[1] < n_layers):
         raise InputError(f"selected={selected} lies outside {n_positions} rows x {n_layers} layers")
-    names = [_position(position) for position in positions]
-    _heatmap(
-        chart,
-        values,
-        limits=limits or _limits(values),
-        quantity=quantity,
-        hover="position %{text}, layer %{x}<br><b>%{z:.4~g}</b>",
-        theme=theme,
-        text=[[name] * n_layers for name in names],
-    )
-    chart.update_xaxes(**layer_axis(n_layers))
-    chart.update_xaxes(range=[-0.5, n_layers - 0.5])
-    chart.update_yaxes(
-        title_text="position",
-        tickvals=list(range(n_positions)),
-        ticktext=names,
-        range=[n_positions - 0.5, -0.5],
-    )
+    names = [
+        written(float(p), ".0f") if isinstance(p, int) else wrapped(p, width=20) for p in positions
+    ]
+    hover = "position %{text}, layer %{x}<br><b>%{z:.4~g}</b>"
+    text = [[name] * n_layers for name in names]
+    chart.update_xaxes(layer_axis(n_layers))
+    _heatmap(chart, values, _limits(values), quantity, hover, text)
+    chart.update_yaxes(title_text="position", tickvals=list(range(n_positions)), ticktext=names)
+    chart.update_yaxes(range=[n_positions - 0.5, -0.5])
     if selected:
         _outline(chart, *selected)
     return chart
 
 
+def selection_scores(
+    scores: Mapping[Literal["ablation", "addition", "kl"], Float[Tensor, "pos layer"]],
+    *,
+    positions: Sequence[int | str] | None = None,
+    selected: tuple[int, int] | None = None,
+    counting: Literal["input", "output"] = "input",
+    theme: Theme = "light",
+) -> dict[str, go.Figure]:
+    """Return one heatmap of all candidate directions for each selection score.
+
+    Args:
+        scores: "ablation", "addition" and "kl", each `[pos layer]`. NaN cells stay empty.
+        positions, selected: names of the positions (default: -n to -1); the outlined (row, layer).
+        counting: whether layer `l` is the input of block `l`, as in Arditi et al., or its output.
+        theme: "light" or "dark".
+    """
+    log_odds = "mean refusal log-odds (nats)"
+    known = {
+        "ablation": ("Refusal of harmful prompts once ablated", log_odds),
+        "addition": ("Refusal of harmless prompts once added", log_odds),
+        "kl": ("What ablation does to harmless prompts", "mean KL of the next token (nats)"),
+    }
+    if unknown := sorted(set(scores) - set(known)):
+        raise InputError(f"{unknown[0]!r} is no score: hand over {', '.join(known)}")
+    options: dict[str, Any] = {"positions": positions, "selected": selected, "theme": theme}
+    return {
+        name: position_by_layer(
+            values, title=known[name][0], quantity=known[name][1], **options
+        ).update_xaxes(title_text=f"layer ({counting} of block)")
+        for name, values in scores.items()
+    }
+
+
 def cross_effects(
-    effects: Float[Tensor, "intervention outcome"],
+    effects: Cells,
     *,
     interventions: Sequence[str],
     outcomes: Sequence[str],
-    interval: tuple[Float[Tensor, "intervention outcome"], Float[Tensor, "intervention outcome"]]
-    | None = None,
+    interval: tuple[Cells, Cells] | None = None,
     quantity: str = "change in log-odds (nats)",
-    form: str = ".1f",
-    title: str | None = None,
+    title: str = "What each intervention does to each outcome",
     theme: Theme = "light",
 ) -> go.Figure:
-    """What each intervention does to each outcome, as a heatmap that carries its numbers.
+    """Effects of interventions on outcomes, as a heatmap with numbers in its cells.
 
-    A row is an intervention ("ablate refusal"), a column what was read ("refusal of harmful
-    prompts"); `interval` holds the lower and upper ends, written below each effect. NaN: not
-    measured.
-
-    Raises:
-        InputError: unless there is one name per row and column.
+    Args:
+        effects: `[intervention outcome]`. NaN: not measured.
+        interventions, outcomes: names of the rows ("ablate refusal") and of the columns.
+        interval: lower and upper ends, written below each effect.
+        quantity: name of the effects, with the unit.
+        title, theme: the figure's title; "light" or "dark".
     """
-    check_tensors(effects=(effects, "intervention outcome"))
-    for end in interval or ():
+    for end in (effects, *(interval or ())):
         check_tensors(effects=(effects, "row column"), interval=(end, "row column"))
-    if (len(interventions), len(outcomes)) != tuple(effects.shape):
-        raise InputError(
-            f"{len(interventions)} interventions and {len(outcomes)} outcomes are named, "
-            f"the effects are {' x '.join(map(str, effects.shape))}"
-        )
-    chart = figure(
-        title or "What each intervention does to each outcome",
-        theme=theme,
-        subtitle=quantity + (", with its interval" if interval else ""),
-        height=190 + 56 * max(len(interventions), 2),
-    )
-    if reason := _why_empty(effects, "No intervention was made, or no outcome read."):
-        return nothing_to_show(chart, reason)
-    limits = _limits(effects, signed=True)
-    _heatmap(
-        chart,
-        effects,
-        limits=limits,
-        quantity=quantity,
-        hover="%{text}<br><b>%{z:.3f}</b>",
-        theme=theme,
-        text=[
-            [f"{wrapped(row)}<br>on {wrapped(column)}" for column in outcomes]
-            for row in interventions
-        ],
-    )
-    ends = [numbers(end) for end in interval] if interval else None
-    cells = []
+    check_count("interventions", interventions, len(effects))
+    check_count("outcomes", outcomes, effects.shape[1])
+    subtitle = quantity + (", with its interval" if interval else "")
+    height = 190 + 56 * max(len(interventions), 2)
+    chart = figure(title, subtitle, theme=theme, height=height)
+    if empty(chart, [effects], quantity):
+        return chart
+    largest = max(map(abs, _limits(effects)))
+    text = [[f"{wrapped(a)}<br>on {wrapped(b)}" for b in outcomes] for a in interventions]
+    _heatmap(chart, effects, (-largest, largest), quantity, "%{text}<br><b>%{z:.3f}</b>", text)
+    _write_cells(chart, effects, [numbers(end) for end in interval or ()], largest)
+    columns = [wrapped(name, width=max(11, 56 // len(outcomes)), lines=3) for name in outcomes]
+    rows = [wrapped(name, width=22, lines=3) for name in interventions]
+    plain = {"ticks": "", "ticklabelstandoff": 6, "showline": False}
+    chart.update_xaxes(plain, tickvals=list(range(len(columns))), ticktext=columns, tickangle=0)
+    chart.update_yaxes(plain, tickvals=list(range(len(rows))), ticktext=rows)
+    return chart.update_yaxes(range=[len(rows) - 0.5, -0.5])
+
+
+def _write_cells(chart: go.Figure, effects: Tensor, ends: list[Any], limit: float) -> None:
+    """Write every effect and its interval into its cell, in white where the cell is dark."""
     for i, row in enumerate(numbers(effects)):
         for j, value in enumerate(row):
-            text = "not measured" if value is None else f"<b>{written(value, form)}</b>"
-            if ends and value is not None:
-                low, high = (written(end[i][j], form) for end in ends)
-                text += f'<br><span style="font-size:11px">{low} to {high}</span>'
-            share = 0.5 if value is None else (value - limits[0]) / (limits[1] - limits[0])
-            on_cell = readable_on(mixed(look(theme).signed, share))
-            colour = look(theme).muted if value is None else on_cell
-            cells.append(
-                {"text": text, "x": j, "y": i, "showarrow": False, "font": {"color": colour}}
-            )
-    chart.update_layout(annotations=cells)
-    for update, names, width in (
-        (chart.update_xaxes, outcomes, max(11, 56 // len(outcomes))),
-        (chart.update_yaxes, interventions, 22),
-    ):
-        update(
-            tickvals=list(range(len(names))),
-            ticktext=[wrapped(name, width=width, lines=3) for name in names],
-            showline=False,
-            **NO_TICKS,
-        )
-    chart.update_xaxes(side="bottom", range=[-0.5, len(outcomes) - 0.5], tickangle=0)
-    chart.update_yaxes(range=[len(interventions) - 0.5, -0.5])
-    return chart
+            note: dict[str, Any] = {"text": "not measured"}
+            if value is not None:
+                dark = value <= (2 * DARK_SHARE - 1) * limit
+                between = " to ".join(written(end[i][j], ".1f") for end in ends)
+                small = f'<br><span style="font-size:11px">{between}</span>' if ends else ""
+                note["text"] = f"<b>{written(value, '.1f')}</b>{small}"
+                note["font_color"] = "#ffffff" if dark else "#000000"
+            chart.add_annotation(note, x=j, y=i, showarrow=False)
 
 
 def _heatmap(
     chart: go.Figure,
     values: Tensor,
-    *,
     limits: tuple[float, float],
     quantity: str,
     hover: str,
-    theme: Theme,
     text: list[list[str]] | None = None,
 ) -> None:
-    page = look(theme)
-    colours = page.signed if limits[0] < 0 < limits[1] else page.unsigned
+    title = {"text": wrapped(quantity, width=34, lines=2), "side": "right", "font": {"size": 12}}
     chart.add_heatmap(
         z=numbers(values, digits=3),
         zmin=limits[0],
         zmax=limits[1],
-        colorscale=[[i / (len(colours) - 1), colour] for i, colour in enumerate(colours)],
+        colorscale=SIGNED if limits[0] < 0 < limits[1] else UNSIGNED,
         text=text,
         hovertemplate=hover + "<extra></extra>",
         hoverongaps=False,
-        colorbar={
-            "title": {
-                "text": wrapped(quantity, width=34, lines=2),
-                "side": "right",
-                "font": {"size": 12},
-            },
-            "thickness": 12,
-            "outlinewidth": 0,
-            "ticks": "outside",
-            "tickcolor": page.muted,
-        },
+        colorbar={"title": title, "thickness": 12, "outlinewidth": 0, "ticks": "outside"},
     )
-    chart.update_xaxes(showgrid=False)
-    chart.update_yaxes(showgrid=False)
+    n_rows, n_columns = values.shape
+    chart.update_xaxes(showgrid=False, range=[-0.5, n_columns - 0.5])
+    chart.update_yaxes(showgrid=False, range=[-0.5, n_rows - 0.5])
 
 
-def _why_empty(values: Tensor, none: str) -> str | None:
-    if values.numel() == 0:
-        return none
-    return None if values.isfinite().any() else "Nothing to draw: every value is undefined (NaN)."
-
-
-def _limits(values: Tensor, *, signed: bool = False) -> tuple[float, float]:
-    known: list[float] = [v for row in numbers(values) for v in row if v is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
-    if signed or low < 0 < high:
-        largest = max(-low, high) or 1.0
-        return -largest, largest
+def _limits(values: Tensor) -> tuple[float, float]:
+    """The range of the values, symmetric around 0 where they have both signs."""
+    known = values[values.isfinite()]
+    low, high = float(known.min()), float(known.max())
+    if low < 0 < high:
+        low, high = min(low, -high), max(high, -low)
     return (low, high) if low < high else (low, low + 1.0)
 
 
 def _outline(chart: go.Figure, row: int, column: int) -> None:
-    """A cell's outline, dark within light so that it shows on any colour."""
+    """Outline a cell in dark on light, which shows on any colour."""
+    cell = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
     for colour, width in (("#ffffff", 4), ("#000000", 1.8)):
-        chart.add_shape(
-            type="rect",
-            x0=column - 0.5,
-            x1=column + 0.5,
-            y0=row - 0.5,
-            y1=row + 0.5,
-            line={"color": colour, "width": width},
-        )
-
-
-def _position(position: int | str) -> str:
-    return (
-        str(position).replace("-", "\N{MINUS SIGN}")
-        if isinstance(position, int)
-        else wrapped(position, width=20)
-    )
+        chart.add_shape(cell, type="rect", line={"color": colour, "width": width})

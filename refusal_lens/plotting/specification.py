@@ -1,197 +1,131 @@
-"""The specification curve: one number in many readings, and below it what each reading chose."""
+"""The specification curve: one number under many specifications, above their choices."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..errors import InputError, check_tensors
-from .look import (
-    Theme,
-    escaped,
-    headed,
-    look,
-    nothing_to_show,
-    numbers,
-    styles,
-    template,
-    tint,
-    wrapped,
-    written,
-)
+from ..errors import check_tensors
+from .text import escaped, numbers, wrapped, written
+from .theme import Style, Theme, check_count, empty, figure, palette, styles, tint
 
-ROW = 19
-"""Pixels of one row of choices."""
+Values = Float[Tensor, " specification"]
+Rows = Mapping[str, Sequence[str]]
 
 
 def specification_curve(
-    values: Float[Tensor, " specification"],
+    values: Values,
     *,
     names: Sequence[str],
-    choices: Mapping[str, Sequence[str]],
-    outcomes: Mapping[str, Sequence[str]] | None = None,
-    interval: tuple[Float[Tensor, " specification"], Float[Tensor, " specification"]] | None = None,
+    choices: Rows,
+    outcomes: Rows | None = None,
+    interval: tuple[Values, Values] | None = None,
     families: Sequence[str] | None = None,
     reference: int | None = None,
     quantity: str = "cosine similarity",
     title: str | None = None,
-    subtitle: str | None = None,
+    subtitle: str = "",
     theme: Theme = "light",
 ) -> go.Figure:
-    """One number under many specifications, in its own order, above the choices that make each.
+    """One number under many specifications, sorted by size, above the choices of each.
 
     Args:
-        values: `[specification]`; NaN ones come last and are not drawn above.
-        names: what each specification is called.
-        choices: for every choice, the option that each specification takes; a choice in which all
-            agree is left out.
-        outcomes: what else came of each, shown above the choices in the same way, also where all
-            agree.
-        interval: lower and upper ends; NaN: unknown.
-        families: the group of each, told by colour and symbol.
-        reference: the specification whose value is drawn as a line through the others.
-        quantity: what the values are.
-        title: replaces the standard one.
-        subtitle: what is said below it.
-        theme: "light" or "dark".
-
-    Raises:
-        InputError: unless there is one name, family and option for each value.
+        values: `[specification]`. NaN values come last and are not drawn.
+        names: the name of each specification.
+        choices: the option of each specification, by choice. Choices without variation are hidden.
+        outcomes: other results of each specification, shown above the choices.
+        interval: lower and upper ends. NaN: unknown.
+        families: the group of each specification, shown by colour and symbol.
+        reference: the index of the specification whose value is drawn as a line.
+        quantity: name of the values.
+        title, subtitle, theme: the figure's title and the line below; "light" or "dark".
     """
-    check_tensors(values=(values, "specification"))
-    n = len(values)
-    families = [""] * n if families is None else families
-    outcomes = outcomes or {}
-    told = {"names": names, "families": families, **choices, **outcomes}
-    for what, each in told.items():
-        if len(each) != n:
-            raise InputError(f"{len(each)} of {what!r} for {n} values: hand over one for each")
-    for end in interval or ():
-        if len(end) != n:
-            raise InputError(f"an interval has {len(end)} ends for {n} values: give one for each")
-    page = look(theme)
-    heading = headed(title or f"{quantity} in {n} specifications", subtitle, theme=theme)
-    top = 28 + 19 * (heading.count("<br>") + 1)
-    varied = {name: options for name, options in choices.items() if len(set(options)) > 1}
-    shown = {**outcomes, **varied}
-    rows = [(name, option) for name, options in shown.items() for option in _in_order(options)]
-    below = ROW * max(len(rows), 1)
-    chart = make_subplots(
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.03,
-        row_heights=[260, below],
-    )
-    chart.update_layout(
-        template=template(theme),
-        title={"text": heading},
-        height=top + 260 + below + 90,
-        margin={"t": top},
-    )
-    if not n or not values.isfinite().any():
-        return nothing_to_show(chart, f"Nothing to draw: the {quantity} is undefined throughout.")
-    known = numbers(values)
-    order = sorted(range(n), key=lambda i: (known[i] is None, known[i] or 0.0))
-    place = {i: x for x, i in enumerate(order)}
-    lower, upper = (numbers(end) for end in interval) if interval else ([None] * n, [None] * n)
+    families, outcomes = families or [""] * len(values), outcomes or {}
+    ends = [values, *(interval or ())]
+    for what, row in {"names": names, "families": families, **outcomes, **choices}.items():
+        check_count(f"of {what!r}", row, len(values))
+    check_tensors(**{f"end {i}": (e, "specification") for i, e in enumerate(ends)})
+    shown = {**outcomes, **{k: row for k, row in choices.items() if len(set(row)) > 1}}
+    options = [(choice, option) for choice, row in shown.items() for option in _in_order(row)]
+    heights = [260, 19 * max(len(options), 1)]
+    title = title or f"{quantity} in {len(values)} specifications"
+    chart = figure(title, subtitle, theme=theme, height=sum(heights) + 160)
+    make_subplots(2, 1, figure=chart, row_heights=heights, vertical_spacing=0.03)
+    if empty(chart, [values], quantity):
+        return chart
     drawn = styles(dict.fromkeys(families), theme)
+    order = values.nan_to_num(nan=torch.inf).argsort(stable=True).tolist()
+    rows = torch.stack(ends)[:, order]
+    names, families = [names[i] for i in order], [families[i] for i in order]
+    taken = {choice: [row[i] for i in order] for choice, row in shown.items()}
+    texts = _hover_texts(names, rows, taken)
+    _add_values(chart, rows, families, drawn, texts)
+    colours = [drawn[family].colour for family in families]
+    _add_options(chart, options, taken, outcomes, texts, colours)
+    if reference is not None and values[reference].isfinite():
+        value = float(values[reference])
+        text = f"{wrapped(names[order.index(reference)])} <b>{written(value)}</b>"
+        line = {"color": palette(theme).muted, "width": 1, "dash": "dot"}
+        note = {"annotation_text": text, "annotation_position": "top left"}
+        chart.add_hline(value, line=line, row=1, col=1, **note)
+    chart.update_traces(mode="markers", hovertemplate="%{text}<extra></extra>")
+    chart.update_xaxes(showticklabels=False, ticks="", range=[-0.7, len(order) - 0.3], matches="x")
+    return chart.update_yaxes(title_text=wrapped(quantity, width=34), row=1, col=1)
+
+
+def _hover_texts(names: list[str], ends: Tensor, shown: Rows) -> list[str]:
+    texts = []
+    for i, name in enumerate(names):
+        value, *interval = map(written, ends[:, i].tolist())
+        number = value + (f", interval {' to '.join(interval)}" if interval else "")
+        chosen = [f"{escaped(choice)}: {escaped(row[i])}" for choice, row in shown.items()]
+        texts.append("<br>".join([f"<b>{escaped(name)}</b>", number, *chosen]))
+    return texts
+
+
+def _add_values(
+    chart: go.Figure, ends: Tensor, families: list[str], drawn: dict[str, Style], texts: list[str]
+) -> None:
+    """Draw the values of each family, the first row of `ends`, with their intervals."""
     for family, style in drawn.items():
-        members = [i for i in order if families[i] == family and known[i] is not None]
-        ends = [
-            (upper[i] - known[i], known[i] - lower[i])
-            if lower[i] is not None and upper[i] is not None
-            else (0.0, 0.0)
-            for i in members
-        ]
-        chart.add_scatter(
-            x=[place[i] for i in members],
-            y=[known[i] for i in members],
-            error_y={
-                "type": "data",
-                "array": [up for up, _ in ends],
-                "arrayminus": [down for _, down in ends],
-                "color": tint(style.colour, 0.55),
-                "thickness": 1.4,
-                "width": 0,
-            },
-            mode="markers",
-            name=wrapped(family, width=40, lines=2),
-            marker={"color": style.colour, "symbol": style.symbol, "size": 7},
-            showlegend=bool(family),
-            text=[_told(names[i], known[i], lower[i], upper[i], shown, i) for i in members],
-            hovertemplate="%{text}<extra></extra>",
-            row=1,
-            col=1,
-        )
-    for position, (choice, option) in enumerate(rows):
-        taken = [i for i in order if shown[choice][i] == option]
-        chart.add_scatter(
-            x=[place[i] for i in taken],
-            y=[position] * len(taken),
-            mode="markers",
-            marker={
-                "color": [drawn[families[i]].colour for i in taken],
-                "symbol": "square" if choice in outcomes else "line-ns-open",
-                "size": 8 if choice in outcomes else 11,
-                "line": {"width": 0 if choice in outcomes else 2.4},
-            },
-            showlegend=False,
-            text=[escaped(names[i]) for i in taken],
-            hovertemplate=f"%{{text}}<br>{escaped(choice)}: {escaped(option)}<extra></extra>",
-            row=2,
-            col=1,
-        )
-    if reference is not None and known[reference] is not None:
-        chart.add_hline(
-            y=known[reference], line={"color": page.muted, "width": 1, "dash": "dot"}, row=1, col=1
-        )
-        chart.add_annotation(
-            text=f"{wrapped(names[reference], width=24)} <b>{written(known[reference])}</b>",
-            x=place[reference],
-            y=known[reference],
-            ax=0,
-            ay=-46,
-            xref="x",
-            yref="y",
-            bgcolor=page.background,
-            bordercolor=page.muted,
-            borderpad=2,
-        )
-    chart.update_xaxes(showticklabels=False, ticks="", range=[-0.7, n - 0.3], showgrid=False)
-    chart.update_yaxes(title_text=wrapped(quantity, width=34), row=1, col=1)
-    chart.update_yaxes(
-        tickvals=list(range(len(rows))),
-        ticktext=[f"{wrapped(choice)}: {wrapped(option, width=34)}" for choice, option in rows],
-        tickfont={"size": 11},
-        range=[max(len(rows), 1) - 0.4, -0.6],
-        row=2,
-        col=1,
-    )
-    # Below the choices, not on them.
+        at = [i for i, value in enumerate(ends[0]) if value.isfinite() and families[i] == family]
+        bars: dict[str, Any] = {"color": tint(style.colour, 0.55), "thickness": 1.4, "width": 0}
+        if len(ends) > 1:
+            value, low, high = ends[:, at]
+            bars |= {"arrayminus": numbers(value - low), "array": numbers(high - value)}
+        label = {"name": wrapped(family, width=40, lines=2), "showlegend": bool(family)}
+        points = {"x": at, "y": numbers(ends[0, at]), "text": [texts[i] for i in at]}
+        chart.add_scatter(**points, **label, error_y=bars, marker=style.marker(7.0), row=1, col=1)
+
+
+def _add_options(
+    chart: go.Figure,
+    options: list[tuple[str, str]],
+    taken: Rows,
+    outcomes: Rows,
+    texts: list[str],
+    colours: list[str],
+) -> None:
+    """Mark, in a row for each option, the specifications that take it. Outcomes are squares."""
+    for y, (choice, option) in enumerate(options):
+        at = [i for i, other in enumerate(taken[choice]) if other == option]
+        marker: dict[str, Any] = {"symbol": "line-ns-open", "size": 11, "line": {"width": 2.4}}
+        if choice in outcomes:
+            marker = {"symbol": "square", "size": 8}
+        marker["color"] = [colours[i] for i in at]
+        points = {"x": at, "y": [y] * len(at), "text": [texts[i] for i in at]}
+        chart.add_scatter(**points, marker=marker, showlegend=False, row=2, col=1)
+    labels = [f"{wrapped(choice)}: {wrapped(option, width=34)}" for choice, option in options]
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "tickfont": {"size": 11}}
+    chart.update_yaxes(ticks, range=[max(len(labels), 1) - 0.4, -0.6], row=2, col=1)
     chart.update_layout(legend={"y": -0.04, "yanchor": "top"})
-    return chart
 
 
-def _told(
-    name: str,
-    value: float | None,
-    lower: float | None,
-    upper: float | None,
-    choices: Mapping[str, Sequence[str]],
-    i: int,
-) -> str:
-    text = f"<b>{escaped(name)}</b><br>{written(value)}"
-    if lower is not None and upper is not None:
-        text += f", interval {written(lower)} to {written(upper)}"
-    return text + "".join(
-        f"<br>{escaped(choice)}: {escaped(options[i])}" for choice, options in choices.items()
-    )
-
-
-def _in_order(options: Iterable[str]) -> list[str]:
-    """Each option once: as they come, or by size where all are whole numbers."""
+def _in_order(options: Sequence[str]) -> list[str]:
+    """The distinct options in order of appearance, or by size if all are whole numbers."""
     found = list(dict.fromkeys(options))
     return sorted(found, key=int) if all(option.isdecimal() for option in found) else found

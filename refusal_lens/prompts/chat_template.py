@@ -1,280 +1,166 @@
-"""A chat template's text around prompts, and its tokens: who wrote which, and nothing else added.
-
-Templates are programs in Jinja, so what one does is found out by rendering: first with
-placeholders, which shows what it writes around the contents, then with the contents, which shows
-what it makes of them (many trim). The whole text is tokenised at once, because a token may span the
-template's text and the prompt's.
-"""
+"""Prompts in a tokenizer's chat template: the tokens, and the role of each token."""
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
+from .protocol import Protocol
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""Handed to templates that write a date (Llama 3.1's, 3.2's): their own fallback, never today."""
+TEMPLATE_DATE = "26 Jul 2024"  # the fallback date of Llama 3.1's and 3.2's own templates
 
 _PLACEHOLDERS = {"system": "sys3e7c1f90a2d4b586", "prompt": "usr8b41d65c7f0e92a3"}
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """One formatted prompt: its token ids, and of each what it is part of.
-
-    `roles` holds `special`, `template`, `system` or `prompt`. A token that joins the last
-    characters of a prompt with the template's next ones counts as the prompt's.
-    """
+class Tokens(NamedTuple):
+    """Token ids of one formatted prompt, and the role of each token."""
 
     ids: list[int]
-    roles: list[str]
+    roles: list[str]  # special, template, system, prompt (any token with text of it) or pad
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A tokenizer's chat template with the choices made that are the same for every prompt.
+def format_prompts(
+    tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol
+) -> list[Tokens]:
+    """Return each prompt in its chat format; text of special tokens inside a prompt stays text.
 
     Raises:
-        InputError: if the tokenizer has no template and none is given, or is not a fast one.
+        InputError: if the tokenizer is not a fast one or has no template; if the template refuses
+            the system prompt or a prompt, or changes more than the white space around them.
     """
-
-    tokenizer: "PreTrainedTokenizerBase"
-    system_prompt: str | None = None
-    generation_prompt: bool = True
-    chat_template: str | None = None
-
-    def __post_init__(self):
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer: load one, or run it on token ids")
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise InputError(
-                f"{type(self.tokenizer).__name__} is not a fast tokenizer: load it with "
-                "AutoTokenizer from a directory that has a tokenizer.json"
-            )
-        if self.chat_template is None and not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(
-                f"the tokenizer of {self.tokenizer.name_or_path or 'this model'} has no chat "
-                "template: give one (Jinja) as Protocol(chat_template=...)"
-            )
-
-    def tokenise(self, prompts: Sequence[str]) -> list[Tokens]:
-        """Each prompt in its chat format; special tokens are the template's alone.
-
-        No BOS but one that the template writes. The tokenizer is left as it was.
-
-        Raises:
-            InputError: if the template refuses the system prompt or a prompt, or rewrites more of
-                them than their surrounding white space.
-        """
-        layouts = self._layouts(prompts)
-        specials = set(self.tokenizer.all_special_ids)
-        specials |= {i for i, _ in _controls(self.tokenizer.backend_tokenizer).values()}
-        return [
-            Tokens(ids, _roles(ids, offsets, pieces, specials))
-            for ids, offsets, pieces in _encoded(self.tokenizer.backend_tokenizer, layouts)
-        ]
-
-    def _layouts(self, prompts: Sequence[str]) -> "list[list[_Piece]]":
-        system = self.system_prompt
-        roles = ("prompt",) if system is None else ("system", "prompt")
-        stand_in = None if system is None else _PLACEHOLDERS["system"]
-        frame = _frame(self._rendered(_PLACEHOLDERS["prompt"], stand_in), roles)
-        if system is not None:
-            text = self._rendered(_PLACEHOLDERS["prompt"], system)
-            frame = _filled(frame, "system", text, "the system prompt")
-        return [
-            _filled(frame, "prompt", self._rendered(prompt, system), f"prompts[{row}]")
-            for row, prompt in enumerate(prompts)
-        ]
-
-    def _rendered(self, prompt: str, system: str | None) -> str:
-        from jinja2 import TemplateError
-
-        said = [{"role": "user", "content": prompt}]
-        if system is not None:
-            said.insert(0, {"role": "system", "content": system})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                said,
-                tokenize=False,
-                chat_template=self.chat_template,
-                add_generation_prompt=self.generation_prompt,
-                date_string=TEMPLATE_DATE,
-            )
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            what = "" if system is None else " with a system prompt (some models take none)"
-            raise InputError(f"the chat template fails{what}: {error}") from error
-        return str(text)
+    if not getattr(tokenizer, "is_fast", False):
+        kind = "there is no" if tokenizer is None else f"{type(tokenizer).__name__} is not a"
+        raise InputError(f"{kind} fast tokenizer: load one from a folder with a tokenizer.json")
+    if protocol.chat_template is None and not getattr(tokenizer, "chat_template", None):
+        problem = f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template"
+        raise InputError(f"{problem}: give one (Jinja) as Protocol(chat_template=...)")
+    backend = tokenizer.backend_tokenizer
+    controls = {i: one for i, one in backend.get_added_tokens_decoder().items() if one.special}
+    longest_first = sorted((one.content for one in controls.values()), key=len, reverse=True)
+    named = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    roles, layouts = _layouts(tokenizer, prompts, protocol)
+    formatted = _encode(backend, layouts, roles)
+    if quoting := [i for i, one in enumerate(layouts) if _quotes_special(one, roles, named)]:
+        encoded = _encode_quoting(backend, [layouts[i] for i in quoting], roles, named)
+        for row, tokens in zip(quoting, encoded, strict=True):
+            formatted[row] = tokens
+    specials = {*tokenizer.all_special_ids, *controls}
+    for ids, token_roles in formatted:
+        for i, role in enumerate(token_roles):
+            if role == "template" and ids[i] in specials:
+                token_roles[i] = "special"
+    return formatted
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of a formatted prompt, and who wrote it: `template`, `system` or `prompt`."""
-
-    text: str
-    role: str
-
-
-def _text(pieces: Sequence[_Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
-def _frame(text: str, roles: tuple[str, ...]) -> list[_Piece]:
-    """Cut a rendering of placeholders into what the template wrote and their places."""
-    for role in roles:
-        if (count := text.count(_PLACEHOLDERS[role])) != 1:
+def _layouts(
+    tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol
+) -> tuple[list[str], list[list[str]]]:
+    """The roles of the pieces, which placeholders show, and the pieces of each formatted prompt."""
+    system = {} if protocol.system_prompt is None else {"system": protocol.system_prompt}
+    placed = {role: _PLACEHOLDERS[role] for role in (*system, "prompt")}
+    frame = re.split(f"({'|'.join(placed.values())})", _rendered(tokenizer, protocol, placed))
+    role_of = {placeholder: role for role, placeholder in placed.items()}
+    roles = [role_of.get(piece, "template") for piece in frame]
+    for role in placed:
+        if (count := roles.count(role)) != 1:
             what = "the system prompt" if role == "system" else "a prompt"
-            raise InputError(
-                f"the chat template writes {what} {count} times: it should write it once, as it is"
-            )
-    placed = {_PLACEHOLDERS[role]: role for role in roles}
-    cut = re.split("(" + "|".join(placed) + ")", text)
-    return [_Piece(part, placed.get(part, "template")) for part in cut if part]
+            raise InputError(f"the chat template writes {what} {count} times: it should do so once")
+    if system:
+        text = _rendered(tokenizer, protocol, placed | system)
+        frame = _filled(frame, roles.index("system"), text, "the system prompt")
+    texts = [_rendered(tokenizer, protocol, system | {"prompt": prompt}) for prompt in prompts]
+    at = roles.index("prompt")
+    return roles, [_filled(frame, at, text, f"prompts[{row}]") for row, text in enumerate(texts)]
 
 
-def _filled(frame: list[_Piece], role: str, text: str, what: str) -> list[_Piece]:
-    """Put into one place of a frame what the template made of the content there."""
-    at = next(i for i, piece in enumerate(frame) if piece.role == role)
-    before, after = _text(frame[:at]), _text(frame[at + 1 :])
-    around = len(before) + len(after)
-    if not (text.startswith(before) and text.endswith(after) and len(text) >= around):
-        raise InputError(
-            f"the chat template writes something else around {what} than around others"
-        )
-    made = text[len(before) : len(text) - len(after)]
-    return [*frame[:at], _Piece(made, role), *frame[at + 1 :]]
+def _rendered(tokenizer: "Tokenizer", protocol: Protocol, contents: dict[str, str]) -> str:
+    from jinja2 import TemplateError
+
+    names = {"system": "system", "prompt": "user"}
+    messages = [{"role": names[role], "content": text} for role, text in contents.items()]
+    options: Any = {"chat_template": protocol.chat_template, "date_string": TEMPLATE_DATE}
+    options |= {"add_generation_prompt": protocol.generation_prompt, "tokenize": False}
+    try:
+        return str(tokenizer.apply_chat_template(messages, **options))
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        what = " with a system prompt (some models take none)" if "system" in contents else ""
+        raise InputError(f"the chat template fails{what}: {error}") from error
 
 
-_Encoded = tuple[list[int], list[tuple[int, int]], list[_Piece]]
+def _filled(frame: list[str], at: int, text: str, what: str) -> list[str]:
+    """Replace the frame's piece `at` with the text that the template wrote there."""
+    pattern = "(.*)".join(re.escape("".join(part)) for part in (frame[:at], frame[at + 1 :]))
+    if not (match := re.fullmatch(pattern, text, re.DOTALL)):
+        raise InputError(f"the chat template writes other text around {what} than around others")
+    return [*frame[:at], match[1], *frame[at + 1 :]]
 
 
-def _encoded(backend: Any, layouts: list[list[_Piece]]) -> Iterator[_Encoded]:
-    """Token ids, their characters, and the pieces these are counted in, of each layout."""
-    controls = _controls(backend)
-    named = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
-    quoting = [_quotes_control(pieces, named) for pieces in layouts]
-    plain = [_text(pieces) for pieces, quotes in zip(layouts, quoting, strict=True) if not quotes]
-    with _as_built(backend):
-        encodings = iter(backend.encode_batch(plain, add_special_tokens=False))
-    aliases = _Aliases(backend, named, layouts) if any(quoting) else None
-    for pieces, quotes in zip(layouts, quoting, strict=True):
-        if aliases and quotes:
-            yield aliases.encode(pieces)
-        else:
-            encoding = next(encodings)
-            yield encoding.ids, encoding.offsets, pieces
+def _quotes_special(pieces: list[str], roles: list[str], named: re.Pattern[str]) -> bool:
+    """Whether the text of a special token reaches outside the template's own text."""
+    of_characters = [role for piece, role in zip(pieces, roles, strict=True) for _ in piece]
+    matches = named.finditer("".join(pieces))
+    return any(set(of_characters[slice(*match.span())]) != {"template"} for match in matches)
 
 
-@contextmanager
-def _as_built(backend: Any) -> Iterator[None]:
-    """No padding and no truncation, and special tokens as such; afterwards as before."""
+def _encode(
+    backend: Any, layouts: list[list[str]], roles: list[str], *, special_as_text: bool = False
+) -> list[Tokens]:
+    """Encode whole texts, since a token may span template and prompt; restore the tokenizer."""
     padding, truncation = backend.padding, backend.truncation
-    as_text = backend.encode_special_tokens
+    as_text, backend.encode_special_tokens = backend.encode_special_tokens, special_as_text
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = False
     try:
-        yield
+        encodings = backend.encode_batch(list(map("".join, layouts)), add_special_tokens=False)
     finally:
+        backend.encode_special_tokens = as_text
         if padding is not None:
             backend.enable_padding(**padding)
         if truncation is not None:
             backend.enable_truncation(**truncation)
-        backend.encode_special_tokens = as_text
+    pairs = zip(encodings, layouts, strict=True)
+    return [Tokens(one.ids, _roles(one.offsets, pieces, roles)) for one, pieces in pairs]
 
 
-def _controls(backend: Any) -> dict[str, tuple[int, Any]]:
-    """The tokens that a prompt's text must not turn into: id and properties, by their text."""
-    added = backend.get_added_tokens_decoder()
-    return {token.content: (i, token) for i, token in added.items() if token.special}
+def _encode_quoting(
+    backend: Any, layouts: list[list[str]], roles: list[str], named: re.Pattern[str]
+) -> list[Tokens]:
+    """Encode quoted names of special tokens as text, in a copy that knows the tokens by aliases."""
+    written = "".join(map("".join, layouts))
+    mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in written)  # private use
+    backend = copy.deepcopy(backend)
+    controls = {i: one for i, one in backend.get_added_tokens_decoder().items() if one.special}
+    alias = {one.content: f"{mark}{i}{mark}" for i, one in controls.items()}
+    for one in controls.values():
+        one.content, one.special = alias[one.content], False
+    backend.add_tokens(list(controls.values()))
+    real = {backend.token_to_id(one.content): i for i, one in controls.items()}
+    renamed = [list(pieces) for pieces in layouts]
+    for pieces in renamed:
+        for i, role in enumerate(roles):
+            if role == "template":
+                pieces[i] = named.sub(lambda match: alias[match[0]], pieces[i])
+    encoded = _encode(backend, renamed, roles, special_as_text=True)
+    if taken := {i for tokens in encoded for i in tokens.ids}.intersection(real.values()):
+        token = backend.id_to_token(min(taken))
+        raise InputError(f"this tokenizer has no text for {token!r}: take it out of the prompts")
+    return [Tokens([real.get(i, i) for i in ids], token_roles) for ids, token_roles in encoded]
 
 
-def _quotes_control(pieces: list[_Piece], named: re.Pattern[str]) -> bool:
-    """Whether a special token's text lies, if only in part, in what the template did not write."""
-    quoted: set[int] = set()
-    at = 0
-    for piece in pieces:
-        if piece.role != "template":
-            quoted.update(range(at, at + len(piece.text)))
-        at += len(piece.text)
-    matches = named.finditer(_text(pieces))
-    return any(not quoted.isdisjoint(range(*match.span())) for match in matches)
-
-
-class _Aliases:
-    """A copy of a tokenizer in which special tokens have other names, known to the template alone.
-
-    The copy takes a special token's real name for the text it is; the aliases have ids of their
-    own, which are exchanged for the real ones afterwards.
-    """
-
-    def __init__(self, backend: Any, named: re.Pattern[str], layouts: list[list[_Piece]]):
-        from tokenizers import AddedToken
-
-        everything = "".join(map(_text, layouts))
-        # A private-use character: no text has one but on purpose, so that one is free.
-        mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in everything)
-        controls = _controls(backend)
-        self.named = named
-        self.alias = {content: f"{mark}{i}{mark}" for content, (i, _) in controls.items()}
-        self.backend = copy.deepcopy(backend)
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        self.backend.encode_special_tokens = True
-        self.backend.add_tokens(
-            [
-                AddedToken(
-                    self.alias[content],
-                    single_word=token.single_word,
-                    lstrip=token.lstrip,
-                    rstrip=token.rstrip,
-                    normalized=token.normalized,
-                    special=False,
-                )
-                for content, (_, token) in controls.items()
-            ]
-        )
-        self.real = {
-            self.backend.token_to_id(self.alias[content]): i for content, (i, _) in controls.items()
-        }
-
-    def encode(self, pieces: list[_Piece]) -> _Encoded:
-        renamed = [
-            _Piece(self.named.sub(lambda match: self.alias[match[0]], piece.text), piece.role)
-            if piece.role == "template"
-            else piece
-            for piece in pieces
-        ]
-        encoding = self.backend.encode(_text(renamed), add_special_tokens=False)
-        if taken := set(encoding.ids) & set(self.real.values()):
-            token = self.backend.id_to_token(min(taken))
-            raise InputError(
-                f"this tokenizer can't write {token!r} as text: take it out of the prompts"
-            )
-        return [self.real.get(i, i) for i in encoding.ids], encoding.offsets, renamed
-
-
-def _roles(
-    ids: list[int], offsets: list[tuple[int, int]], pieces: list[_Piece], specials: set[int]
-) -> list[str]:
-    """The role of every token, from the characters it stands for."""
-    roles = ["special" if i in specials else "template" for i in ids]
-    at = 0
-    for piece in pieces:
-        start, end = at, at + len(piece.text)
-        at = end
-        if piece.role == "template" or start == end:
+def _roles(offsets: list[tuple[int, int]], pieces: list[str], roles: list[str]) -> list[str]:
+    of_tokens, end = ["template"] * len(offsets), 0
+    for piece, role in zip(pieces, roles, strict=True):
+        start, end = end, end + len(piece)
+        if role == "template" or not piece:
             continue
-        # Some tokenizers count no characters for white space, so the stretch of a piece's tokens
-        # runs on until the first that begins beyond its text.
+        # Some tokenizers count no characters for white space, so a piece's tokens run on until the
+        # first token that begins beyond its text.
         first = next(i for i, (_, stop) in enumerate(offsets) if stop > start)
         beyond = (i for i, (begin, stop) in enumerate(offsets) if begin >= end and stop > end)
-        for i in range(first, next(beyond, len(ids))):
-            roles[i] = piece.role
-    return roles
+        last = next(beyond, len(offsets))
+        of_tokens[first:last] = [role] * (last - first)
+    return of_tokens

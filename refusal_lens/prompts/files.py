@@ -1,241 +1,312 @@
-"""Files -> tables: named columns of cells that know where in the file they stand.
+"""Files and Hugging Face datasets of prompts, read into tables of named columns."""
 
-A table is read whole and judged little: what a column ought to hold is its user's business. What
-can't be read as its suffix says is an `InputError` that names the place as the file counts it.
-"""
-
-import csv
-import difflib
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from .contrast import Cells, Contrast, brief, check_filled, checked_sides, did_you_mean, quoted
 
+FilePath = str | os.PathLike[str]
 _WORDS_FOR_MISSING = frozenset({"", "nan", "null", "none", "n/a", "<na>"})
 
 
-class Column(NamedTuple):
-    """Cells that ought to be text, and each one's place in the words of an error message.
-
-    A missing cell is `None`.
-    """
-
-    name: str
-    cells: Sequence[Any]
-    place: Callable[[int], str]
-
-    def check_strings(self, what: str) -> None:
-        """Raise an `InputError` that names the first cell that is missing, blank or no string."""
-        for row, cell in enumerate(self.cells):
-            if cell is None or (isinstance(cell, str) and not cell.strip()):
-                raise InputError(f"{self.place(row)} is empty: write a {what} there or drop it")
-            if not isinstance(cell, str):
-                raise InputError(
-                    f"{self.place(row)} is {quoted(cell)}, {type(cell).__name__}, not a string: "
-                    f"write a {what} there or drop it"
-                )
-            if any("\ud800" <= character <= "\udfff" for character in cell):
-                raise InputError(
-                    f"{self.place(row)} holds half a surrogate pair, which is no character: repair "
-                    "it or drop it"
-                )
-
-
 class Table(NamedTuple):
-    """Columns by name, and each row's place in the words of an error message.
-
-    Columns may differ in length where the file keeps each by itself (an object of lists, in JSON).
-    """
+    """Columns by name, and the words for row `i` in error messages: "row 3" or "line 7"."""
 
     source: str
     columns: Mapping[str, Iterable[Any]]
-    place: Callable[[int], str]
-
-    def column(self, name: str, *, may_end_early: bool = False) -> Column:
-        """One column: its cells, null, NaN, blank or a word for these being missing ones.
-
-        With `may_end_early` missing cells at the end are left out.
-
-        Raises:
-            InputError: if there is no such column; lists those there are.
-        """
-        if name not in self.columns:
-            near = difflib.get_close_matches(name, self.columns, n=1)
-            raise InputError(
-                f"{self.source} has no column {name!r}: "
-                + (f"did you mean {near[0]!r}? " if near else "")
-                + f"its columns are {listed(self.columns)}"
-            )
-        cells = [None if _is_missing(cell) else cell for cell in self.columns[name]]
-        while may_end_early and cells and cells[-1] is None:
-            cells.pop()
-        return Column(name, cells, lambda row: f"{name!r} in {self.place(row)}")
+    place: Callable[[int], str] = lambda row: f"row {row + 1}"
 
 
-def read_table(path: Path) -> Table:
-    """The table in a .csv, .tsv, .json, .jsonl or .txt file, in UTF-8, with or without a BOM.
+def contrast_from_file(
+    path: FilePath,
+    *,
+    target: str,
+    baseline: str,
+    prompt: str | None = None,
+    label: str | None = None,
+    topics: str | None = None,
+    name: str | None = None,
+    paired: bool = False,
+) -> Contrast:
+    """Read a contrast from a file with a column for each side, or with prompts and labels.
 
-    JSON is a list of records or an object of lists; JSONL a record a line. A plain list of strings,
-    and .txt with one a line, is a table of one column, "prompt". Passed over are blank lines, rows
-    of blank cells (errors still give the line as an editor does), and spaces that follow a comma.
+    >>> contrast_from_file("mine.csv", target="harmful", baseline="harmless")
+    >>> contrast_from_file("my.csv", prompt="text", label="kind", target="unsafe", baseline="safe")
+
+    Args:
+        path: a .csv, .tsv, .json, .jsonl (in UTF-8) or .parquet file, or a folder written by
+            `save_to_disk`. JSON is a list of records or an object of lists.
+        target, baseline: columns of the prompts, or their labels. Lengths may differ if unpaired.
+        prompt, label: columns of prompts and labels (1 matches "1"); other labels are ignored.
+        topics: column of the topics, for a paired contrast without `label`.
+        name: name of the contrast; the file's name without its suffix if None.
+        paired: whether the two prompts of a row belong together.
 
     Raises:
-        InputError: if it is not there or not what its suffix says.
+        InputError: if the file can't be read as its suffix says, lacks a column, or holds prompts
+            that `Contrast` refuses. The message names file, row and column.
     """
-    suffix = path.suffix.lower()
-    text = _read_text(path)
-    if suffix not in (".csv", ".tsv", ".json", ".jsonl", ".txt"):
-        raise InputError(f"{path} is no .csv, .tsv, .json, .jsonl or .txt file: save it as one")
-    if not text.strip():
-        raise InputError(f"{path} is empty: put prompts into it")
-    if suffix in (".csv", ".tsv"):
-        return _table_of_cells(path.name, text, "," if suffix == ".csv" else "\t")
-    if suffix == ".json":
-        content = _parse_json(path.name, text)
-        if isinstance(content, dict):
-            return _table_of_columns(path.name, content)
-        if not isinstance(content, list):
-            raise InputError(
-                f"{path.name} holds {quoted(content)}: give a list of records, or an object with "
-                "a list for each key"
-            )
-        return _table_of_records(path.name, content, lambda row: f"row {row + 1} of {path.name}")
-    # Not str.splitlines, which would also cut at characters that a prompt may hold.
-    numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
-    lines = [(number, line) for number, line in numbered if line.strip()]
-    if suffix == ".jsonl":
-        records = [_parse_json(path.name, line, number) for number, line in lines]
+    table, name = _read_table(Path(path)), name or Path(path).stem
+    return _contrast(table, name, (target, baseline), (prompt, label, topics), paired)
+
+
+def contrast_from_dataset(
+    dataset: Any,
+    *,
+    target: str,
+    baseline: str,
+    prompt: str | None = None,
+    label: str | None = None,
+    topics: str | None = None,
+    name: str | None = None,
+    paired: bool = False,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+) -> Contrast:
+    """Take a contrast from a Hugging Face dataset.
+
+    >>> contrast_from_dataset("owner/name", split="train", target="harmful", baseline="harmless")
+
+    Args:
+        dataset: a `Dataset`, a `DatasetDict`, or a name for `datasets.load_dataset`.
+        target, baseline: columns of the prompts, or their labels. Lengths may differ if unpaired.
+        prompt, label: columns of prompts and labels (`ClassLabel` names); others are ignored.
+        topics: column of the topics, for a paired contrast without `label`.
+        name: name of the contrast; the dataset's name if None.
+        paired: whether the two prompts of a row belong together.
+        split: split to use; may be None if there is only one.
+        subset, revision: configuration, and commit, tag or branch, of a dataset given by name.
+
+    Raises:
+        InputError: if the dataset can't be loaded, lacks the split or a column, or holds prompts
+            that `Contrast` refuses. The message names row (the first is row 0) and column.
+    """
+    source = dataset if isinstance(dataset, str) else "dataset"
+    if isinstance(dataset, str):
+        from datasets import load_dataset
+
+        try:
+            dataset = load_dataset(dataset, subset, revision=revision)
+        except (OSError, ValueError) as error:
+            problem = f"the dataset {source!r} can't be loaded ({brief(str(error))})"
+            raise InputError(f"{problem}: check name, subset and access") from None
+    table = _table_of_dataset(source, dataset, split)
+    return _contrast(table, name or source, (target, baseline), (prompt, label, topics), paired)
+
+
+def contrast_from_prompts(
+    target: FilePath, baseline: FilePath, *, name: str | None = None, paired: bool = False
+) -> Contrast:
+    """Read a contrast from two sources, which `load_prompts` reads or refuses.
+
+    >>> contrast_from_prompts("mine.csv:harmful", "other.txt")
+
+    Args:
+        target, baseline: sources of the prompts. Columns of different names name the sides.
+        name: name of the contrast; the name of the target's file without its suffix if None.
+        paired: whether row `i` of one source belongs to row `i` of the other.
+    """
+    (target_name, in_target), (baseline_name, in_baseline) = map(_read_column, (target, baseline))
+    if target_name == baseline_name:
+        target_name, baseline_name = "target", "baseline"
+    sides = checked_sides({target_name: in_target, baseline_name: in_baseline}, paired=paired)
+    name = name or _split_source(target)[0].stem
+    return Contrast(name, sides[0], sides[1], target_name, baseline_name, paired)
+
+
+def load_prompts(source: FilePath) -> tuple[str, ...]:
+    """Read the prompts in one column of a file.
+
+    >>> load_prompts("mine.csv:harmful")
+
+    Args:
+        source: file and column, separated by a colon; the file alone if it has only one column or
+            is a list: .txt with one prompt a line, JSON of strings. See also `contrast_from_file`.
+
+    Raises:
+        InputError: if the file can't be read, lacks the column, or has blank or repeated prompts.
+    """
+    [prompts] = checked_sides(dict([_read_column(source)]))
+    return prompts
+
+
+def _contrast(
+    table: Table, name: str, names: tuple[str, str], columns: tuple[str | None, ...], paired: bool
+) -> Contrast:
+    prompt, label, topics = columns
+    if (prompt is None) != (label is None):
+        raise InputError("`prompt` and `label` go together: give both columns or neither")
+    if names[0] == names[1]:
+        raise InputError(f"`target` and `baseline` are both {names[0]!r}: name two different ones")
+    if prompt is None or label is None:
+        sides = {side: _column(table, side, may_end_early=not paired) for side in names}
+    elif topics is not None:
+        raise InputError("`topics` goes with a column for each side, not with a column of labels")
     else:
-        records = [line for _, line in lines]
-    return _table_of_records(path.name, records, lambda row: f"line {lines[row][0]} of {path.name}")
+        sides = {side: _rows_labelled(table, prompt, label, side) for side in names}
+    target, baseline = checked_sides(sides, paired=paired)
+    about = [] if topics is None else _column(table, topics)
+    for place, topic in about:
+        check_filled(place, topic)
+    return Contrast(name, target, baseline, *names, paired, tuple(topic for _, topic in about))
 
 
-def _read_text(path: Path) -> str:
+def _column(table: Table, name: str, *, may_end_early: bool = False) -> Cells:
+    """The cells of a column with their places; missing cells are None, or dropped at the end."""
+    if name not in table.columns:
+        problem = f"{table.source} has no column {name!r}: {did_you_mean(name, table.columns)}"
+        raise InputError(f"{problem}its columns are {_listed(table.columns)}")
+    cells = [
+        (f"{name!r} in {table.place(row)} of {table.source}", None if missing else cell)
+        for row, cell in enumerate(table.columns[name])
+        for missing in [str(cell).strip().lower() in _WORDS_FOR_MISSING]
+    ]
+    while may_end_early and cells and cells[-1][1] is None:
+        cells.pop()
+    return cells
+
+
+def _rows_labelled(table: Table, prompt: str, label: str, wanted: str) -> Cells:
+    prompts, labels = _column(table, prompt), [cell for _, cell in _column(table, label)]
+    if len(prompts) != len(labels):
+        sizes = f"{len(prompts)} cells in {prompt!r} and {len(labels)} in {label!r}"
+        raise InputError(f"{table.source} has {sizes}: give each prompt one label")
+    texts = [x.strip() if isinstance(x, str) else json.dumps(x, default=str) for x in labels]
+    if wanted not in texts:
+        problem = f"{table.source} has no row whose {label!r} is {wanted!r}"
+        raise InputError(f"{problem}: its labels are {_listed(sorted(set(texts)))}")
+    return [cell for cell, text in zip(prompts, texts, strict=True) if text == wanted]
+
+
+def _read_column(source: FilePath) -> tuple[str, Cells]:
+    path, name = _split_source(source)
+    table = _read_table(path)
+    if name is None:
+        name, *others = table.columns
+        if others:
+            problem = f"{path.name} has several columns, {_listed(table.columns)}"
+            raise InputError(f"{problem}: say which one, as in {path.name}:{name}")
+    return name, _column(table, name, may_end_early=True)
+
+
+def _split_source(source: FilePath) -> tuple[Path, str | None]:
+    path, colon, column = str(source).rpartition(":")
+    is_path = not os.path.exists(path) and ("/" in column or "\\" in column)  # C:\ or https://
+    if os.path.exists(source) or not colon or is_path:
+        return Path(source), None
+    return Path(path), column
+
+
+def _read_table(path: Path) -> Table:
+    """Read a file or a folder written by `save_to_disk`. Text that resembles numbers stays text."""
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: check its name and folder") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a directory: name a file in it") from None
-    except OSError as error:
-        raise InputError(f"{brief(str(path))} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{brief(repr(str(path)))} can't be read: {error}") from error
-    try:
-        return content.decode("utf-8-sig")
+        if os.path.isdir(path):
+            from datasets import load_from_disk
+
+            return _table_of_dataset(path.name, load_from_disk(path), None)
+        return _parse(path.name, path.suffix.lower(), path.read_bytes())
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise InputError(
-            f"{path.name} is not UTF-8 text: byte 0x{byte:02x} on line {line}; save it as UTF-8"
-        ) from error
+        raise InputError(f"{path.name} is not UTF-8 text ({error}): save it as UTF-8") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{brief(str(path))} can't be read: {reason}") from None
 
 
-def _table_of_cells(source: str, text: str, delimiter: str) -> Table:
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
-    )
-    rows: list[tuple[int, list[str]]] = []  # each with the line it begins on
-    line = 1
+def _parse(source: str, suffix: str, content: bytes) -> Table:
+    if suffix not in (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet"):
+        raise ValueError("save it as a .csv, .tsv, .json, .jsonl, .txt or .parquet file")
+    if suffix == ".parquet":
+        import pandas
+
+        frame = pandas.read_parquet(io.BytesIO(content), dtype_backend="numpy_nullable")
+        return Table(source, frame.astype(object).where(frame.notna(), None).to_dict("list"))
+    text = content.decode("utf-8-sig")
+    if not text.strip():
+        raise ValueError("it is empty; put prompts into it")
+    if suffix in (".csv", ".tsv"):
+        return Table(source, _parse_csv(text, "," if suffix == ".csv" else "\t"))
+    if suffix == ".json":
+        return Table(source, _columns_of_json(json.loads(text, object_pairs_hook=_by_name)))
+    # str.splitlines would also split at characters that a prompt may contain.
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    filled = [(i, line) for i, line in lines if line.strip()]
+    numbers, records = map(list, zip(*filled, strict=True))
+    for row, line in enumerate(records if suffix == ".jsonl" else []):
+        try:
+            records[row] = json.loads(line, object_pairs_hook=_by_name)
+        except ValueError as error:
+            raise ValueError(f"line {numbers[row]}: {error}") from None
+    return Table(source, _columns_of_json(records), lambda row: f"line {numbers[row]}")
+
+
+def _parse_csv(text: str, separator: str) -> dict[str, Any]:
+    import pandas
+
+    as_text: Any = {"dtype": object, "keep_default_na": False, "skipinitialspace": True}
     try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append((line, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(
-            f"{source}, the row that begins on line {line}: {error}; is a quotation mark left open "
-            "or not doubled?"
-        ) from error
-    if len(rows) < 2:
-        raise InputError(f"{source} has a header but no rows: put prompts under it")
-    names = [name.strip() for name in rows.pop(0)[1]]
-    for name in names:
-        if name and names.count(name) > 1:
-            raise InputError(f"{source} has two columns named {name!r}: rename one")
-    for row, (line, cells) in enumerate(rows, 1):
-        if any(cell.strip() for cell in cells[len(names) :]):
-            raise InputError(
-                f"row {row} (line {line} of {source}) has {len(cells)} cells, the header "
-                f"{len(names)}: put cells that contain {delimiter!r} into quotation marks"
-            )
-    columns = {
-        name: [cells[i] if i < len(cells) else None for _, cells in rows]
-        for i, name in enumerate(names)
-        if name
-    }
-    return Table(source, columns, lambda row: f"row {row + 1} (line {rows[row][0]} of {source})")
+        frame = pandas.read_csv(io.StringIO(text), sep=separator, header=None, **as_text)
+    except pandas.errors.ParserError as error:
+        problem = str(error).strip().rpartition("error: ")[2]
+        raise ValueError(f"{problem}; is a quotation mark missing or not doubled?") from None
+    header, *rows = frame.values.tolist()
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    if not rows:
+        raise ValueError("it has a header but no rows; put prompts under it")
+    names = [name.strip() for name in header]
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    return _by_name([(name, cells) for name, cells in columns if name])
 
 
-def _table_of_records(source: str, records: list[Any], place: Callable[[int], str]) -> Table:
-    if not records:
-        raise InputError(f"{source} holds an empty list: put prompts into it")
-    kind = str if isinstance(records[0], str) else dict
-    for row, record in enumerate(records):
+def _by_name(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"it has two columns named {name!r}; rename one")
+    return dict(pairs)
+
+
+def _columns_of_json(content: Any) -> dict[str, Any]:
+    """The columns of a list of records, of an object of lists, or of a list of strings."""
+    if isinstance(content, dict) and all(isinstance(cells, list) for cells in content.values()):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"it holds {quoted(content)}; give a list of records")
+    kind = str if isinstance(content[0], str) else dict
+    for row, record in enumerate(content, 1):
         if not isinstance(record, kind):
-            wanted = "a string, as the first is" if kind is str else 'a record, {"column": ...}'
-            raise InputError(f"{place(row)} is {quoted(record)}: make it {wanted}")
+            wanted = "a string" if kind is str else 'a record, {"column": ...}'
+            raise ValueError(f"record {row} is {quoted(record)}; make it {wanted}")
     if kind is str:
-        return Table(source, {"prompt": records}, place)
-    names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: [record.get(name) for record in records] for name in names}
-    return Table(source, columns, place)
+        return {"prompt": content}
+    names = dict.fromkeys(name for record in content for name in record)
+    return {name: [record.get(name) for record in content] for name in names}
 
 
-def _table_of_columns(source: str, columns: dict[str, Any]) -> Table:
-    for name, cells in columns.items():
-        if not isinstance(cells, list):
-            raise InputError(f"{source}: {name!r} is {quoted(cells)}: make it a list of prompts")
-    return Table(source, columns, lambda row: f"row {row + 1} of {source}")
+def _table_of_dataset(source: str, dataset: Any, split: str | None) -> Table:
+    if not hasattr(dataset, "column_names"):
+        raise InputError(f"{quoted(dataset)} is no Hugging Face dataset: give one, or its name")
+    if isinstance(dataset, Mapping):
+        if split is None and len(dataset) == 1:
+            (split,) = dataset
+        if split not in dataset:
+            problem = "several splits" if split is None else f"no split {split!r}"
+            raise InputError(f"{source} has {problem}: choose one of {_listed(dataset)}")
+        dataset = dataset[split]
+    columns = {name: dataset[name] for name in dataset.column_names}
+    for name, feature in (dataset.features or {}).items():
+        if classes := getattr(feature, "names", None):
+            columns[name] = [None if i in (None, -1) else classes[i] for i in columns[name]]
+    return Table(source, columns, "row {}".format)
 
 
-def _parse_json(source: str, text: str, line: int = 1) -> Any:
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(f"{source} names {name!r} twice in one object: rename one")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=without_repeats)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source}, line {line + error.lineno - 1} column {error.colno}: {error.msg}; repair "
-            "the JSON there"
-        ) from error
-    except InputError:
-        raise
-    except ValueError:  # Python reads no whole number of more than 4,300 digits
-        raise InputError(f"{source} holds a number of thousands of digits: drop it") from None
-    except RecursionError:
-        raise InputError(f"{source} nests too deeply to be a list of prompts") from None
-
-
-def _is_missing(cell: object) -> bool:
-    if isinstance(cell, str):
-        return cell.strip().lower() in _WORDS_FOR_MISSING
-    return cell is None or (isinstance(cell, float) and cell != cell)
-
-
-def brief(text: str) -> str:
-    """The text on one line of at most 80 characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= 80 else line[:77] + "..."
-
-
-def quoted(value: object) -> str:
-    """The value as an error message shows it: on one line, a text in quotation marks."""
-    return f'"{brief(value)}"' if isinstance(value, str) else brief(repr(value))
-
-
-def listed(names: Iterable[object]) -> str:
-    """The names as an error message lists them, the first dozen if there are many."""
+def _listed(names: Iterable[object]) -> str:
     shown = [quoted(name) for name in names]
-    if len(shown) > 12:
-        shown[12:] = [f"and {len(shown) - 12} more"]
-    return ", ".join(shown) or "none"
+    more = [f"and {len(shown) - 12} more"] if len(shown) > 12 else []
+    return ", ".join(shown[:12] + more) or "none"

@@ -1,4 +1,4 @@
-"""Results -> one self-contained HTML page, for a reader who was not there."""
+"""The report: results as one self-contained HTML page."""
 
 from .figures import Figure, figures
 from .page import html, write_report

@@ -1,25 +1,12 @@
-"""How sure a similarity is: intervals, nulls and reliability, from Gram matrices; and the like for
-numbers per prompt.
-"""
+"""Uncertainty of cosines, from Gram matrices, and intervals of means over prompts."""
 
-from .cosine import (
-    CosineEstimate,
-    CosineStatistics,
-    cosine_statistics,
-    cosine_statistics_from_gram,
-    estimate_cosine,
-    fewest_resamples,
-)
-from .gram import Gram
-from .permutation import permutation_null
-
-__all__ = [
-    "CosineEstimate",
-    "CosineStatistics",
-    "Gram",
-    "cosine_statistics",
-    "cosine_statistics_from_gram",
-    "estimate_cosine",
-    "fewest_resamples",
-    "permutation_null",
-]
+from .cosine import Cause as Cause
+from .cosine import CosineEstimate as CosineEstimate
+from .cosine import CosineStatistics as CosineStatistics
+from .cosine import Unmeasured as Unmeasured
+from .cosine import cosine_statistics as cosine_statistics
+from .cosine import cosine_statistics_from_gram as cosine_statistics_from_gram
+from .cosine import estimate_cosine as estimate_cosine
+from .cosine import fewest_resamples as fewest_resamples
+from .gram import Gram as Gram
+from .permutation import permutation_null as permutation_null

@@ -1,53 +1,63 @@
-"""The cosine of two directions at every layer, and how sure it is: all of it from four activation sets.
-
-`cosine_statistics` is the whole; what it is made of stands in the modules beside this one.
-"""
+"""The cosine of two directions at every layer, and its uncertainty."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from math import ceil
-from statistics import NormalDist
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import InputError
-from .gram import Gram
-from .intervals import CosineIntervals, cosine_intervals
-from .noise import Noise
+from .gram import Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
+from .intervals import Noise, cosine_intervals
 from .permutation import permutation_null, random_direction_null
-from .reliability import reliability_ceiling, split_half_reliability
+from .reliability import split_half_reliability
 
-FEWEST_ROWS = 4
-"""Rows per group (pairs, or prompts of one set) without which the noise can't be estimated."""
+FEWEST_ROWS = 4  # rows per group (pairs, or prompts of one set) that the noise estimate needs
+
+
+class Cause(StrEnum):
+    """Why the cosine can't be estimated at a layer."""
+
+    TOO_FEW_PROMPTS = "too_few_prompts"
+    CONSTANT = "constant"
+    WEAK = "weak"
+    UNBOUNDED = "unbounded"
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """Why a layer has no estimate; `directions` names the cause: "a", "b", both or neither alone.
+
+    `CONSTANT`: a class has the same activation for every prompt. `WEAK`: the direction's squared
+    norm is not significantly above 0. `UNBOUNDED`: the interval is unbounded.
+    """
+
+    cause: Cause
+    directions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cause", Cause(self.cause))  # a saved result holds a string
 
 
 @dataclass(frozen=True)
 class CosineStatistics:
-    """How similar two directions are at each layer, and how sure that is. Tensors `[layer]`, float64.
+    """Similarity of two directions at each layer, and its uncertainty; float64.
 
     Attributes:
-        plain: cosine of the two sampled directions; noise pulls it towards 0.
-        unbiased: estimate of the cosine of the true directions. May leave [-1, 1].
-        lower: lower end of its interval.
-        upper: upper end of its interval.
-        band_lower: lower edge of the band that holds all layers' true cosines at once.
-        band_upper: its upper edge.
-        reliability_a: cosine to expect between direction `a` and itself from as many new prompts.
-        reliability_b: the same of `b`.
-        ceiling: the plain cosine to expect were the true one 1.
-        p_value: permutation test that the true cosine is 0, two-sided.
-        p_adjusted: the same, valid for any layer picked after looking at all.
-        null_lower: lower end of the plain cosine's central range were the true cosine 0.
-        null_upper: its upper end.
-        random_lower: lower end of the plain cosine's central range between direction `a` and
-            directions without a meaning, of the activations' own covariance.
-        random_upper: its upper end.
-        reasons: per layer, why its estimate is NaN; empty where it isn't.
-        n_resamples: resamples behind the intervals, and relabellings behind the p-values.
-        confidence: of the intervals, the band and the ranges.
+        plain: cosine of the two sampled directions; noise biases `plain` towards 0.
+        unbiased, lower, upper: cosine of the true directions and its interval; may leave [-1, 1].
+        band_lower, band_upper: edges of the band that holds the true cosines of all layers at once.
+        reliability_a, reliability_b: expected cosine with the direction from as many new prompts.
+        ceiling: expected plain cosine if the true cosine is 1; 0 where a reliability is negative.
+        p_value, p_adjusted: two-sided permutation test that the true cosine is 0; the adjusted
+            p-value stays valid for a layer picked after seeing all layers.
+        null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
+        random_lower, random_upper: the same for `a` and random directions.
+        reasons: per layer, why the estimate is NaN; None where there is an estimate.
+        n_resamples, confidence: the settings of `cosine_statistics`.
     """
 
     plain: Float[Tensor, " layer"]
@@ -65,7 +75,7 @@ class CosineStatistics:
     null_upper: Float[Tensor, " layer"]
     random_lower: Float[Tensor, " layer"]
     random_upper: Float[Tensor, " layer"]
-    reasons: tuple[str, ...]
+    reasons: tuple[Unmeasured | None, ...]
     n_resamples: int
     confidence: float
 
@@ -84,27 +94,12 @@ def cosine_statistics(
 ) -> CosineStatistics:
     """Estimate, interval, band, reliability and nulls of the cosine between two mean differences.
 
-    The two contrasts must have no prompt in common: shared prompts share their noise, which reads as
-    similarity. Rows are exchangeable within a set, or pairs within a paired contrast, and
-    independent of one another.
-
-    NaN, with its reason, at layers where the activations of a class are all equal, a direction's
-    squared norm can't be told from 0 or the interval has no end; at all layers with fewer than 4
-    prompts a set (or pairs).
+    The two contrasts must have no prompt in common: shared prompts add their noise to the cosine.
+    Rows (pairs in a paired contrast) must be independent and exchangeable within a set.
 
     Args:
-        a_target: activations of the first contrast's target, of any floating dtype and device.
-        a_baseline: of its baseline.
-        b_target: of the second contrast's target.
-        b_baseline: of its baseline.
-        a_paired: whether the rows of `a_target` and `a_baseline` belong together one by one.
-        b_paired: the same of `b`.
-        n_resamples: how many resamples, and relabellings, to draw.
-        confidence: of every interval.
-        generator: the only source of randomness, on the CPU.
-
-    Raises:
-        InputError: as `Gram.of`, and where `n_resamples` is too small for `confidence`.
+        a_target, a_baseline, b_target, b_baseline, a_paired, b_paired: see `Gram.of`.
+        n_resamples, confidence, generator: see `cosine_statistics_from_gram`.
     """
     gram = Gram.of(a_target, a_baseline, b_target, b_baseline, a_paired=a_paired, b_paired=b_paired)
     return cosine_statistics_from_gram(
@@ -119,178 +114,117 @@ def cosine_statistics_from_gram(
     confidence: float = 0.95,
     generator: torch.Generator,
 ) -> CosineStatistics:
-    """`cosine_statistics` of activations whose Gram matrices are known already."""
-    fewest = fewest_resamples(confidence)
-    if n_resamples < fewest:
-        raise InputError(
-            f"n_resamples = {n_resamples} leaves too few beyond the ends of a {confidence:.0%} "
-            f"interval: at least {fewest}"
-        )
+    """`cosine_statistics` of two contrasts whose Gram matrices are known.
+
+    Args:
+        gram: Gram matrices of the two contrasts.
+        n_resamples: resamples and relabellings; InputError below `fewest_resamples(confidence)`.
+        confidence: of every interval, between 0 and 1.
+        generator: the only source of randomness, on the CPU.
+    """
+    if n_resamples < (fewest := fewest_resamples(confidence)):
+        beyond = f"too few beyond the ends of a {confidence:.0%} interval"
+        raise InputError(f"n_resamples = {n_resamples} leaves {beyond}: at least {fewest}")
+    settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
     reliability_a = split_half_reliability(gram.aa, gram.groups_a, generator=generator)
     reliability_b = split_half_reliability(gram.bb, gram.groups_b, generator=generator)
-    options: dict[str, Any] = {
-        "n_resamples": n_resamples,
-        "confidence": confidence,
-        "generator": generator,
-    }
-    estimate = estimate_cosine(gram, **options)
-
-    nulls = torch.full((6, len(gram.aa)), torch.nan, dtype=torch.float64)
-    sound = torch.tensor([reason == "" for reason in _nothing_to_estimate(gram)])
-    if sound.any():
-        null = permutation_null(gram.at(sound), **options)
-        random = random_direction_null(gram.at(sound), **options)
-        nulls[:, sound] = torch.stack([*vars(null).values(), *random])
-    p_value, p_adjusted, null_lower, null_upper, random_lower, random_upper = nulls
+    estimate = estimate_cosine(gram, **settings, generator=generator)
+    names = ("p_value", "p_adjusted", "null_lower", "null_upper", "random_lower", "random_upper")
+    nulls = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
+    varies = ~(gram.constant_a | gram.constant_b)
+    if varies.any() and min(*gram.groups_a, *gram.groups_b) >= FEWEST_ROWS:
+        null = permutation_null(gram.at(varies), **settings, generator=generator)
+        random = random_direction_null(gram.at(varies), **settings, generator=generator)
+        nulls[:, varies] = torch.stack([*null, *random])
     return CosineStatistics(
         plain=gram.plain,
-        unbiased=estimate.unbiased,
-        **vars(estimate.intervals),
         reliability_a=reliability_a,
         reliability_b=reliability_b,
-        ceiling=reliability_ceiling(reliability_a, reliability_b),
-        p_value=p_value,
-        p_adjusted=p_adjusted,
-        null_lower=null_lower,
-        null_upper=null_upper,
-        random_lower=random_lower,
-        random_upper=random_upper,
-        reasons=estimate.reasons,
-        n_resamples=n_resamples,
-        confidence=confidence,
+        ceiling=(reliability_a.clamp_min(0) * reliability_b.clamp_min(0)).sqrt(),
+        **vars(estimate),
+        **dict(zip(names, nulls, strict=True)),
+        **settings,
     )
 
 
 @dataclass(frozen=True)
 class CosineEstimate:
-    """The estimate of the true cosine per layer, its intervals, and why it is NaN where it is."""
+    """The fields of `CosineStatistics` that estimate the true cosine."""
 
     unbiased: Float[Tensor, " layer"]
-    intervals: CosineIntervals
-    reasons: tuple[str, ...]
+    lower: Float[Tensor, " layer"]
+    upper: Float[Tensor, " layer"]
+    band_lower: Float[Tensor, " layer"]
+    band_upper: Float[Tensor, " layer"]
+    reasons: tuple[Unmeasured | None, ...]
 
 
 def estimate_cosine(
     gram: Gram, *, n_resamples: int, confidence: float, generator: torch.Generator
 ) -> CosineEstimate:
-    """The part of `cosine_statistics` that says where the true cosine lies.
+    """The true cosine at each layer, with its interval and band.
 
-    NaN, all of it, at layers with a reason. The band alone can be NaN without one: unbounded.
+    A layer with a reason has only NaN. An unbounded band edge is NaN too. For the arguments, see
+    `cosine_statistics_from_gram`.
     """
-    reasons = _nothing_to_estimate(gram)
-    sound = torch.tensor([reason == "" for reason in reasons])
-    if sound.any():
-        weak = _weak_directions(Noise.of(gram.at(sound)), confidence)
-        for layer, reason in zip(sound.nonzero()[:, 0].tolist(), weak, strict=True):
-            reasons[layer] = reason
+    reasons = _obstacles(gram, confidence)
     values = torch.full((5, len(gram.aa)), torch.nan, dtype=torch.float64)
-    clear = torch.tensor([reason == "" for reason in reasons])
+    clear = torch.tensor([reason is None for reason in reasons])
     if clear.any():
         noise = Noise.of(gram.at(clear))
-        intervals = cosine_intervals(
-            noise,
-            n_resamples=n_resamples,
-            confidence=confidence,
-            freedom=min(*gram.groups_a, *gram.groups_b) - 1,
-            generator=generator,
-        )
-        bounded = ~(intervals.lower.isnan() | intervals.upper.isnan())
-        found = torch.stack([unbiased_cosine(noise), *vars(intervals).values()])
+        ends = cosine_intervals(noise, n_resamples, confidence, generator)
+        bounded = ~(ends[0].isnan() | ends[1].isnan())
+        found = torch.stack([unbiased_cosine(noise), *ends])
         values[:, clear] = torch.where(bounded, found, torch.nan)
         for layer in clear.nonzero()[~bounded, 0].tolist():
-            reasons[layer] = (
-                "the interval has no end: the directions' norms are too uncertain; add prompts"
-            )
-    unbiased, *ends = values
-    return CosineEstimate(unbiased, CosineIntervals(*ends), tuple(reasons))
+            reasons[layer] = Unmeasured(Cause.UNBOUNDED)
+    unbiased, lower, upper, band_lower, band_upper = values
+    return CosineEstimate(unbiased, lower, upper, band_lower, band_upper, tuple(reasons))
 
 
 def fewest_resamples(confidence: float) -> int:
-    """Resamples that leave ten beyond each end of an interval.
-
-    Raises:
-        InputError: unless `confidence` lies between 0 and 1.
-    """
+    """Number of resamples that leaves ten beyond each end of an interval of this `confidence`."""
     if not 0 < confidence < 1:
         raise InputError(f"confidence = {confidence}: a probability between 0 and 1, such as 0.95")
     return ceil(20 / (1 - confidence))
 
 
 def unbiased_cosine(noise: Noise) -> Float[Tensor, " layer"]:
-    """Unbiased inner product over unbiased norms, less what the ratio itself adds.
+    """Unbiased inner product over unbiased norms, minus the ratio's bias to first order."""
+    spread = torch.zeros_like(noise.inner)
+    for half, block in zip(noise.split(noise.linear_norm), (noise.aa, noise.bb), strict=True):
+        jackknife = 4 * half.square().sum(-1)
+        spread += (jackknife - 2 * block.square().sum((-2, -1))).maximum(jackknife / 2)
+    covariance = 2 * (noise.linear * noise.linear_norm).sum(-1)
+    return (noise.inner + covariance / 2) / (1 + 3 / 8 * spread)
 
-    The three products have no bias, their ratio has one of the order of the norms' squared relative
-    error; it is taken off to first order. May leave [-1, 1]. NaN where a squared norm isn't positive.
+
+def norm_undetected(gram: RowProducts, groups: Groups, confidence: float) -> Bool[Tensor, " layer"]:
+    """Layers at which a direction's unbiased squared norm is not significantly above 0.
+
+    The bound is the `(1 + confidence) / 2` quantile of a gamma distribution (Pearson's type III)
+    with mean 0 and the variance and skewness of the noise.
     """
-    noise = noise.in_units_of_size()
-    spread_a = _squared_norm_variance(noise.linear_aa, noise.noise_aa)
-    spread_b = _squared_norm_variance(noise.linear_bb, noise.noise_bb)
-    covariance = 2 * (
-        einsum(noise.linear_ab, noise.linear_aa, "layer row, layer row -> layer")
-        + einsum(noise.linear_ba, noise.linear_bb, "layer row, layer row -> layer")
-    )
-    return (noise.inner + covariance / 2) / (1 + 3 / 8 * (spread_a + spread_b))
+    from scipy.stats import pearson3
 
-
-def _squared_norm_variance(
-    linear: Float[Tensor, "layer row"], noise: Float[Tensor, "layer row row"]
-) -> Float[Tensor, " layer"]:
-    jackknife = 4 * linear.square().sum(-1)
-    return (jackknife - 2 * noise.square().sum((-2, -1))).maximum(jackknife / 2)
-
-
-def _nothing_to_estimate(gram: Gram) -> list[str]:
-    """Per layer, why nothing can be said of it before anything is estimated."""
-    smallest = min(*gram.groups_a, *gram.groups_b)
-    if smallest < FEWEST_ROWS:
-        reason = (
-            f"{smallest} prompts in a set (or pairs) are too few to estimate the noise from: at "
-            f"least {FEWEST_ROWS}, better 64"
-        )
-        return [reason] * len(gram.aa)
-    reasons = []
-    for constant_a, constant_b in zip(
-        gram.constant_a.tolist(), gram.constant_b.tolist(), strict=True
-    ):
-        names = [name for name, constant in (("a", constant_a), ("b", constant_b)) if constant]
-        reasons.append(
-            f"a class of contrast {' and one of '.join(names)} has the same activation for every "
-            "prompt: at this layer the position has seen nothing of the prompt"
-            if names
-            else ""
-        )
-    return reasons
-
-
-def _weak_directions(noise: Noise, confidence: float) -> list[str]:
-    reasons = []
-    weak_a = norm_undetected(noise.norm_a, noise.noise_aa, confidence)
-    weak_b = norm_undetected(noise.norm_b, noise.noise_bb, confidence)
-    for a, b in zip(weak_a.tolist(), weak_b.tolist(), strict=True):
-        names = [name for name, weak in (("a", a), ("b", b)) if weak]
-        reasons.append(
-            f"the norm of direction {' and '.join(names)} can't be told from 0: add prompts"
-            if names
-            else ""
-        )
-    return reasons
-
-
-def norm_undetected(
-    squared_norm: Float[Tensor, " layer"],
-    noise: Float[Tensor, "layer row row"],
-    confidence: float,
-) -> Bool[Tensor, " layer"]:
-    """Where the unbiased squared norm is no larger than noise alone would often make it.
-
-    Compared with the upper quantile, outside which `(1 - confidence) / 2` lies, of a chi-squared
-    distribution with the noise's variance and skewness, by Wilson and Hilferty's cube root.
-
-    Reference: Wilson and Hilferty 1931, doi:10.1073/pnas.17.12.684.
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    noise = noise_products(gram, groups)
     deviation = (2 * noise.square().sum((-2, -1))).sqrt()
     third = 8 * ((noise @ noise) * noise).sum((-2, -1))
-    skewness = (third / deviation**3).clamp(1e-3, 8**0.5)
-    quantile = 2 / skewness * ((1 + skewness * z / 6 - skewness.square() / 36) ** 3 - 1)
-    return ~(squared_norm > quantile * deviation)
+    skewness = (third / deviation**3).clamp(0, 8**0.5)
+    bound = torch.as_tensor(pearson3.isf((1 - confidence) / 2, skewness.numpy())) * deviation
+    return ~(unbiased_squared_norm(gram, groups) > bound)
+
+
+def _obstacles(gram: Gram, confidence: float) -> list[Unmeasured | None]:
+    """Per layer, the reason that rules an estimate out; None where there is no such reason."""
+    if min(*gram.groups_a, *gram.groups_b) < FEWEST_ROWS:
+        return [Unmeasured(Cause.TOO_FEW_PROMPTS)] * len(gram.aa)
+    reasons: list[Unmeasured | None] = [None] * len(gram.aa)
+    weak_a = norm_undetected(gram.aa, gram.groups_a, confidence)
+    weak_b = norm_undetected(gram.bb, gram.groups_b, confidence)
+    constant = (gram.constant_a, gram.constant_b)
+    for cause, found in ((Cause.WEAK, (weak_a, weak_b)), (Cause.CONSTANT, constant)):
+        for layer in (found[0] | found[1]).nonzero()[:, 0].tolist():
+            names = tuple(name for name, at in zip("ab", found, strict=True) if at[layer])
+            reasons[layer] = Unmeasured(cause, names)
+    return reasons

@@ -1,97 +1,74 @@
-"""Intervals over prompts for what is measured prompt by prompt: means, their ratios, AUROC.
+"""Intervals over prompts: means, ratios, AUROC, and the difference of two cosines.
 
-Prompts are the sample: an interval says where the number would lie with other prompts of the same
-kinds, the directions and the model being what they are.
+Prompts are the random sample, and `confidence` is the coverage of an interval. InputError unless
+`confidence` lies between 0 and 1 and each set has a prompt.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError
-from .student import student_quantile
+from .gram import Gram, mean_weights, plain_squared_norm, slices
 
 
 class Interval(NamedTuple):
-    """A number with the ends of its confidence interval; NaN where it can't be measured."""
+    """An estimate with the ends of its confidence interval; NaN where there is no estimate."""
 
     value: Float[Tensor, "*axes"]
     lower: Float[Tensor, "*axes"]
     upper: Float[Tensor, "*axes"]
 
 
-class Group(NamedTuple):
-    """Prompts that are independent of every other group's, and what each adds to a ratio.
-
-    The ratio's numerator is the sum over groups of the mean of `numerator`, its denominator
-    likewise. A pair of prompts counts as one.
-    """
+class IndependentSample(NamedTuple):
+    """Each prompt's (or pair's) contribution to the numerator and the denominator of a ratio."""
 
     numerator: Float[Tensor, "*axes prompt"]
     denominator: Float[Tensor, "*axes prompt"]
 
 
 def mean_interval(values: Float[Tensor, "*axes prompt"], *, confidence: float = 0.95) -> Interval:
-    """Mean over the last axis and Student's interval. NaN where there is one prompt, or a NaN.
-
-    Raises:
-        InputError: unless `confidence` lies between 0 and 1.
-    """
+    """Mean of `values` over the last axis, with Student's interval; NaN for one prompt or a NaN."""
     return total_interval([values], confidence=confidence)
 
 
 def total_interval(
-    groups: Sequence[Float[Tensor, "*axes _prompt"]], *, confidence: float = 0.95
+    samples: Sequence[Float[Tensor, "*axes _prompt"]], *, confidence: float = 0.95
 ) -> Interval:
-    """Sum of the means of independent groups: `[a, -b]` for a difference. Student's interval.
+    """Sum of the means of independent `samples`, with Student's interval.
 
-    The degrees of freedom are those of the smallest group, which is conservative.
-
-    Raises:
-        InputError: as `mean_interval`.
+    `[a, -b]` gives a difference of means. The smallest sample sets the degrees of freedom.
     """
-    quantile = _quantile(groups, confidence)
-    total = torch.stack([group.double().mean(-1) for group in groups]).sum(0)
-    error = torch.stack([_variance(group, group) for group in groups]).sum(0).sqrt()
+    quantile = _student_quantile([sample.shape[-1] for sample in samples], confidence)
+    total = torch.stack([sample.double().mean(-1) for sample in samples]).sum(0)
+    error = _covariance([(sample, sample) for sample in samples]).sqrt()
     return Interval(total, total - quantile * error, total + quantile * error)
 
 
-def ratio_interval(groups: Sequence[Group], *, confidence: float = 0.95) -> Interval:
-    """Ratio of two totals that may rest on the same prompts, with Fieller's interval.
+def ratio_interval(samples: Sequence[IndependentSample], *, confidence: float = 0.95) -> Interval:
+    """Ratio of two sums of the means of `samples`, with Fieller's interval.
 
-    Fieller's interval never divides by a denominator that might be 0: where it might be, the
-    interval is the whole line, -inf to inf.
-
-    Raises:
-        InputError: as `mean_interval`.
-
-    Reference: Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x.
+    The interval is -inf to inf where the denominator may be 0. Reference: Fieller 1954,
+    doi:10.1111/j.2517-6161.1954.tb00159.x.
     """
-    squared = _quantile([group.numerator for group in groups], confidence) ** 2
-    top = torch.stack([group.numerator.double().mean(-1) for group in groups]).sum(0)
-    bottom = torch.stack([group.denominator.double().mean(-1) for group in groups]).sum(0)
-    var_top, both, var_bottom = (
-        torch.stack([_variance(group[i], group[j]) for group in groups]).sum(0)
-        for i, j in ((0, 0), (0, 1), (1, 1))
-    )
+    sizes = [sample.numerator.shape[-1] for sample in samples]
+    squared = _student_quantile(sizes, confidence) ** 2
+    top = torch.stack([sample.numerator.double().mean(-1) for sample in samples]).sum(0)
+    bottom = torch.stack([sample.denominator.double().mean(-1) for sample in samples]).sum(0)
+    var_top = _covariance([(sample.numerator, sample.numerator) for sample in samples])
+    both = _covariance([(sample.numerator, sample.denominator) for sample in samples])
+    var_bottom = _covariance([(sample.denominator, sample.denominator) for sample in samples])
     square = bottom.square() - squared * var_bottom
     middle = top * bottom - squared * both
     root = (middle.square() - square * (top.square() - squared * var_top)).clamp_min(0).sqrt()
-    bounded = square > 0
     ratio = top / bottom
     unknown = ratio.isnan() | square.isnan()
-    lower = torch.where(bounded, (middle - root) / square, -torch.inf)
-    upper = torch.where(bounded, (middle + root) / square, torch.inf)
-    nan = torch.full_like(ratio, torch.nan)
-    return Interval(
-        torch.where(unknown, nan, ratio),
-        torch.where(unknown, nan, lower),
-        torch.where(unknown, nan, upper),
-    )
+    lower = torch.where(square > 0, (middle - root) / square, -torch.inf)
+    upper = torch.where(square > 0, (middle + root) / square, torch.inf)
+    return Interval(*(end.masked_fill(unknown, torch.nan) for end in (ratio, lower, upper)))
 
 
 def auroc_interval(
@@ -100,49 +77,78 @@ def auroc_interval(
     *,
     confidence: float = 0.95,
 ) -> Interval:
-    """Area under the ROC curve of scores, in [0, 1]: 1/2 is chance, 1 tells every pair apart.
+    """Area under the ROC curve of scores with DeLong's interval, both in [0, 1]; 1/2 is chance.
 
-    DeLong's interval, cut off at 0 and 1. Where the scores separate perfectly it has no width of
-    its own: then it reaches as far as that many prompts can show, a share of
-    `((1 - confidence) / 2) ** (1 / n)` with `n` the smaller number of prompts.
-
-    Raises:
-        InputError: as `mean_interval`.
-
-    Reference: DeLong, DeLong and Clarke-Pearson 1988, doi:10.2307/2531595.
+    `target` are scores of prompts that should score high, `baseline` low. DeLong's interval has no
+    width where the scores separate perfectly; the interval then extends to `((1 - confidence) / 2)
+    ** (1 / n)`, with `n` the smaller number of prompts. Reference: DeLong, DeLong and
+    Clarke-Pearson 1988, doi:10.2307/2531595.
     """
-    quantile = _quantile([target, baseline], confidence)
-    one = rearrange(target.double(), "... target -> ... target 1")
-    other = rearrange(baseline.double(), "... baseline -> ... 1 baseline")
+    sizes = (target.shape[-1], baseline.shape[-1])
+    quantile = _student_quantile(sizes, confidence)
+    one, other = target.double()[..., :, None], baseline.double()[..., None, :]
     wins = (one > other).double() + (one == other).double() / 2
-    wins = torch.where((one + other).isnan(), torch.nan, wins)
-    per_target, per_baseline = wins.mean(-1), wins.mean(-2)
-    area = per_target.mean(-1)
-    error = (_variance(per_target, per_target) + _variance(per_baseline, per_baseline)).sqrt()
-    n = min(target.shape[-1], baseline.shape[-1])
-    reach = ((1 - confidence) / 2) ** (1 / n)
-    perfect, inverted = area == 1, area == 0
-    lower = torch.where(perfect, reach, (area - quantile * error).clamp_min(0))
-    upper = torch.where(inverted, 1 - reach, (area + quantile * error).clamp_max(1))
+    wins = wins.masked_fill((one + other).isnan(), torch.nan)
+    area = wins.mean((-2, -1))
+    by_target, by_baseline = wins.mean(-1), wins.mean(-2)
+    error = _covariance([(by_target, by_target), (by_baseline, by_baseline)]).sqrt()
+    reach = ((1 - confidence) / 2) ** (1 / min(sizes))
+    lower = torch.where(area == 1, reach, (area - quantile * error).clamp_min(0))
+    upper = torch.where(area == 0, 1 - reach, (area + quantile * error).clamp_max(1))
     return Interval(area, lower, upper)
 
 
-def _variance(
-    a: Float[Tensor, "*axes prompt"], b: Float[Tensor, "*axes prompt"]
-) -> Float[Tensor, "*axes"]:
-    """Covariance of the two means; NaN with one prompt."""
-    n = a.shape[-1]
-    if n < 2:
-        return torch.full(a.shape[:-1], torch.nan, dtype=torch.float64)
-    a, b = a.double(), b.double()
-    centred = (a - a.mean(-1, keepdim=True)) * (b - b.mean(-1, keepdim=True))
-    return centred.sum(-1) / (n * (n - 1))
+def cosine_difference(first: Gram, second: Gram, *, confidence: float = 0.95) -> Interval:
+    """The plain cosine of `second` minus that of `first`, per layer, on the same prompts.
+
+    `first` and `second` are Gram matrices under two specifications; row i must belong to the same
+    prompt or pair. A jackknife over the rows of both contrasts, with Student's t, cancels a
+    prompt's common influence on the two cosines (Efron and Stein 1981, doi:10.1214/aos/1176345462).
+    The ends are NaN with fewer than two rows in a group. InputError if the groups differ.
+    """
+    one, other = ((gram.groups_a, gram.groups_b) for gram in (first, second))
+    if one != other:
+        raise InputError(f"the rows are {one} and {other}: a difference needs the same prompts")
+    value = second.plain - first.plain
+    variance = torch.zeros_like(value)
+    for before, after in zip(left_out_cosines(first), left_out_cosines(second), strict=True):
+        change = after - before
+        variance += change.var(-1, correction=0) * (change.shape[-1] - 1)
+    half = _student_quantile((*first.groups_a, *first.groups_b), confidence) * variance.sqrt()
+    return Interval(value, value - half, value + half)
 
 
-def _quantile(groups: Sequence[Tensor], confidence: float) -> float:
+def left_out_cosines(gram: Gram) -> list[Float[Tensor, "layer row"]]:
+    """The plain cosine without each row in turn, one tensor per group of each contrast."""
+    found = []
+    sides = ((gram.aa, gram.ab, gram.groups_a), (gram.bb, gram.ab.mT, gram.groups_b))
+    for (own, cross, groups), (other, _, other_groups) in (sides, sides[::-1]):
+        with_other = cross @ mean_weights(other_groups)
+        other_norm = plain_squared_norm(other, other_groups)[:, None]
+        for rows, n in slices(groups):
+            weights = mean_weights(groups).repeat(n, 1)
+            weights[:, rows] = (1 - torch.eye(n)).double() / (n - 1)
+            norm = ((weights @ own) * weights).sum(-1)
+            found.append(with_other @ weights.T / (norm * other_norm).sqrt())
+    return found
+
+
+def _covariance(samples: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "*axes"]:
+    """Covariance of two sums of means over prompts; NaN where a sample has one prompt."""
+    parts = []
+    for one, other in samples:
+        one, other = one.double(), other.double()
+        products = (one - one.mean(-1, keepdim=True)) * (other - other.mean(-1, keepdim=True))
+        n = one.shape[-1]
+        parts.append(products.sum(-1) / (n * (n - 1) or torch.nan))
+    return torch.stack(parts).sum(0)
+
+
+def _student_quantile(sizes: Sequence[int], confidence: float) -> float:
+    from scipy.stats import t
+
     if not 0 < confidence < 1:
         raise InputError(f"confidence = {confidence}: a probability between 0 and 1, such as 0.95")
-    fewest = min(group.shape[-1] for group in groups)
-    if fewest == 0:
-        raise InputError("there are no prompts to take a mean of: give at least two")
-    return student_quantile((1 + confidence) / 2, max(1, fewest - 1))
+    if min(sizes) == 0:
+        raise InputError("there are no prompts to take a mean of: pass at least two")
+    return float(t.ppf((1 + confidence) / 2, max(1, min(sizes) - 1)))

@@ -1,18 +1,25 @@
-r"""Intervals for the cosine of two directions, layer by layer and over all layers at once.
+r"""Confidence intervals for the cosine of two directions: per layer, and over all layers at once.
 
-A bootstrap-t of Fieller's residual. For a candidate cosine `theta` the residual
-`D = inner - theta |a| |b|` of the unbiased products is centred on 0 if `theta` is the truth; the
-interval holds every `theta` at which `D`, divided by its own standard error, is no more extreme than
-such ratios are among resamples. Fieller's form never divides by a weak norm; the ratio to its own
-standard error allows for a standard error that is high whenever the residual is; the resampled
-quantiles allow for skewness.
+Model. A sampled direction is `a = mu_a + e_a`. The errors of the unbiased products have a linear
+part and a quadratic part (Hoeffding's decomposition):
 
-Resamples are normal multipliers on the centred Gram matrix, `g' H g` without its diagonal: the
-multiplier bootstrap, which has no repeated rows whose diagonal terms would come back in. One set of
-multipliers serves in four sign patterns, which are equally likely.
+    inner product    e_a' mu_b + mu_a' e_b      +  e_a' e_b
+    |a|^2            2 e_a' mu_a                +  |e_a|^2 - E|e_a|^2
+
+In units of the unbiased norms, Fieller's residual `inner - theta` of a candidate cosine `theta` has
+the error `g' c + g' M g / 2`. Here `g` are independent multipliers of the rows, with mean 0 and
+variance 1; the vector `c` and the matrix `M` are linear in `theta`. The jackknife treats the
+sampled directions as the true ones. Its variance `J = |c|^2` therefore counts the linear part once
+and the quadratic part, `Q = |M|^2 / 2`, twice. The variance of the residual is `J - Q`.
+
+Interval. A bootstrap-t with normal multipliers: the interval contains each `theta` whose residual,
+divided by its standard error, lies between the quantiles of the same ratio among resamples, drawn
+under the hypothesis that `theta` is the cosine. For this, `c` moves one Newton step to where the
+residual is 0 and is scaled to the variance of the linear part. Without the step, the resamples
+inherit the skewness of the observed error, and the interval is too short on one side.
 
 References: Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x; Hall 1992, The Bootstrap and
-Edgeworth Expansion, section 3.10.
+Edgeworth Expansion, section 3.10; Davidson and MacKinnon 1999, doi:10.1017/S0266466699153027.
 """
 
 from dataclasses import dataclass
@@ -22,211 +29,148 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import vecdot
 
-from .noise import Noise, polynomial
-from .student import student_inflation
+from . import gram as grams
 
-PRODUCTS = 4_000_000
-"""How many products one block of resamples may hold (16 MB): what a core's cache takes."""
-LEAST_SHARE = 0.6
-"""Least share of the jackknife's variance that is taken for the residual's.
-
-Exactly known, the jackknife's is at most twice too large: 0.5. A little more makes up for the
-quadratic part's being estimated; so does `LEAST_LINEAR`. Both were set by simulation
-(tests/benchmarks/statistics_coverage.py), where 0.5 and 0 covered up to 2 % less."""
-LEAST_LINEAR = 0.25
-"""Least share of the jackknife's variance that the resamples give to the linear part."""
-WIDENING = 1.05
-"""How much farther out all quantiles are put, those of the permutation test too.
-
-The residual's standard error is taken along the sampled directions, and how far these are off is
-not less with more prompts of the same reliability. Resamples around them don't show it. Without
-this, 256 pairs covered 92 % where the cosine is near 0 and the test rejected 6 to 7 %; also set by
-simulation."""
-ROUNDS = 3
-"""Rounds of reading the quantiles at the interval's ends and moving the ends to them."""
-SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+Curve = Float[Tensor, " layer"]
+Draws = Float[Tensor, "draw row"]
+# Bounds that offset the error of the estimated quadratic part, chosen on seeds 1000 and 1001 of
+# tests/benchmarks/statistics_coverage.py, where 1/2 and 0 cover 1 to 2 % less.
+LEAST_SHARE = 0.6  # least share of the jackknife's variance in the residual's; truly at least 1/2
+LEAST_LINEAR = 0.25  # least share of the jackknife's variance in the linear part of resamples
+SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # equally likely signs of the multipliers of a and b
 
 
 @dataclass(frozen=True)
-class CosineIntervals:
-    """Ends per layer; NaN where the interval, or the band, is unbounded."""
+class Noise:
+    """Unbiased inner product of two directions of unbiased norm 1, and its noise; float64.
 
-    lower: Float[Tensor, " layer"]
-    upper: Float[Tensor, " layer"]
-    band_lower: Float[Tensor, " layer"]
-    band_upper: Float[Tensor, " layer"]
+    Attributes:
+        inner, freedom: unbiased inner product; degrees of freedom (smallest group minus 1).
+        linear: coefficients of the rows in the linear part of `inner`'s error; `a`, then `b`.
+        linear_norm: half the rows' coefficients in the linear parts of `|a|^2` and `|b|^2`.
+        aa, bb, ab: `noise_products` of `a` and of `b`, and their `cross_noise_products`.
+    """
+
+    inner: Curve
+    freedom: int
+    linear: Float[Tensor, "layer row"]
+    linear_norm: Float[Tensor, "layer row"]
+    aa: Float[Tensor, "layer row_a row_a"]
+    bb: Float[Tensor, "layer row_b row_b"]
+    ab: Float[Tensor, "layer row_a row_b"]
+
+    @classmethod
+    def of(cls, gram: grams.Gram) -> "Noise":
+        """The noise of a Gram matrix with at least 4 rows a group and positive squared norms."""
+        a, b = gram.groups_a, gram.groups_b
+        norm_a = grams.unbiased_squared_norm(gram.aa, a)[:, None, None].sqrt()
+        norm_b = grams.unbiased_squared_norm(gram.bb, b)[:, None, None].sqrt()
+        aa, bb, ab = gram.aa / norm_a**2, gram.bb / norm_b**2, gram.ab / (norm_a * norm_b)
+        linear_a = grams.centred_and_scaled(ab @ grams.mean_weights(b), a)
+        linear_b = grams.centred_and_scaled(ab.mT @ grams.mean_weights(a), b)
+        return cls(
+            inner=gram.inner / (norm_a * norm_b)[:, 0, 0],
+            freedom=min(*a, *b) - 1,
+            linear=torch.cat([linear_a, linear_b], dim=-1),
+            linear_norm=torch.cat([grams.leave_one_out(aa, a), grams.leave_one_out(bb, b)], dim=-1),
+            aa=grams.noise_products(aa, a),
+            bb=grams.noise_products(bb, b),
+            ab=grams.cross_noise_products(ab, a, b),
+        )
+
+    def split(self, rows: Float[Tensor, "*axes row"]) -> tuple[Tensor, ...]:
+        """A tensor over all rows, divided into the rows of `a` and of `b`."""
+        return rows.split(self.ab.shape[1:], dim=-1)
+
+    def variances(self) -> tuple[Float[Tensor, "3 layer"], Float[Tensor, "3 layer"]]:
+        """Coefficients of 1, theta and theta squared in `J` and in `Q`."""
+        one, two = self.linear, self.linear_norm
+        aa, bb, ab = (block.square().sum((-2, -1)) for block in (self.aa, self.bb, self.ab))
+        jackknife = torch.stack([v.sum(-1) for v in (one.square(), -2 * one * two, two.square())])
+        return jackknife, torch.stack([ab, torch.zeros_like(ab), (aa + bb) / 2])
+
+    def under_hypothesis(self, theta: Curve) -> tuple[Float[Tensor, "layer row"], Curve]:
+        """`c` and `Q` if `theta` is the cosine."""
+        jackknife, quadratic = (v[0] + v[1] * theta + v[2] * theta**2 for v in self.variances())
+        shift = theta[:, None]
+        c = self.linear - shift * self.linear_norm
+        c_a, c_b = (part[..., None] for part in self.split(c))
+        within = torch.cat([self.aa @ c_a, self.bb @ c_b], dim=1)[..., 0]
+        across = torch.cat([self.ab @ c_b, self.ab.mT @ c_a], dim=1)[..., 0]
+        c = c - ((self.inner - theta) / jackknife)[:, None] * (across - shift * within)
+        linear = (jackknife - 2 * quadratic).maximum(LEAST_LINEAR * jackknife)
+        return c * (linear / c.square().sum(-1)).sqrt()[:, None], quadratic
 
 
 def cosine_intervals(
-    noise: Noise,
-    *,
-    n_resamples: int,
-    confidence: float,
-    freedom: int,
-    generator: torch.Generator,
-) -> CosineIntervals:
-    """Interval for the cosine at each layer, and a band that holds the whole curve.
+    noise: Noise, n_resamples: int, confidence: float, generator: torch.Generator
+) -> tuple[Curve, ...]:
+    """Ends of the interval at each layer, and of the band that holds the curve over all layers.
 
-    `freedom`, the degrees of freedom behind the variances, widens both as Student's t does, and
-    `WIDENING` somewhat more. The band is the interval with its quantiles moved out by one factor,
-    such that in `confidence` of the resamples no layer leaves it. NaN at layers where a squared norm
-    isn't positive; they have no part in the band.
+    Quantiles are taken at the ends of Student's interval and multiplied by the ratio of Student's
+    quantile to the normal quantile. The band multiplies the quantiles by one more factor, so that a
+    share `confidence` of the resamples stays inside at all layers. NaN where an end is infinite.
     """
-    noise = noise.in_units_of_size()
-    ratios = ResampledRatios.draw(noise, n_resamples, generator)
+    from scipy import stats
+
     tail = (1 - confidence) / 2
-    widen = WIDENING * student_inflation(1 - tail, freedom)
+    student = float(stats.t.isf(tail, noise.freedom))
+    widen = student / float(stats.norm.isf(tail))
+    start = torch.full_like(noise.inner, student)
+    lowest, highest = _end(noise, start, side=-1), _end(noise, start, side=1)
+    n_drawn = ceil(n_resamples / len(SIGNS))
+    draws = [torch.randn(n_drawn, n, generator=generator) for n in noise.ab.shape[1:]]
+    thetas = torch.stack([lowest.nan_to_num(-1), highest.nan_to_num(1), noise.inner]).clamp(-1, 1)
+    ratios = resampled_ratios(noise, thetas, *draws)
+    n = ratios.shape[-1]
+    k = max(1, round(tail * n))
+    low = ratios.kthvalue(k, dim=-1).values
+    high = ratios.kthvalue(n + 1 - k, dim=-1).values
+    most, least = widen * high[0].double(), widen * low[1].double()
+    relative = (ratios[2] / high[2, :, None]).maximum(ratios[2] / low[2, :, None])
+    out = relative.amax(0).clamp_min(1).kthvalue(ceil(confidence * n)).values
+    sides = ((most, -1), (least, 1), (most * out, -1), (least * out, 1))
+    return tuple(_end(noise, quantile, side=side) for quantile, side in sides)
 
-    lower = upper = noise.inner
-    for _ in range(ROUNDS):
-        most = ratios.quantiles(lower, tail)[1] * widen
-        least = ratios.quantiles(upper, tail)[0] * widen
-        lower, upper = _end(noise, most, upper=False), _end(noise, least, upper=True)
-    out = ratios.farthest(noise.inner, tail).kthvalue(ceil(confidence * ratios.n)).values
-    return CosineIntervals(
-        lower,
-        upper,
-        band_lower=_end(noise, most * out, upper=False),
-        band_upper=_end(noise, least * out, upper=True),
-    )
 
+def resampled_ratios(
+    noise: Noise, thetas: Float[Tensor, "theta layer"], g_a: Draws, g_b: Draws
+) -> Float[Tensor, "theta layer resample"]:
+    """The residual over its standard error in every resample, if each `theta` is the cosine.
 
-@dataclass(frozen=True)
-class ResampledRatios:
-    """Resampled residuals, to be divided by their own standard errors at any `theta`.
-
-    A resample is a pair of multiplier vectors with a sign each. Attributes are coefficients of
-    rising powers of `theta` of what a pair gives, without the signs: `a` and `b` of what changes
-    sign with one of the two (first the residual's linear part, then its standard error's), `both` of
-    what changes with both, `none` of what doesn't.
+    The residual is `g' (c + u) / 2` and the jackknife's variance is `|u|^2`, where `u = c + M g` is
+    the derivative by the rows' errors. All `theta` and all four signs use the same products `M g`.
     """
-
-    noise: Noise
-    linear_a: Float[Tensor, "5 layer resample"]
-    linear_b: Float[Tensor, "5 layer resample"]
-    residual_both: Float[Tensor, "layer resample"]
-    residual_none: Float[Tensor, "layer resample"]
-    variance: Float[Tensor, "3 layer resample"]
-
-    @classmethod
-    def draw(cls, noise: Noise, n_resamples: int, generator: torch.Generator) -> "ResampledRatios":
-        """Draw a quarter as many multiplier vectors as resamples: each serves in four signs."""
-        n_drawn = ceil(n_resamples / len(SIGNS))
-        rows_a, rows_b = noise.noise_ab.shape[1:]
-        g_a = torch.randn(n_drawn, rows_a, generator=generator)
-        g_b = torch.randn(n_drawn, rows_b, generator=generator)
-        layers = max(1, PRODUCTS // (n_drawn * max(rows_a, rows_b)))
-        chunks = [cls._products(chunk, g_a, g_b) for chunk in noise.chunks(layers)]
-        return cls(noise, *(torch.cat(parts, dim=-2) for parts in zip(*chunks, strict=True)))
-
-    @staticmethod
-    def _products(
-        noise: Noise,
-        g_a: Float[Tensor, "resample row_a"],
-        g_b: Float[Tensor, "resample row_b"],
-    ) -> tuple[Tensor, ...]:
-        l_ab, l_aa, l_ba, l_bb = (
-            rearrange(v, "layer row -> layer row 1")
-            for v in (noise.linear_ab, noise.linear_aa, noise.linear_ba, noise.linear_bb)
-        )
-        h_aa, h_bb, h_ab = noise.noise_aa, noise.noise_bb, noise.noise_ab
-        # What is linear in g needs no product with the matrices for every resample.
-        on_a = torch.cat(
-            [l_ab, -l_aa, h_ab @ l_ba, -(h_aa @ l_ab + h_ab @ l_bb), h_aa @ l_aa], dim=-1
-        )
-        on_b = torch.cat(
-            [l_ba, -l_bb, h_ab.mT @ l_ab, -(h_bb @ l_ba + h_ab.mT @ l_aa), h_bb @ l_bb], dim=-1
-        )
-        m_ab, m_ba = g_b @ h_ab.mT.float(), g_a @ h_ab.float()
-        m_aa, m_bb = g_a @ h_aa.float(), g_b @ h_bb.float()
-        return (
-            rearrange(g_a @ on_a.float(), "layer resample k -> k layer resample"),
-            rearrange(g_b @ on_b.float(), "layer resample k -> k layer resample"),
-            (m_ab * g_a).sum(-1),
-            ((m_aa * g_a).sum(-1) + (m_bb * g_b).sum(-1)) / -2,
-            torch.stack(
-                [
-                    m_ab.square().sum(-1) + m_ba.square().sum(-1),
-                    -2 * ((m_ab * m_aa).sum(-1) + (m_ba * m_bb).sum(-1)),
-                    m_aa.square().sum(-1) + m_bb.square().sum(-1),
-                ]
-            ),
-        )
-
-    @property
-    def n(self) -> int:
-        """How many resamples there are."""
-        return len(SIGNS) * self.residual_both.shape[-1]
-
-    def at(self, theta: Float[Tensor, " layer"]) -> Float[Tensor, "layer resample"]:
-        """Residual over its standard error in every resample, were `theta` the cosine."""
-        jackknife = polynomial(self.noise.jackknife(), theta)
-        quadratic = polynomial(self.noise.quadratic(), theta)
-        # The sampled direction's share of the linear part is noise, already in the quadratic one.
-        linear = (jackknife - 2 * quadratic).maximum(LEAST_LINEAR * jackknife)
-        share = rearrange((linear / jackknife).sqrt().float(), "layer -> layer 1")
-        constant = rearrange(linear.float(), "layer -> layer 1")
-        quadratic = rearrange(quadratic.float(), "layer -> layer 1")
-        theta = rearrange(theta.float(), "layer -> layer 1")
-        linear_a = share * polynomial(tuple(self.linear_a[:2]), theta.expand_as(self.residual_both))
-        linear_b = share * polynomial(tuple(self.linear_b[:2]), theta.expand_as(self.residual_both))
-        t = theta.expand_as(self.residual_both)
-        cross_a = 2 * share * polynomial(tuple(self.linear_a[2:]), t)
-        cross_b = 2 * share * polynomial(tuple(self.linear_b[2:]), t)
-        v0, v1, v2 = self.variance
-        ratios = []
-        for sign_a, sign_b in SIGNS:
-            residual = (
-                sign_a * linear_a
-                + sign_b * linear_b
-                + sign_a * sign_b * self.residual_both
-                + theta * self.residual_none
-            )
-            variance = constant + sign_a * cross_a + sign_b * cross_b
-            variance += v0 + sign_a * sign_b * theta * v1 + theta**2 * v2
-            ratios.append(residual / (variance - quadratic).maximum(LEAST_SHARE * variance).sqrt())
-        return torch.cat(ratios, dim=-1)
-
-    def quantiles(
-        self, theta: Float[Tensor, " layer"], tail: float
-    ) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
-        """Quantiles `tail` and `1 - tail` of the ratios, were `theta` (within [-1, 1]) the cosine."""
-        ratios = self.at(theta.clamp(-1, 1))
-        k = max(1, round(tail * self.n))
-        return (
-            ratios.kthvalue(k, dim=-1).values.double(),
-            ratios.kthvalue(self.n + 1 - k, dim=-1).values.double(),
-        )
-
-    def farthest(self, theta: Float[Tensor, " layer"], tail: float) -> Float[Tensor, " resample"]:
-        """How far each resample goes at its worst layer, in units of that layer's quantile."""
-        ratios = self.at(theta.clamp(-1, 1))
-        low, high = (rearrange(q.float(), "layer -> layer 1") for q in self.quantiles(theta, tail))
-        return (ratios / high).maximum(ratios / low).nan_to_num(nan=0.0).amax(0).clamp_min(1)
+    under_hypothesis = [noise.under_hypothesis(theta) for theta in thetas]
+    found = []
+    for layer in range(len(noise.inner)):
+        aa, bb, ab = (block[layer].float() for block in (noise.aa, noise.bb, noise.ab))
+        within_a, within_b = g_a @ aa, g_b @ bb
+        across_a, across_b = g_b @ ab.T, g_a @ ab
+        for i, (linear, quadratic) in enumerate(under_hypothesis):
+            theta = float(thetas[i, layer])
+            c_a, c_b = noise.split(linear[layer].float())
+            for a, b in SIGNS:
+                u_a = (c_a + b * across_a).sub_(within_a, alpha=a * theta)
+                u_b = (c_b + a * across_b).sub_(within_b, alpha=b * theta)
+                residual = (a * vecdot(g_a, c_a + u_a) + b * vecdot(g_b, c_b + u_b)) / 2
+                jackknife = vecdot(u_a, u_a) + vecdot(u_b, u_b)
+                variance = (jackknife - float(quadratic[layer])).maximum(LEAST_SHARE * jackknife)
+                found.append(residual / variance.sqrt())
+    layout = "(layer theta sign) draw -> theta layer (sign draw)"
+    return rearrange(found, layout, theta=len(thetas), sign=len(SIGNS))
 
 
-def _end(
-    noise: Noise, quantile: Float[Tensor, " layer"], *, upper: bool
-) -> Float[Tensor, " layer"]:
-    """Where the residual over its standard error equals the quantile; NaN where it never does.
-
-    The variance is the larger of two quadratics in `theta`, the end the outer one of their two.
-    """
-    jackknife, quadratic = noise.jackknife(), noise.quadratic()
-    once = tuple(j - q for j, q in zip(jackknife, quadratic, strict=True))
-    half = tuple(LEAST_SHARE * j for j in jackknife)
-    ends, unbounded = [], torch.zeros_like(quantile, dtype=torch.bool)
-    for v0, v1, v2 in (once, half):
-        squared = quantile.square()
-        p0, p1, p2 = (
-            noise.inner.square() - squared * v0,
-            -2 * noise.inner - squared * v1,
-            1 - squared * v2,
-        )
-        # A negative variance everywhere leaves no root: NaN, and the other quadratic decides.
-        root = (p1.square() - 4 * p0 * p2).sqrt()
-        ends.append((-p1 + root if upper else -p1 - root) / (2 * p2))
-        unbounded |= p2 <= 0
-    end = torch.fmax(*ends) if upper else torch.fmin(*ends)
-    return torch.where(unbounded, torch.nan, end)
+def _end(noise: Noise, quantile: Curve, *, side: int) -> Curve:
+    """The lower (side -1) or upper (1) `theta` whose ratio equals the quantile; NaN if none does."""
+    jackknife, quadratic = noise.variances()
+    ends, bounded = [], torch.ones_like(quantile, dtype=torch.bool)
+    for variance in (jackknife - quadratic, LEAST_SHARE * jackknife):
+        v0, v1, v2 = quantile.square() * variance
+        p0, p1, p2 = noise.inner.square() - v0, -2 * noise.inner - v1, 1 - v2
+        # A variance that is negative for every theta has no root; the other variance decides.
+        ends.append(side * (-p1 + side * (p1.square() - 4 * p0 * p2).sqrt()) / (2 * p2))
+        bounded &= p2 > 0
+    return torch.where(bounded, side * torch.fmax(*ends), torch.nan)

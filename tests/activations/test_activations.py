@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from refusal_lens.activations import batching as reading
-from refusal_lens.activations import extract as activations
+from refusal_lens.activations import batching, shared_prefix
+from refusal_lens.activations import extract as extraction
 from refusal_lens.activations.extract import (
     extract,
     get_layer_activations,
@@ -16,7 +16,7 @@ from refusal_lens.activations.extract import (
     read_residual_stream,
 )
 from refusal_lens.errors import InputError
-from refusal_lens.models import forward
+from refusal_lens.models.forward import undisturbed
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import BUNDLED, Contrast, load_contrast
 from refusal_lens.prompts.protocol import Protocol
@@ -78,18 +78,12 @@ def model(tiny):
 
 @pytest.fixture
 def always_shared(monkeypatch):
-    monkeypatch.setattr(reading, "PREFIX_PAYS", 0)
-
-
-@pytest.fixture
-def can_share(model):
-    if not forward.can_share_prefix(model, 10):
-        pytest.skip("this TransformerLens does not find the cache of this transformers")
+    monkeypatch.setattr(batching, "PREFIX_PAYS", 0)
 
 
 @pytest.fixture
 def never_shared(monkeypatch):
-    monkeypatch.setattr(reading, "PREFIX_PAYS", 10**9)
+    monkeypatch.setattr(batching, "PREFIX_PAYS", 10**9)
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -253,19 +247,20 @@ def test_rows_padded_on_the_right_are_refused(model):
     inputs = build_inputs_with_chat_template(model.tokenizer, PROMPTS)
     flipped = ChatInputs(inputs.tokens.flip(1), inputs.mask.flip(1), inputs.read_at)
     with pytest.raises(InputError, match="not padded on the left"):
-        read_residual_stream(model, flipped)
+        next(read_residual_stream(model, flipped))
 
 
-def test_the_common_opening_runs_once(model, always_shared, can_share):
+def test_the_common_prefix_runs_once(model, always_shared):
+    assert shared_prefix.can_share_prefix(model, 10)  # a bridge is measured here, once
     seen = tokens_run(model)
     lengths = [len(ids) for ids in encode_prompts(model.tokenizer, PROMPTS)]
     get_prompt_activations(model, PROMPTS, batch_size=1)
-    opening = seen[0][1]
-    assert opening >= 4  # <|begin_of_text|>, the header of three
-    assert sum(batch * pos for batch, pos in seen) == sum(lengths) - opening * (len(lengths) - 1)
+    n_shared = seen[0][1]
+    assert n_shared >= 4  # <|begin_of_text|> and the three tokens of the header
+    assert sum(batch * pos for batch, pos in seen) == sum(lengths) - n_shared * (len(lengths) - 1)
 
 
-def test_a_system_prompt_belongs_to_the_opening(model, always_shared, can_share):
+def test_a_system_prompt_belongs_to_the_prefix(model, always_shared):
     protocol = Protocol(system_prompt="You are a careful assistant who never refuses to explain.")
     alone = torch.cat([get_prompt_activations(model, [p], protocol=protocol) for p in PROMPTS])
     seen = tokens_run(model)
@@ -274,14 +269,45 @@ def test_a_system_prompt_belongs_to_the_opening(model, always_shared, can_share)
     assert seen[0][1] > 15
 
 
-def test_the_opening_never_covers_a_position_that_is_read(model, always_shared):
+def test_the_prefix_never_covers_a_position_that_is_read(model, always_shared):
     same = ["The very same prompt."] * 4
     read = get_prompt_activations(model, same, protocol=FIVE_POSITIONS)
     alone = get_prompt_activations(model, same[:1], protocol=FIVE_POSITIONS)
     assert relative_error(read, alone.expand_as(read)) < 1e-5
 
 
-def test_hooks_on_the_model_take_part_at_the_positions_they_mean(model, always_shared, can_share):
+def test_a_shared_prefix_serves_hooks_that_add_rows_from_layer_to_layer(model):
+    head, tails = torch.randint(3, 300, (1, 6)), torch.randint(3, 300, (3, 5))
+    whole = torch.cat([head.expand(3, -1), tails], dim=1)
+    push = torch.randn(model.cfg.d_model)
+
+    def run(tokens, options, n_prompts):
+        """Logits of the prompts as they are, then of the prompts pushed after block 2."""
+
+        def enter(stream: Tensor, hook) -> Tensor:
+            return embedded
+
+        def add_rows(stream: Tensor, hook) -> Tensor:
+            return torch.cat([stream, stream[:n_prompts] + push])
+
+        embedded = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
+        hooks = [("blocks.0.hook_resid_pre", enter), ("blocks.2.hook_resid_post", add_rows)]
+        with model.hooks(fwd_hooks=hooks):
+            return model(tokens[:1], **options)
+
+    assert shared_prefix.can_share_prefix(model, 11)
+    with undisturbed(model):
+        nothing = shared_prefix.SharedPrefix(model)
+        expected = run(whole, nothing.following(torch.ones_like(whole[:1])), 3)[:, -1]
+        prefix = shared_prefix.SharedPrefix(model)
+        run(head, prefix.recording(6), 1)
+        for _ in range(2):  # the recorded keys do not grow
+            found = run(tails, prefix.following(torch.ones_like(tails[:1]), repeat=3), 3)[:, -1]
+            assert relative_error(found, expected) < 1e-5
+    assert relative_error(expected[:3], expected[3:]) > 1e-2
+
+
+def test_hooks_on_the_model_take_part_at_the_positions_they_mean(model, always_shared):
     def push_first_token(stream: Tensor, hook) -> Tensor:
         pushed = stream.clone()
         pushed[:, 0] += 1.0
@@ -289,9 +315,9 @@ def test_hooks_on_the_model_take_part_at_the_positions_they_mean(model, always_s
 
     plain = get_prompt_activations(model, PROMPTS[:1])
     with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", push_first_token)]):
-        assert not forward.can_share_prefix(model, 10)
+        assert not shared_prefix.can_share_prefix(model, 10)
         hooked = get_prompt_activations(model, PROMPTS[:1])
-    assert forward.can_share_prefix(model, 10)
+    assert shared_prefix.can_share_prefix(model, 10)
     assert relative_error(hooked[:, :, :2], plain[:, :, :2]) < 1e-5
     assert relative_error(hooked[:, :, 2:], plain[:, :, 2:]) > 1e-3
 
@@ -404,13 +430,13 @@ def test_where_the_next_batch_runs_ahead_nothing_is_lost_or_changed(model, monke
     inputs = build_inputs_with_chat_template(model.tokenizer, PROMPTS)
     one_by_one = list(read_residual_stream(model, inputs, batch_size=2))
     # As on CUDA: a batch is handed over when the next one has been sent off.
-    monkeypatch.setattr(reading, "must_block", lambda device: False)
+    monkeypatch.setattr(extraction.forward, "must_block", lambda device: False)
     ahead = list(read_residual_stream(model, inputs, batch_size=2))
     for (rows, batch), (same_rows, same) in zip(one_by_one, ahead, strict=True):
         assert torch.equal(rows, same_rows)
         assert torch.equal(batch, same)
 
-    run, began = reading._forward, []
+    run, began = extraction._run_batch, []
 
     def fail_at_the_third(*args):
         began.append(args)
@@ -418,7 +444,7 @@ def test_where_the_next_batch_runs_ahead_nothing_is_lost_or_changed(model, monke
             raise ValueError("a hook's own mistake")
         return run(*args)
 
-    monkeypatch.setattr(reading, "_forward", fail_at_the_third)
+    monkeypatch.setattr(extraction, "_run_batch", fail_at_the_third)
     batches = read_residual_stream(model, inputs, batch_size=2)
     assert torch.equal(next(batches)[0], one_by_one[0][0])
     assert torch.equal(next(batches)[0], one_by_one[1][0])
@@ -501,14 +527,14 @@ def test_other_runtime_errors_are_not_taken_for_lack_of_memory(model):
 def test_the_batch_size_follows_length_and_free_memory(model, monkeypatch):
     import psutil
 
-    short, long = (reading._fitting(model, width, 1) for width in (20, 80))
+    short, long = (batching._fitting(model, width, 1, n_shared=0) for width in (20, 80))
     assert short > long >= 1
     # What has been run is not run again, and its keys take memory all the same.
-    few, many = (reading._fitting(model, 20 + n, 1, before=n) for n in (0, 200))
-    assert few > many > reading._fitting(model, 220, 1)
+    few, many = (batching._fitting(model, 20 + n, 1, n_shared=n) for n in (0, 200))
+    assert few > many > batching._fitting(model, 220, 1, n_shared=0)
     nothing_free = psutil.virtual_memory()._replace(available=0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing_free)
-    assert reading._fitting(model, 20, 1) == 1
+    assert batching._fitting(model, 20, 1, n_shared=0) == 1
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -561,7 +587,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(model, call, message):
 
 
 def test_a_progress_bar_counts_the_prompts(model, capsys):
-    activations.get_prompt_activations(model, PROMPTS)
+    extraction.get_prompt_activations(model, PROMPTS)
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in capsys.readouterr().err
     get_prompt_activations(model, PROMPTS)
     assert capsys.readouterr().err == ""

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from refusal_lens.activations import batching as residual_stream
+from refusal_lens.activations import extract as extraction
+from refusal_lens.activations.batching import checked_rows
 from refusal_lens.activations.extract import get_prompt_activations, read_residual_stream
+from refusal_lens.activations.shared_prefix import SharedPrefix
 from refusal_lens.interventions import RefusalTokens, ablation_effects
+from refusal_lens.models.forward import undisturbed, without_logits
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.protocol import Protocol
@@ -92,14 +95,17 @@ def test_a_batch_never_waits_for_the_gpu(folder, prompts):
     if hasattr(model, "original_model"):
         pytest.skip("a TransformerBridge runs Hugging Face's own forward pass, which may wait")
     inputs = build_inputs_with_chat_template(model.tokenizer, prompts)
-    rows, batch = residual_stream._Rows(inputs), torch.arange(4)
-    prefix = residual_stream.run_prefix(model, rows.opening())
-    residual_stream._forward(model, rows, batch, prefix)
+    rows = checked_rows(model, inputs, None)
+    prefix = SharedPrefix(model)
+    with undisturbed(model):
+        tokens = rows.prefix[None].to("cuda")
+        model(tokens, **without_logits(model), **prefix.recording(tokens.shape[1]))
+    extraction._run_batch(model, rows, [0, 1, 2, 3], prefix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "a prototype feature"
         torch.cuda.set_sync_debug_mode("error")
     try:
-        residual_stream._forward(model, rows, batch, prefix)
+        extraction._run_batch(model, rows, [0, 1, 2, 3], prefix)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

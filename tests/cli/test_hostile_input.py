@@ -32,9 +32,9 @@ from refusal_lens.directions import formats
 from refusal_lens.experiment.verdict import Thresholds
 from refusal_lens.interventions import (
     RefusalTokens,
-    ablation_cross_effects,
     ablation_effects,
     addition_effects,
+    cross_effects,
     next_token_kl,
 )
 from refusal_lens.interventions.selection import select_direction
@@ -143,7 +143,7 @@ DIRECTION_CASES = {
         lambda w: rl.WithinClassCovariance.of(A).solve(R[:, 1:]),
         "differ in d_model",
     ),
-    "cosine_similarity: other layers": (lambda w: rl.cosine_similarity(R, N[1:]), "layer by layer"),
+    "cosine_similarity: other layers": (lambda w: rl.cosine_similarity(R, N[1:]), "differ in layer"),
     "cosine_similarity: one axis": (lambda w: rl.cosine_similarity(R[0], N[0]), r"a has shape \[6\]"),
     "cosine_similarity: whole numbers": (lambda w: rl.cosine_similarity(R.int(), N), "holds int32"),
     "cosine_similarity: text": (lambda w: rl.cosine_similarity("refusal", N), "a is a str"),
@@ -152,7 +152,7 @@ DIRECTION_CASES = {
         lambda w: rl.cosine_similarity(R, torch.empty(3, 6, device="meta")),
         "b is on the meta device",
     ),
-    "cosine_matrix: another width": (lambda w: rl.cosine_matrix(R, N[:, 1:]), "different models"),
+    "cosine_matrix: another width": (lambda w: rl.cosine_matrix(R, N[:, 1:]), "differ in d_model"),
     "cosine_matrix: one axis": (lambda w: rl.cosine_matrix(R[0], N), "a has shape"),
     "standardised_cosine: negative variance": (
         lambda w: rl.standardised_cosine(R, N, -torch.ones(3, 6)),
@@ -201,10 +201,10 @@ DIRECTION_CASES = {
         "between 0 and 1",
     ),
     "analyse: a part is missing": (lambda w: rl.analyse({"refusal": (A, B)}), "lack 'negativity'"),
-    "analyse: one side": (lambda w: rl.analyse({"refusal": (A,), "negativity": (A, B)}), "not a pair"),
+    "analyse: one side": (lambda w: rl.analyse({"refusal": (A,), "negativity": (A, B)}), "as a pair"),
     "analyse: two models": (
         lambda w: rl.analyse({"refusal": (A, B), "negativity": (A[..., 1:], B[..., 1:])}),
-        "take one model's",
+        "of one model",
     ),
     "analyse: NaN": (
         lambda w: rl.analyse(
@@ -231,12 +231,12 @@ PLOT_CASES = {
     ),
     "cosine_by_layer: a short band": (
         lambda w: plotting.cosine_by_layer(CURVE, band=(CURVE[1:], CURVE)),
-        "has 3 layers",
+        "differ in layer",
     ),
     "cosine_by_layer: a theme": (lambda w: plotting.cosine_by_layer(CURVE, theme="x"), "theme"),
     "metric_panel: two depths": (
         lambda w: plotting.metric_panel({"a": CURVE, "b": CURVE[1:]}),
-        "one value each",
+        "differ in layer",
     ),
     "norms_by_layer: negative": (lambda w: plotting.norms_by_layer({"a": -CURVE}), "below 0"),
     "log_odds_by_ablated_layer: a number": (
@@ -255,7 +255,7 @@ PLOT_CASES = {
     "prompts_in_plane: two axes": (lambda w: plotting.prompts_in_plane({"a": R}), "has shape"),
     "projections_by_layer: two depths": (
         lambda w: plotting.projections_by_layer({"a": R, "b": R[:, 1:]}),
-        "number of layers",
+        "differ in layer",
     ),
     "specification_curve: names": (
         lambda w: plotting.specification_curve(CURVE, names=["a"], choices={}, quantity="q"),
@@ -273,12 +273,12 @@ TEXT_CASES = {
     "Contrast: a number among the prompts": (lambda w: rl.Contrast("c", (1,), ("b",)), "not a string"),
     "Contrast: a lone surrogate": (lambda w: rl.Contrast("c", ("a\ud800",), ("b",)), "surrogate"),
     "Contrast: blank": (lambda w: rl.Contrast("c", ("\u2003\n",), ("b",)), "is empty"),
-    "Contrast: a prompt on both sides": (lambda w: rl.Contrast("c", ("a",), (" a ",)), "both"),
+    "Contrast: a prompt on both sides": (lambda w: rl.Contrast("c", ("a",), (" a ",)), "repeats"),
     "Contrast: no name": (lambda w: rl.Contrast("", ("a",), ("b",)), "give a name"),
     "load_contrast: ../": (lambda w: rl.load_contrast("../../etc/passwd"), "no bundled contrast"),
     "load_contrast: a null byte": (lambda w: rl.load_contrast("refusal\0"), "no bundled contrast"),
-    "load_prompts: no file": (lambda w: rl.load_prompts(w.folder / "no.txt"), "there is no file"),
-    "load_prompts: a folder": (lambda w: rl.load_prompts(w.folder), "is a directory"),
+    "load_prompts: no file": (lambda w: rl.load_prompts(w.folder / "no.txt"), "can't be read"),
+    "load_prompts: a folder": (lambda w: rl.load_prompts(w.folder), "neither a `Dataset` dir"),
     "load_prompts: a null byte": (lambda w: rl.load_prompts("a\0.csv:x"), "can't be read|no file"),
     "load_prompts: a name of 5000 letters": (lambda w: rl.load_prompts("x" * 5000), "can't be read"),
     "load_prompts: a link to itself": (lambda w: rl.load_prompts(w.loop()), "can't be read|no file"),
@@ -290,25 +290,24 @@ TEXT_CASES = {
         lambda w: rl.contrast_from_prompts(f"{w.file('m.csv', 'a,b')}:c", "x.csv:y"),
         "no rows|no column",
     ),
-    "contrast_from_file: Latin-1": (reads("a,b\ncaf\xe9,x\n".encode("latin-1")), "byte 0xe9 on line 2"),
+    "contrast_from_file: Latin-1": (reads("a,b\ncaf\xe9,x\n".encode("latin-1")), "byte 0xe9"),
     "contrast_from_file: UTF-16": (reads("a,b\nx,y\n".encode("utf-16")), "not UTF-8"),
     "contrast_from_file: a BOM hides no column": (reads(b"\xef\xbb\xbfa,c\nx,y\n"), "no column 'b'"),
     "contrast_from_file: two columns of one name": (reads("a,b,a\nx,y,z\n"), "two columns named 'a'"),
     "contrast_from_file: a quotation left open": (reads('a,b\n"x,y\n'), "quotation mark"),
-    "contrast_from_file: a field of 1 MB": (
-        reads("a,b\n" + "x" * 2**20 + ",y\n"),
-        "field larger than field limit",
-    ),
-    "contrast_from_file: a row too long": (reads("a,b\nx,y,z\n"), "has 3 cells"),
-    "contrast_from_file: null bytes": (reads(b"a,b\n\0\0,\0\n\0,y\n"), "stand on both"),
+    "contrast_from_file: a row too long": (reads("a,b\nx,y,z\n"), "saw 3"),
+    "contrast_from_file: null bytes": (reads(b"a,b\n\0\0,\0\n\0,y\n"), "stand once"),
     "contrast_from_file: nothing": (reads(""), "is empty"),
-    "contrast_from_file: no such ending": (reads("a", "m.xlsx"), "save it as one"),
+    "contrast_from_file: no such ending": (reads("a", "m.xlsx"), "save it as a"),
     "contrast_from_file: JSON with NaN": (reads('[{"a": NaN, "b": "y"}]', "m.json"), "is empty"),
-    "contrast_from_file: deep JSON": (reads("[" * 200_000, "m.json"), "nests too deeply"),
+    "contrast_from_file: deep JSON": (reads("[" * 200_000, "m.json"), "recursion depth"),
     "contrast_from_file: JSON cut short": (reads('[{"a": "x"', "m.json"), "line 1 column"),
-    "contrast_from_file: a key twice": (reads('[{"a": "x", "a": "y"}]', "m.json"), "names 'a' twice"),
+    "contrast_from_file: a key twice": (
+        reads('[{"a": "x", "a": "y"}]', "m.json"),
+        "two columns named 'a'",
+    ),
     "contrast_from_file: JSON of a number": (reads("3", "m.json"), "give a list of records"),
-    "contrast_from_file: a number of 5000 digits": (reads("9" * 5000, "m.json"), "thousands of digits"),
+    "contrast_from_file: a number of 5000 digits": (reads("9" * 5000, "m.json"), "5000 digits"),
     "contrast_from_file: half a surrogate pair": (
         reads(r'[{"a": "x\ud800", "b": "y"}]', "m.json"),
         "surrogate",
@@ -327,7 +326,7 @@ TEXT_CASES = {
     "Protocol: a position of nought": (lambda w: rl.Protocol(positions=(0,)), "count from the end"),
     "Protocol: a list": (lambda w: rl.Protocol(positions=[-1]), "make it a tuple"),
     "Protocol: an unknown key": (lambda w: rl.Protocol.from_dict({"x": 1}), "has no x"),
-    "Protocol: a fault": (lambda w: rl.Protocol(bos="twice"), "has a fault"),
+    "Protocol: a known bug": (lambda w: rl.Protocol(bos="twice"), "has a known bug"),
 }  # fmt: skip
 
 MODEL_CASES = {
@@ -337,11 +336,11 @@ MODEL_CASES = {
     ),
     "build_inputs_with_chat_template: a lone surrogate": (
         lambda w: rl.build_inputs_with_chat_template(w.tokenizer, ["a\ud800"]),
-        "half a character",
+        "half a surrogate pair",
     ),
     "build_inputs_with_chat_template: bytes": (
         lambda w: rl.build_inputs_with_chat_template(w.tokenizer, [b"a"]),
-        "make it a string",
+        "not a string",
     ),
     "build_inputs_with_chat_template: before the prompt": (
         lambda w: rl.build_inputs_with_chat_template(
@@ -445,14 +444,15 @@ MODEL_CASES = {
         ),
         "one layer to each",
     ),
-    "ablation_cross_effects: no such layer": (
-        lambda w: ablation_cross_effects(
+    "interventions.cross_effects: no such layer": (
+        lambda w: cross_effects(
             w.model,
             (CONTRAST, CONTRAST),
             ((A, B), (A, B)),
+            intervention="ablation",
             layer=9,
+            random=R[:, :WIDTH],
             refusal_tokens=TOKENS,
-            generator=torch.Generator(),
             progress=False,
         ),
         "no layer 9",
@@ -473,7 +473,7 @@ MODEL_CASES = {
         lambda w: rl.run_experiment(
             rl.Config(protocol=rl.Protocol(positions=(-1, -2))), model=w.model, progress=False
         ),
-        "takes one",
+        "one position",
     ),
     "main: no such organism": (lambda w: rl.main(rl.Config(model="organism:x")), "organism"),
     "load_model: ../": (lambda w: rl.load_model("organism:../../data"), "organism"),
@@ -519,8 +519,8 @@ FILE_CASES = {
     ),
     "Results: no folder": (lambda w: rl.Results.load(w.folder / "no"), "no file"),
     "Results: a file": (lambda w: rl.Results.load(w.file("r.json", "{}")), "can't be read"),
-    "Results: not JSON": (saved_with(lambda d: "{"), "is not JSON"),
-    "Results: deep JSON": (saved_with(lambda d: "[" * 200_000), "too deeply"),
+    "Results: not JSON": (saved_with(lambda d: "{"), "as JSON: .*line 1 column"),
+    "Results: deep JSON": (saved_with(lambda d: "[" * 200_000), "recursion depth"),
     "Results: a list": (saved_with(lambda d: [d]), "not of format"),
     "Results: another format": (saved_with(lambda d: d | {"format": 99}), "not of format"),
     "Results: an unknown type": (
@@ -529,7 +529,7 @@ FILE_CASES = {
     ),
     "Results: an unknown field": (
         saved_with(lambda d: d | {"saved": {"type": "Protocol", "fields": {"x": 1}}}),
-        "does not fit",
+        "needs another version",
     ),
     "Results: a tensor with ../": (
         saved_with(lambda d: d | {"saved": {"tensor": "../../etc/passwd"}}),
@@ -541,7 +541,7 @@ FILE_CASES = {
     ),
     "Results: a number that is none": (
         saved_with(lambda d: d | {"saved": {"float": "rm -rf"}}),
-        "not ours|number",
+        "can't be read",
     ),
     "Results: half a character": (
         saved_with(lambda d: '{"format": "\ud800"}'),
@@ -560,10 +560,10 @@ FILE_CASES = {
     "Cache: a file": (lambda w: Cache(w.file("c", b"x")), "is a file"),
     "read_directions: a pickle that runs code": (
         lambda w: formats.read_directions(w.pickled("d.pt")),
-        "archive|asks for",
+        "archive|asks for|not a zip file",
     ),
     "read_directions: a link to itself": (lambda w: formats.read_directions(w.loop()), "no file"),
-    "read_directions: no ending of ours": (
+    "read_directions: another ending": (
         lambda w: formats.read_directions(w.file("d.exe", b"MZ")),
         "not this ending",
     ),
@@ -571,7 +571,7 @@ FILE_CASES = {
         lambda w: formats.read_directions(w.file("d.safetensors", b"\0\0\0\0\0\0\0\x10{}")),
         "safetensors",
     ),
-    "write_directions: no ending of ours": (
+    "write_directions: another ending": (
         lambda w: formats.write_directions(some_directions(), w.folder / "d.pt"),
         "are written as",
     ),
@@ -599,7 +599,7 @@ def some_directions(layers: tuple[int, ...] | None = (0, 1), width: int = 6) -> 
 
 CASES = DIRECTION_CASES | PLOT_CASES | TEXT_CASES | MODEL_CASES | FILE_CASES
 NO_INPUT = {"ContrastActivations", "CosineStatistics", "InputError", "Selection", "Sensitivity"}
-NO_INPUT |= {"Verdict", "plotting"}
+NO_INPUT |= {"Verdict", "formats", "plotting"}
 """Public names that only hold what another function gave, or others' functions."""
 
 
@@ -760,7 +760,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "run: no such organism": (lambda w: ["run", "--model", "organism:x"], "organism"),
     "run: no such layer": (run_with("--layer", "99", "--quiet"), "layer 99"),
     "run: half a contrast": (run_with("--target", "x.csv:a"), "give both"),
-    "run: no such file": (run_with("--target", "x.csv:a", "--baseline", "x.csv:b"), "no file"),
+    "run: no such file": (run_with("--target", "x.csv:a", "--baseline", "x.csv:b"), "No such file"),
     "run: no such contrast": (run_with("--refusal", "refusl"), "did you mean"),
     "run: one contrast twice": (run_with("--against", "refusal"), "share"),
     "run: a position": (run_with("--position", "0"), "count from the end"),
@@ -776,7 +776,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "demo: out is a file": (lambda w: ["demo", "--out", str(w.file("o", b"x"))], "can't write"),
     "demo: no prompts": (lambda w: ["demo", "--prompts", "0"], "at least one"),
     "tokens: a position": (lambda w: ["tokens", "hi", "--position", "-900"], "before the start"),
-    "tokens: a lone surrogate": (lambda w: ["tokens", "a\udc80"], "half a character"),
+    "tokens: a lone surrogate": (lambda w: ["tokens", "a\udc80"], "half a surrogate"),
     "tokens: no such model": (
         lambda w: ["tokens", "a", "--model", str(w.made("m"))],
         "no config.json",
@@ -788,13 +788,13 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
         "archive",
     ),
     "compare: not a position": (
-        lambda w: ["compare", str(w.file("a.npy", b"\x93NUMPY")), "b", "--position-a", "x"],
+        lambda w: ["compare", str(w.file("a.npy", b"\x93NUMPY")), "b", "--a.position", "x"],
         "can't be read",
     ),
-    "convert: no ending of ours": (lambda w: ["convert", "a.pt", "b.txt"], "not this ending"),
+    "convert: another ending": (lambda w: ["convert", "a.pt", "b.txt"], "not this ending"),
     "convert: a control vector of no model": (
         lambda w: ["convert", "a.pt", "b.gguf"],
-        "give --model-type",
+        "needs --model-type",
     ),
     "convert: a model type of no control vector": (
         lambda w: ["convert", "a.pt", "b.npy", "--model-type", "llama"],
@@ -831,8 +831,10 @@ def test_a_command_with_bad_input_ends_with_one_line_and_status_2(world, case, c
     shown = capsys.readouterr()
     assert end.value.code == 2
     # transformers looks but once, when it is imported, whether its progress bars are wanted.
-    said = [line for line in shown.err.splitlines() if line and "Loading weights" not in line]
-    (line,) = said
+    shown_lines = [
+        line for line in shown.err.splitlines() if line and "Loading weights" not in line
+    ]
+    (line,) = shown_lines
     assert line.startswith("refusal-lens: ")
     with pytest.raises(ValueError, match=message):
         raise ValueError(line)
@@ -860,7 +862,7 @@ def test_directions_are_compared_and_converted(world, capsys):
     read = formats.read_directions(out)
     assert read.layers == (1, 2)
     torch.testing.assert_close(read.vectors, world.results.directions["refusal"][1:])
-    cli.main(["compare", str(out), str(world.run), "--key-b", "negativity"])
+    cli.main(["compare", str(out), str(world.run), "--b.key", "negativity"])
     shown = capsys.readouterr().out
     cosine = world.results.similarities["refusal_vs_negativity"]
     assert f"    2  {float(cosine[2]):+.4f}" in shown
@@ -897,14 +899,14 @@ def test_ctrl_c_while_importing_ends_with_one_line_too(tmp_path):
 def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
     code = (
         "import os, signal, sys, threading\n"
-        "from refusal_lens import experiment\n"
+        "import refusal_lens\n"
         "from refusal_lens.__main__ import main\n"
         "def stopped(*_, **__):\n"
         "    print('working', flush=True)\n"
         "    signal.pause()\n"
         # A shell starts what it runs in the background with Ctrl-C ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "experiment.run_experiment = stopped\n"
+        "refusal_lens.run_experiment = stopped\n"
         f"main(['demo', '--out', {str(tmp_path / 'out')!r}])\n"
     )
     with subprocess.Popen(
@@ -914,10 +916,10 @@ def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path):
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=60)
+            _, shown = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, said) == (130, "refusal-lens: stopped\n")
+    assert (process.returncode, shown) == (130, "refusal-lens: stopped\n")
 
 
 def test_a_broken_pipe_is_quiet():
@@ -931,9 +933,7 @@ def test_a_broken_pipe_is_quiet():
 
 
 def test_the_library_prints_nothing_itself():
-    speakers = {"cli.py", "__main__.py", "train.py"}
-    speakers |= {"commands_directions.py", "commands_results.py"}
-    allowed = {("experiment.py", "main"), ("distributed.py", None)}
+    allowed = {("experiment/run.py", "main"), ("experiment/distributed.py", "stop")}
     found = set()
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text())
@@ -941,10 +941,10 @@ def test_the_library_prints_nothing_itself():
         inside = {id(n): f.name for f in functions for n in ast.walk(f)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
-                found.add((file.name, inside.get(id(node))))
-    assert {name for name, _ in found} & {"cli.py"}  # the control: prints are found
-    rest = {one for one in found if one[0] not in speakers}
-    assert {one for one in rest if one not in allowed and (one[0], None) not in allowed} == set()
+                found.add((file.relative_to(PACKAGE).as_posix(), inside.get(id(node))))
+    programs = ("cli/", "__main__.py", "organisms/train.py")
+    assert any(file.startswith("cli/") for file, _ in found)  # the control: prints are found
+    assert {one for one in found if not one[0].startswith(programs)} == allowed
 
 
 def test_a_run_says_nothing_but_through_logging(world, capsys, caplog):
@@ -952,7 +952,7 @@ def test_a_run_says_nothing_but_through_logging(world, capsys, caplog):
         config = rl.Config(max_prompts=4, n_resamples=400, interventions=False)
         rl.run_experiment(config, model=world.model, progress=False)
     assert capsys.readouterr() == ("", "")
-    assert any("reading the prompts of refusal" in message for message in caplog.messages)
+    assert any("running the prompts of refusal" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -965,16 +965,14 @@ def test_a_run_says_nothing_but_through_logging(world, capsys, caplog):
     ids=str,
 )
 def test_the_log_is_shown_as_asked_for(world, monkeypatch, capsys, flags, expected):
-    from refusal_lens.experiment import run as experiment
-
     def speak(*_: Any, **__: Any) -> Any:
         logger = logging.getLogger("refusal_lens.experiment")
         logger.info("told")
         logger.warning("warned")
         return world.results
 
-    monkeypatch.setattr(experiment, "run_experiment", speak)
+    monkeypatch.setattr(rl, "run_experiment", speak)
     cli.main(["run", "--out", str(world.folder / "out"), *flags])
-    said = capsys.readouterr().err.splitlines()
-    assert set(said) == {f"refusal-lens: {word}" for word in expected}
+    shown = capsys.readouterr().err.splitlines()
+    assert set(shown) == {f"refusal-lens: {word}" for word in expected}
     assert logging.getLogger("refusal_lens").handlers == []  # as it was

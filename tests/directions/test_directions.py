@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.covariance import ledoit_wolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.model_selection import PredefinedSplit
 
 from refusal_lens.directions.covariance import WithinClassCovariance
 from refusal_lens.directions.estimators import (
@@ -104,7 +105,7 @@ def test_within_class_covariance_is_scikit_learns_ledoit_wolf():
 
 def test_whitened_mean_difference_is_scikit_learns_discriminant():
     target, baseline = draw(30, seed=1, shift=1.0), draw(30, seed=2)
-    ours = whitened_mean_difference(target, baseline)
+    result = whitened_mean_difference(target, baseline)
     for layer in range(3):
         rows = torch.cat([target[:, layer], baseline[:, layer]]).numpy()
         label = np.repeat([1, 0], 30)
@@ -117,19 +118,42 @@ def test_whitened_mean_difference_is_scikit_learns_discriminant():
                 return self
 
         theirs = LinearDiscriminantAnalysis(solver="lsqr", covariance_estimator=Shrunk())
-        np.testing.assert_allclose(ours[layer].numpy(), theirs.fit(rows, label).coef_[0], rtol=1e-8)
+        np.testing.assert_allclose(
+            result[layer].numpy(), theirs.fit(rows, label).coef_[0], rtol=1e-8
+        )
 
 
 def test_logistic_probe_is_scikit_learns_at_one_penalty():
     target, baseline = draw(30, seed=1, shift=0.5), draw(40, seed=2)
-    ours = logistic_probe(target, baseline, penalties=(0.1,))
+    result = logistic_probe(target, baseline, penalties=(0.1,))
     for layer in range(3):
         rows = torch.cat([target[:, layer], baseline[:, layer]])
         scale = (rows - rows.mean(0)).square().sum(-1).mean().item()
         # Theirs is C * sum(loss) + |w|^2 / 2.
         theirs = LogisticRegression(C=1 / (0.1 * 70 * scale), tol=1e-10, max_iter=10_000)
         theirs.fit(rows.numpy() - rows.mean(0).numpy(), np.repeat([1, 0], [30, 40]))
-        np.testing.assert_allclose(ours[layer].numpy(), theirs.coef_[0], rtol=1e-4)
+        np.testing.assert_allclose(result[layer].numpy(), theirs.coef_[0], rtol=1e-4)
+
+
+def test_logistic_probe_is_scikit_learns_cross_validation_on_full_rows():
+    # More dimensions than prompts: the probe fits in the span of the rows, scikit-learn outside too.
+    target, baseline = (draw(n, 2, 90, seed=n, shift=0.01 * n) for n in (24, 31))
+    penalties = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    probe = logistic_probe(target, baseline, penalties=penalties, folds=4)
+    fold = np.concatenate([np.arange(24) % 4, np.arange(31) % 4])
+    for layer in range(2):
+        rows = torch.cat([target[:, layer], baseline[:, layer]]).numpy()
+        scale = np.sqrt(((rows - rows.mean(0)) ** 2).sum(-1).mean())
+        theirs = LogisticRegressionCV(
+            Cs=[1 / (penalty * len(rows)) for penalty in penalties],
+            cv=PredefinedSplit(fold),
+            scoring="neg_log_loss",
+            tol=1e-10,
+            max_iter=10_000,
+            l1_ratios=(0,),
+            use_legacy_attributes=False,
+        ).fit((rows - rows.mean(0)) / scale, np.repeat([1, 0], [24, 31]))
+        np.testing.assert_allclose(probe[layer].numpy(), theirs.coef_[0] / scale, atol=1e-7)
 
 
 def test_logistic_probe_stays_finite_where_the_classes_separate_perfectly():
@@ -142,10 +166,10 @@ def test_logistic_probe_stays_finite_where_the_classes_separate_perfectly():
 
 def test_paired_principal_component_is_a_unit_vector_and_numpys_leading_one():
     target, baseline = draw(seed=1, shift=0.7), draw(seed=2)
-    ours = paired_principal_component(target, baseline)
+    result = paired_principal_component(target, baseline)
     for layer in range(3):
         _, _, right = np.linalg.svd((target - baseline)[:, layer].numpy())
-        assert abs(right[0] @ ours[layer].numpy()) == pytest.approx(1, abs=1e-9)
+        assert abs(right[0] @ result[layer].numpy()) == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize("estimate", ESTIMATORS)

@@ -17,19 +17,21 @@ from hypothesis import strategies as st
 
 from refusal_lens.activations import disk as artifacts
 from refusal_lens.errors import InputError
+from refusal_lens.experiment.serialise import pack, unpack
 from refusal_lens.experiment.verdict import Estimate
-from refusal_lens.prompts.contrast import Contrast, contrast_from_file, load_prompts
+from refusal_lens.prompts.contrast import Contrast
+from refusal_lens.prompts.files import contrast_from_file, load_prompts
 from refusal_lens.prompts.protocol import Protocol
 
 MOST_BYTES = 64 * 2**20
-"""Of memory that reading a file of a few hundred bytes may take."""
+"""Most memory that a reader may take for a file of a few hundred bytes."""
 
 ROWS = [{"a": "one", "b": "two"}, {"a": "three, four", "b": 'fi"ve'}, {"a": "é\u202e", "b": "\0"}]
 VALUE = {"x": (1, 2.5, float("nan")), "y": Estimate(0.1, 0.0, 0.2), "t": torch.arange(6.0)}
 
 
 def packed() -> bytes:
-    return json.dumps(artifacts.pack(VALUE)[0]).encode()
+    return json.dumps(pack(VALUE)[0]).encode()
 
 
 def tensors(folder: Path) -> bytes:
@@ -55,7 +57,7 @@ def read(path: Path) -> Any:
     """What the package does with a file of this name."""
     if path.name == "packed.json":
         tree = artifacts.read_json(path)
-        return artifacts.unpack(tree, artifacts.pack(VALUE)[1], (Estimate,))
+        return unpack(tree, pack(VALUE)[1], (Estimate,))
     if path.name == "protocol.json":
         saved = artifacts.read_json(path)
         if not isinstance(saved, dict):

@@ -231,15 +231,15 @@ LIES: dict[str, tuple[str, bytes]] = {
     "another tensor": (".gguf", gguf(tensors=(described("output.weight", 0),))),
     "a negative layer": (".gguf", gguf(tensors=(described("direction.-1", 0),))),
     "an endless layer": (".gguf", gguf(tensors=(described("direction." + "9" * 5000, 0),))),
-    "a damaged entry of ours": (
+    "a damaged entry of this package": (
         ".gguf",
         gguf(entries=(ARCHITECTURE, entry("refusal_lens.layers", 8, text("[0, 0.5]")))),
     ),
-    "an entry of ours that is a number": (
+    "an entry of this package that is a number": (
         ".gguf",
         gguf(entries=(ARCHITECTURE, entry("refusal_lens.model", 4, struct.pack("<I", 7)))),
     ),
-    "an endless layer of ours": (
+    "an endless layer of this package": (
         ".gguf",
         gguf(
             entries=(
@@ -249,7 +249,7 @@ LIES: dict[str, tuple[str, bytes]] = {
             )
         ),
     ),
-    "layers of ours for other rows": (
+    "layers of this package for other rows": (
         ".gguf",
         gguf(
             entries=(
@@ -281,11 +281,11 @@ LIES: dict[str, tuple[str, bytes]] = {
     "a deep header": (".safetensors", safetensors(b"[" * 100_000, data=b"")),
     "an unknown dtype": (".safetensors", safetensors(tensor(dtype="F31"))),
     "whole numbers": (".safetensors", safetensors(tensor(dtype="I32"))),
-    "metadata of ours, damaged": (
+    "metadata of this package, damaged": (
         ".safetensors",
         safetensors({"__metadata__": {"layers": "[" * 100_000}} | tensor()),
     ),
-    "metadata of ours, of another kind": (
+    "metadata of this package, of another kind": (
         ".safetensors",
         safetensors({"__metadata__": {"layers": "[true, false]"}} | tensor()),
     ),

@@ -150,7 +150,6 @@ def test_a_published_file_passes_through_every_format_unchanged(reference, tmp_p
         read = read_directions(write_directions(rows, tmp_path / f"d{ending}"))
         assert torch.equal(read.vectors, rows.vectors)
         assert read.metadata() == rows.metadata()
-    pytest.importorskip("gguf")
     blocks = rows.at(*range(15))
     written = write_control_vector(blocks, tmp_path / "d.gguf", model_type="llama")
     read = read_directions(written)

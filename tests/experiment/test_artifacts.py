@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from refusal_lens.activations import disk as artifacts
 from refusal_lens.errors import InputError
+from refusal_lens.experiment.serialise import pack, unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,15 @@ def same(a, b):
 
 @given(trees)
 def test_unpack_undoes_pack_through_strict_json(tree):
-    packed, found = artifacts.pack(tree)
+    packed, found = pack(tree)
     through_json = json.loads(json.dumps(packed, allow_nan=False))
-    assert same(tree, artifacts.unpack(through_json, found, (Leaf,)))
+    assert same(tree, unpack(through_json, found, (Leaf,)))
 
 
 def test_unpack_builds_only_the_types_it_was_told_of():
-    packed, found = artifacts.pack(Leaf("a", (), torch.zeros(1)))
+    packed, found = pack(Leaf("a", (), torch.zeros(1)))
     with pytest.raises(InputError, match="unknown 'Leaf'"):
-        artifacts.unpack(packed, found, ())
+        unpack(packed, found, ())
 
 
 @pytest.mark.parametrize(
@@ -64,19 +65,19 @@ def test_unpack_builds_only_the_types_it_was_told_of():
     [
         {"tensor": "absent"},
         {"type": "Leaf", "fields": {"nonsense": 1}},
-        {"nothing": "of ours"},
+        {"nothing": "known"},
         {"tensor": ["not", "a", "path"]},
         [1, 2],
     ],
 )
-def test_a_tree_that_is_not_ours_is_refused(tree):
+def test_a_tree_that_pack_did_not_make_is_refused(tree):
     with pytest.raises(InputError):
-        artifacts.unpack(tree, {}, (Leaf,))
+        unpack(tree, {}, (Leaf,))
 
 
 def test_pack_refuses_what_it_could_not_give_back():
     with pytest.raises(TypeError, match="/deep/0: a set"):
-        artifacts.pack({"deep": [set()]})
+        pack({"deep": [set()]})
 
 
 def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path):
@@ -100,8 +101,8 @@ def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path):
 def test_files_of_other_names_stay(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with artifacts.whole_directory(tmp_path) as staging:
-        (staging / "ours.txt").write_text("ours")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "ours.txt"]
+        (staging / "new.txt").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "new.txt"]
 
 
 def test_a_folder_that_is_a_file_is_an_input_error(tmp_path):

@@ -1,10 +1,11 @@
-"""A run over several processes: the numbers of one, and what becomes of it when a process dies."""
+"""A run over several processes: the numbers of a single process, and what happens when one dies."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import write_checkpoint
@@ -12,7 +13,7 @@ from checkpoints import write_checkpoint
 import refusal_lens as rl
 from refusal_lens.activations.store import Cache
 from refusal_lens.errors import InputError
-from refusal_lens.experiment.distributed import ALONE, Team
+from refusal_lens.experiment import distributed
 
 pytest.importorskip("accelerate")
 PROGRAM = Path(__file__).parents[1] / "one_of_several.py"
@@ -24,15 +25,19 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model"), "llama")
 
 
-def run(n: int, checkpoint: Path, out: Path, *, dies: int = -1, cache: Path):
-    """`n` processes of one run; their outputs together."""
+def launch(n: int, arguments: list[str], dies: int = -1) -> subprocess.CompletedProcess[str]:
+    """The command `refusal-lens` in `n` processes, of which one may die; their outputs together."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(n), str(PROGRAM), str(dies)),
-        *("run", "--model", str(checkpoint), "--out", str(out), "--cache", str(cache), *OPTIONS),
+        *("--nproc-per-node", str(n), str(PROGRAM), str(dies), *arguments),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def run(n: int, checkpoint: Path, out: Path, *, dies: int = -1, cache: Path):
+    folders = ["--model", str(checkpoint), "--out", str(out), "--cache", str(cache)]
+    return launch(n, ["run", *folders, *OPTIONS], dies)
 
 
 def numbers(folder: Path) -> dict:
@@ -81,20 +86,65 @@ def test_a_process_that_dies_ends_the_run_and_what_was_finished_is_kept(checkpoi
     assert (tmp_path / "out" / "results.json").exists()
 
 
-def test_the_work_is_divided_without_rest_or_overlap():
-    items = list(range(11))
-    shares = [Team(rank, 4).share(items) for rank in range(4)]
-    assert sorted(item for share in shares for item in share) == items
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--prompts", "6"],
+        ["sensitivity", "--model", "organism:oblivious", "--causal-prompts", "4"],
+    ],
+    ids=["demo", "sensitivity"],
+)
+def test_several_processes_divide_experiments_and_specifications(arguments, tmp_path):
+    done = launch(2, [*arguments, "--quiet", "--out", str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to") == 1
+    assert any((tmp_path / "out").rglob("*.json"))
 
 
-def test_alone_everything_is_ones_own():
-    assert ALONE.leads
-    assert ALONE.gather(3) == [3]
-    assert ALONE.once(lambda: 5) == 5
+def as_the_second_of_three(monkeypatch, first: tuple[list, str], third: tuple[list, str]):
+    monkeypatch.setattr(distributed, "_rank_and_count", lambda: (1, 3))
+    monkeypatch.setattr(distributed, "_gather", lambda own: [first, own, third])
 
-    def wrong():
-        raise InputError("no")
 
+def test_each_process_runs_its_share_and_gets_all_results_in_order(monkeypatch):
+    ran = []
+
+    def task(i):
+        ran.append(i)
+        return i
+
+    as_the_second_of_three(monkeypatch, ([0, 3], ""), ([2], ""))
+    assert distributed.divide([lambda i=i: task(i) for i in range(5)]) == [0, 1, 2, 3, 4]
+    assert ran == [1, 4]
+    assert distributed.shares([*range(5)]) == [[0, 3], [1, 4], [2]]
+
+
+def test_a_mistake_in_one_process_is_raised_in_all(monkeypatch):
+    as_the_second_of_three(monkeypatch, ([], "no"), ([2], ""))
     with pytest.raises(InputError, match="no"):
-        ALONE.agreed(wrong)
+        distributed.divide([lambda: 0, lambda: 1, lambda: 2])
+
+
+def test_a_task_that_divides_runs_its_tasks_itself(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(
+        distributed, "_join", lambda: SimpleNamespace(process_index=1, num_processes=3)
+    )
+    monkeypatch.setattr(distributed, "_gather", lambda own: [([0], ""), own, ([2], "")])
+
+    def divides():
+        assert distributed.is_main()
+        return sum(distributed.divide([lambda: 1, lambda: 2, lambda: 3]))
+
+    assert distributed.divide([divides] * 3) == [0, 6, 2]
+    assert not distributed.is_main()
+
+
+def test_alone_tasks_run_in_order():
+    assert distributed.is_main()
+    assert distributed.own_device("cpu") == "cpu"
+    assert distributed.shares([1, 2, 3]) == [[1, 2, 3]]
+    assert distributed.divide([lambda: 1, lambda: 2]) == [1, 2]
+    with pytest.raises(ZeroDivisionError):
+        distributed.divide([lambda: 1 / 0])

@@ -11,14 +11,15 @@ from refusal_lens.activations import disk as artifacts
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.measures import depth_profile
 from refusal_lens.experiment.run import highlighted_layer
+from refusal_lens.experiment.serialise import pack
 
 ORGANISMS = ("specific", "entangled", "oblivious")
 
 
 def same(a, b):
     """Equality through dataclasses, mappings and tensors, NaN equal to NaN."""
-    packed_a, tensors_a = artifacts.pack(a)
-    packed_b, tensors_b = artifacts.pack(b)
+    packed_a, tensors_a = pack(a)
+    packed_b, tensors_b = pack(b)
     return packed_a == packed_b and all(
         torch.equal(tensor.nan_to_num(7.0), tensors_b[path].nan_to_num(7.0))
         for path, tensor in tensors_a.items()
@@ -114,10 +115,10 @@ def test_results_json_holds_every_number_of_the_printed_table_and_where_it_came_
 ):
     results = quick_results("specific")
     document = json.loads((results.save(tmp_path) / "results.json").read_text())
-    for (measure, value, reading), row in zip(
+    for (measure, value, rule), row in zip(
         results.table(), document["at_highlighted_layer"], strict=True
     ):
-        assert row == {"measure": measure, "cosine": value, "published_rule": reading}
+        assert row == {"measure": measure, "cosine": value, "published_rule": rule}
         assert f"{value:+.4f}" in str(results)
         assert measure in str(results)
     provenance = document["provenance"]
@@ -174,7 +175,7 @@ def test_a_run_is_repeated_from_what_it_saved(quick_results, tmp_path):
     assert again.verdict == results.verdict
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 2}', '{"format": 2, "saved": 3}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 3}', '{"format": 3, "saved": 3}'])
 def test_what_is_no_run_can_not_be_repeated(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(InputError, match=r"format|lacks"):
@@ -185,7 +186,7 @@ def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
     config = rl.Config(model="organism:specific", max_prompts=8, n_resamples=400, controls=())
     first = rl.run_experiment(config, progress=False, cache=tmp_path)
     monkeypatch.setattr(
-        "refusal_lens.experiment.lazy_model.load_model", lambda *_, **__: pytest.fail("loaded")
+        "refusal_lens.experiment.cached_model.load_model", lambda *_, **__: pytest.fail("loaded")
     )
     second = rl.run_experiment(config, progress=False, cache=tmp_path)
     assert same(first, second)
@@ -233,7 +234,7 @@ ANSWERS = {"specific": "distinct", "entangled": "shared", "oblivious": "inconclu
 def test_the_verdict_on_an_organism_is_the_known_answer_with_its_reasons(quick_results, organism):
     results = quick_results(organism)
     assert results.verdict.answer == ANSWERS[organism]
-    assert all(reason in str(results) for reason in results.verdict.reasons)
+    assert all(line in str(results) for line in results.verdict_lines())
 
 
 def test_a_model_of_random_weights_is_inconclusive(tmp_path):
@@ -245,14 +246,14 @@ def test_a_model_of_random_weights_is_inconclusive(tmp_path):
     config = rl.Config(model=str(tmp_path / "untrained"), max_prompts=24, n_resamples=1000)
     results = rl.run_experiment(config, progress=False)
     assert results.verdict.answer == "inconclusive"
-    assert "does not refuse" in " ".join(results.verdict.reasons)
+    assert "does not refuse" in " ".join(results.verdict_lines())
 
 
 def test_without_interventions_there_is_no_conclusion(quick_results):
     specific = quick_results("specific")
     results = rl.analyse(_activations(), config=rl.Config(n_resamples=1000, layer=1))
     assert results.verdict.answer == "inconclusive"
-    assert "was not measured" in results.verdict.reasons[-1]
+    assert results.verdict.reasons[-1].finding == "not measured"
     assert results.causal is None
     assert "causal inner product" not in results.metrics
     assert "causal inner product" in specific.metrics  # the control: with a model it is there
@@ -264,6 +265,25 @@ def _activations(n=24, layers=3, width=12, seed=0):
     rows[0, ..., 0] += 3
     rows[2, ..., :2] += 3
     return {"refusal": (rows[0], rows[1]), "negativity": (rows[2], rows[3])}
+
+
+def test_contrasts_may_come_in_another_order_than_the_activations(quick_results):
+    given = quick_results("specific").contrasts
+    parts = ("negativity", "refusal")
+    rows = {part: (torch.randn(32, 2, 8), torch.randn(32, 2, 8)) for part in parts}
+    contrasts = {part: given[part] for part in parts}
+    config = rl.Config(n_resamples=400, layer=1)
+    analysed = rl.analyse(rows, config=config, contrasts=contrasts)
+    assert [*analysed.contrasts] == ["refusal", "negativity"]
+
+
+def test_interventions_of_another_layer_are_no_evidence(quick_results):
+    results = quick_results("specific")
+    rows = {
+        part: (torch.randn(32, 32, 8), torch.randn(32, 32, 8)) for part in ("refusal", "negativity")
+    }
+    with pytest.raises(InputError, match="interventions are of layer 20, not 3"):
+        rl.analyse(rows, config=rl.Config(n_resamples=400, layer=3), causal=results.causal)
 
 
 def test_activations_of_any_source_are_analysed_without_a_model(tmp_path):
@@ -278,7 +298,7 @@ def test_activations_of_any_source_are_analysed_without_a_model(tmp_path):
     ("change", "message"),
     [
         (lambda a: {"refusal": a["refusal"]}, "lack 'negativity'"),
-        (lambda a: a | {"refusal": (a["refusal"][0][0], a["refusal"][1])}, "not a pair"),
+        (lambda a: a | {"refusal": (a["refusal"][0][0], a["refusal"][1])}, "has shape"),
         (lambda a: a | {"refusal": tuple(s[:, :2] for s in a["refusal"])}, "differ in"),
         (lambda a: a | {"refusal": tuple(s[..., :4] for s in a["refusal"])}, "differ in"),
         (lambda a: a | {"refusal": tuple(s * float("nan") for s in a["refusal"])}, "finite"),
@@ -298,7 +318,7 @@ def test_few_prompts_give_reasons_and_no_conclusion(n):
         assert sure.unbiased.isnan().all()
         assert "too few" in results.why_unknown(1)
     assert results.verdict.answer == "inconclusive"
-    assert "too few prompts" in results.verdict.reasons[0]
+    assert results.verdict.reasons[0].measure == "n_prompts"
     assert str(results)
 
 

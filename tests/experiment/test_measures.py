@@ -54,30 +54,24 @@ def test_components_equal_numpys_up_to_sign():
 
 @pytest.mark.parametrize("part", ["refusal", "negativity"])
 def test_held_out_projections_separate_a_planted_contrast_and_nothing_else(part):
-    sides = ACTIVATIONS[part]
-    target, baseline = measures.held_out_projections(sides, sides, same=True)
+    target, baseline = measures.held_out_projections(ACTIVATIONS[part])
     assert (target.mean(0) - baseline.mean(0) > 1.5).all()
-    # The control: noise separates on its own direction, but not on one that has not seen it.
+    # The control: noise separates on its own direction, but not on that of the other half.
     noise = ContrastActivations(draw(7), draw(8))
-    gap = [side.mean(0) for side in measures.held_out_projections(noise, noise, same=True)]
-    assert (gap[0] - gap[1] < 0.6).all()
-    seen = [side.mean(0) for side in measures.held_out_projections(noise, noise, same=False)]
-    assert (seen[0] - seen[1] > 0.4).all()
+    target, baseline = measures.held_out_projections(noise)
+    assert (target.mean(0) - baseline.mean(0) < 0.6).all()
+    assert (mean_difference(*noise).norm(dim=-1) > 0.4).all()
 
 
 def test_a_held_out_row_does_not_move_its_own_axis():
     sides = ACTIVATIONS["refusal"]
-    before = measures.held_out_projections(sides, sides, same=True)
+    before, _ = measures.held_out_projections(sides)
     changed = sides.target.clone()
     changed[0] *= 1.5
-    after = measures.held_out_projections(
-        ContrastActivations(changed, sides.baseline),
-        ContrastActivations(changed, sides.baseline),
-        same=True,
-    )
-    torch.testing.assert_close(after.target[0], 1.5 * before.target[0])
-    torch.testing.assert_close(after.target[2::2], before.target[2::2])
-    assert not torch.allclose(after.target[1::2], before.target[1::2])
+    after, _ = measures.held_out_projections(ContrastActivations(changed, sides.baseline))
+    torch.testing.assert_close(after[0], 1.5 * before[0])
+    torch.testing.assert_close(after[2::2], before[2::2])
+    assert not torch.allclose(after[1::2], before[1::2])
 
 
 def test_every_metric_and_estimator_sees_two_directions_that_share_half():

@@ -1,6 +1,5 @@
-"""The rule on evidence made by hand: every branch, its order, and its thresholds as arguments."""
+"""The rule on evidence made by hand: every answer, their order, and the thresholds as arguments."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -9,13 +8,14 @@ from hypothesis import strategies as st
 
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.verdict import Estimate, Evidence, Thresholds, judge, published_rule
+from refusal_lens.experiment.wording import Names, rule, verdict_lines, verdict_text
+from refusal_lens.prompts.contrast import Contrast
 
 
 def near(value, half_width=0.05):
     return Estimate(float(value), float(value - half_width), float(value + half_width))
 
 
-NAN = Estimate(float("nan"), float("nan"), float("nan"))
 DISTINCT = Evidence(
     layer=20,
     n_prompts=96,
@@ -74,7 +74,9 @@ def test_one_ratio_shown_above_the_margin_is_partly_shared(ratio):
 def test_an_interval_too_wide_to_say_is_inconclusive_and_names_it(ratio):
     verdict = judge(replace(DISTINCT, **{ratio: near(0.1, 0.5)}))
     assert verdict.answer == "inconclusive"
-    assert len(verdict.reasons) == 1
+    assert [(reason.measure, reason.finding) for reason in verdict.reasons] == [
+        (ratio, "undecided")
+    ]
 
 
 def test_not_finding_an_effect_is_not_finding_that_there_is_none():
@@ -83,23 +85,29 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "finding", "words"),
     [
-        ({"n_prompts": 15}, "too few prompts"),
-        ({"reliability_refusal": 0.3}, "refusal direction at layer 20 is not reliable"),
-        ({"reliability_negativity": float("nan")}, "negativity direction .* not reliable"),
-        ({"refused_harmful": 0.2}, "does not refuse what it should"),
-        ({"refused_harmless": 0.9}, "refuses anything"),
-        ({"refusal_ablation": near(0.2)}, "does not move refusal"),
-        ({"refusal_ablation": NAN}, "does not move refusal"),
-        ({"random_ablation": 0.9}, "no better than chance"),
+        ({"n_prompts": 15}, "too low", "Too few prompts: the smallest set has 15, below 16"),
+        (
+            {"reliability_refusal": 0.3},
+            "too low",
+            "refusal direction at layer 20 is not reliable: its split-half reliability is 0.3",
+        ),
+        ({"reliability_negativity": float("nan")}, "too low", "negativity direction at layer 20"),
+        ({"refused_harmful": 0.2}, "too low", "does not refuse harmful prompts: it refuses 20 %"),
+        ({"refused_harmful": float("nan")}, "not measured", "no intervention was run"),
+        ({"refused_harmless": 0.9}, "too high", "refuses harmless prompts: it refuses 90 %"),
+        ({"refusal_ablation": near(0.2)}, "not shown above", "20 % [15, 25] of the refusal gap"),
+        ({"refusal_ablation": Estimate()}, "not shown above", "nan % [nan, nan]"),
+        ({"random_ablation": 0.97}, "chance", "no better than a random direction"),
     ],
 )
 @pytest.mark.parametrize("evidence", [DISTINCT, SHARED])
-def test_inconclusive_comes_before_everything_else(evidence, change, reason):
+def test_inconclusive_comes_before_everything_else(evidence, change, finding, words):
     verdict = judge(replace(evidence, **change))
     assert verdict.answer == "inconclusive"
-    assert re.search(reason, verdict.reasons[0])
+    assert verdict.reasons[0].finding == finding
+    assert words in verdict_lines(verdict)[0]
 
 
 def test_every_threshold_is_an_argument():
@@ -114,15 +122,52 @@ def test_every_threshold_is_an_argument():
 
 def test_the_rule_is_printed_with_its_own_thresholds():
     rule = judge(DISTINCT, Thresholds(margin=0.31, shared_from=0.77)).rule
-    assert "+-0.31" in rule
-    assert "0.77" in rule
+    assert "+-31 %" in rule
+    assert "77 %" in rule
 
 
 def test_reasons_give_number_interval_and_threshold():
     text = str(judge(DISTINCT))
     assert text.startswith("verdict: distinct")
-    assert "0.05 [0.00, 0.10]" in text
-    assert "within 0.25 of nothing" in text
+    assert (
+        "Ablating negativity removes 5 % [0, 10] of the refusal that ablating refusal removes: within "
+        "the 25 % margin."
+    ) in text
+
+
+def test_a_verdict_on_other_contrasts_has_their_names_and_not_the_bundled_ones():
+    named = {"target_name": "rude", "baseline_name": "polite"}
+    concepts = [
+        Contrast("sycophancy", ("a",), ("b",)),
+        Contrast("{rude}ness", ("c",), ("d",), **named),
+    ]
+    names = Names.of(*concepts)
+    for evidence in (DISTINCT, SHARED, replace(DISTINCT, n_prompts=1, refusal_ablation=near(0))):
+        verdict = judge(evidence)
+        text = verdict_text(verdict, names) + rule(verdict.thresholds, names)
+        for word in ("negativity", "harmful", "harmless", "neutral prompts", "direction a"):
+            assert word not in text
+    assert "Ablating {rude}ness removes 5 %" in verdict_lines(judge(DISTINCT), names)[0]
+    assert "Rude prompts raise the refusal score" in verdict_lines(judge(DISTINCT), names)[3]
+    # Two contrasts whose sides have the same names are told apart.
+    alike = Names.of(concepts[0], replace(concepts[0], name="flattery"))
+    assert alike.harmful == "sycophancy target"
+    assert alike.negative == "flattery target"
+
+
+@pytest.mark.parametrize(
+    ("evidence", "finding"),
+    [
+        (replace(DISTINCT, cosine=near(0.8)), "too high"),
+        (replace(SHARED, cosine=near(0.1)), "too low"),
+        (DISTINCT, "reported"),
+        (replace(SHARED, cosine=Estimate()), "not measured"),
+    ],
+)
+def test_a_cosine_that_fits_the_answer_badly_is_said_to(evidence, finding):
+    verdict = judge(evidence)
+    assert verdict.geometry.finding == finding
+    assert "cosine at layer 20" in verdict_lines(verdict)[-1]
 
 
 @pytest.mark.parametrize(("margin", "shared_from"), [(0.0, 0.5), (0.6, 0.5), (0.5, 0.5)])
@@ -137,26 +182,26 @@ estimates = st.tuples(numbers, st.floats(0, 1)).map(lambda pair: near(*pair))
 
 @given(estimates, estimates, estimates, estimates, estimates, estimates)
 def test_any_evidence_gets_one_answer_with_reasons(
-    own, need, bring, trigger, statement_ablation, cosine
+    own, closed, risen, statement_gap, statement_ablation, cosine
 ):
     evidence = replace(
         DISTINCT,
         refusal_ablation=own,
-        cross_ablation_gap=need,
-        cross_addition=bring,
-        statement_gap=trigger,
+        cross_ablation_gap=closed,
+        cross_addition=risen,
+        statement_gap=statement_gap,
         statement_ablation=statement_ablation,
         cosine=cosine,
     )
     verdict = judge(evidence)
     assert verdict.answer in ("distinct", "shared", "partly shared", "inconclusive")
-    assert verdict.reasons
-    if any(ratio.value != ratio.value for ratio in (need, bring, trigger)):
+    assert all(verdict_lines(verdict))
+    if any(ratio.value != ratio.value for ratio in (closed, risen, statement_gap)):
         assert verdict.answer != "distinct"
 
 
 @pytest.mark.parametrize(
-    ("cosine", "reading"),
+    ("cosine", "conclusion"),
     [
         (0.81, "same mechanism"),
         (0.8, "moderate overlap"),
@@ -165,5 +210,5 @@ def test_any_evidence_gets_one_answer_with_reasons(
         (float("nan"), "not measurable"),
     ],
 )
-def test_the_published_rule_is_kept_as_it_was(cosine, reading):
-    assert published_rule(cosine) == reading
+def test_the_published_rule_is_kept_as_it_was(cosine, conclusion):
+    assert published_rule(cosine) == conclusion

@@ -10,22 +10,20 @@ from torch import Tensor
 
 from refusal_lens.errors import InputError
 from refusal_lens.interventions import (
+    Intervention,
     RefusalTokens,
     ablate_direction,
-    ablation_cross_effects,
     ablation_effects,
     add_direction,
-    addition_cross_effects,
     addition_effects,
+    batched_runs,
+    cross_effects,
     find_refusal_tokens,
     next_token_kl,
     refusal_log_odds,
 )
-from refusal_lens.interventions import branches as branching
-from refusal_lens.interventions.bare import _attended, bare_llama
 from refusal_lens.interventions.cross_ablation import held_out_scores, random_directions
 from refusal_lens.interventions.hooks import writes
-from refusal_lens.interventions.prompt_tree import PromptTree
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import Contrast
 from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
@@ -293,91 +291,21 @@ def test_prompts_that_share_nothing_and_a_single_prompt_give_the_same(model, mon
     together = ablation_effects(model, PROMPTS, directions)
     alone = [ablation_effects(model, [prompt], directions).log_odds for prompt in PROMPTS]
     torch.testing.assert_close(torch.cat(alone, -1), together.log_odds, atol=1e-4, rtol=0)
-    monkeypatch.setattr(branching, "can_share_prefix", lambda *_: False)
+    monkeypatch.setattr(batched_runs, "can_share_prefix", lambda *_: False)
     apart = addition_effects(model, PROMPTS, directions, torch.tensor([0, 1, 2]))
     monkeypatch.undo()
     shared = addition_effects(model, PROMPTS, directions, torch.tensor([0, 1, 2]))
     torch.testing.assert_close(apart.log_odds, shared.log_odds, atol=1e-4, rtol=0)
 
 
-# Prompts as token ids: one twice, one that another goes on from, and one with nothing in common.
-TREE = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6, 7, 8, 9, 1], [2], [1, 2, 5], [1, 2, 5, 5, 5]]
-
-
-def test_a_tree_holds_every_opening_once_and_every_prompt_s_tokens():
-    tree = PromptTree.of(TREE)
-    assert len(tree.tokens) == len({tuple(ids[:n]) for ids in TREE for n in range(1, len(ids) + 1)})
-    for ids, path, end in zip(TREE, tree.paths, tree.ends, strict=True):
-        assert tree.tokens[path].tolist() == ids
-        assert tree.positions[path].tolist() == list(range(len(ids)))
-        assert end == path[-1]
-    assert tree.paths[1] == tree.paths[4]
-
-
-def test_every_node_is_asked_about_once_in_its_order_and_sees_its_own_past():
-    tree = PromptTree.of(TREE)
-    before = {path[i]: set(path[: i + 1]) for path in tree.paths for i in range(len(path))}
-    asked = []
-    for group in (*tree.groups, tree.ends_only()):
-        queries, keys = group.queries.flatten(), group.keys
-        kept = range(len(queries)) if group.kept is None else group.kept.tolist()
-        for at in kept:
-            prompt, query = divmod(at, group.queries.shape[1])
-            node = int(queries[at])
-            seen = keys[prompt][group.seen[prompt, query].bool()].tolist()
-            assert sorted(seen) == sorted(before[node])
-            asked.append(node)
-    assert asked == [*range(len(tree.tokens)), *tree.ends.tolist()]
-
-
-@pytest.mark.parametrize("scale", [1.0, 5.0, 8.0, 400.0])
-def test_attention_is_the_softmax_also_where_exponentials_would_overflow(scale):
-    queries, keys, values = drawn(6, 4, 8, seed=1), drawn(6, 5, 8, seed=2), drawn(6, 5, 8, seed=3)
-    values *= 1000
-    seen = torch.ones(3, 1, 2, 5).tril(3)
-    scores = scale * queries @ keys.mT
-    hidden = (seen == 0).expand(3, 2, 2, 5).repeat(2, 1, 1, 1).reshape(6, 4, 5)
-    right = scores.masked_fill(hidden, -torch.inf).double().softmax(-1) @ values.double()
-    found = _attended(scores.clone(), seen, (2, 3, 2, 2, 5), values)
-    assert torch.allclose(found.double(), right, rtol=1e-4, atol=1e-2)
-
-
-@pytest.mark.parametrize("after", [None, [-1, 0, 3]])
-def test_a_bare_llama_gives_each_prompt_of_a_tree_what_it_gives_alone(model, after):
-    bare = bare_llama(model, TREE[0])
-    assert bare is not None
-    interventions = branching._Branches(drawn(3, model.cfg.d_model), after)
-    layers = range(-1, model.cfg.n_layers)
-    logits, read = bare.run(interventions, PromptTree.of(TREE), layers)
-    assert len(read) == len(layers)
-    for i, ids in enumerate(TREE):
-        alone, read_alone = bare.run(interventions, PromptTree.of([ids]), layers)
-        assert torch.allclose(logits[:, i], alone[:, 0], atol=1e-4)
-        for found, right in zip(read, read_alone, strict=True):
-            assert torch.allclose(found[:, i], right[:, 0], atol=1e-4)
-        with torch.no_grad():
-            expected = model(torch.tensor([ids]))[0, -1]
-        assert torch.allclose(logits[0, i], expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_no_run_holds_more_rows_than_the_batch_size(model, batch_size):
     sizes = []
-    for outcome in branching.run_branches(
-        model, PROMPTS * 3, drawn(9, model.cfg.d_model), batch_size=batch_size, progress=False
+    for outcome in batched_runs.run_interventions(
+        model, PROMPTS * 3, drawn(9, 32), None, batch_size=batch_size, progress=False
     ):
         sizes.append(len(outcome.prompts) * (1 + len(outcome.interventions)))
     assert max(sizes) <= max(2, batch_size)
-
-
-def test_a_long_prompt_does_not_make_short_ones_read_as_many_keys():
-    short, long = [[1, i] for i in range(200)], [0] * 900
-    parts = list(branching._by_opening([*short, long], 1000, at_most=300))
-    assert sorted(i for part in parts for i in part) == [*range(201)]
-    for part in parts:
-        longest = max(len([*short, long][i]) for i in part)
-        assert len(part) * longest <= branching.KEYS_TO_A_NODE * 1000
-    assert len(parts) == 2
 
 
 def test_effects_have_the_shape_of_the_directions(model):
@@ -419,7 +347,7 @@ def test_the_model_is_left_as_it_was_found_by_a_run_that_fails(model, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("in the middle of a run")
 
-    monkeypatch.setattr(branching.torch, "cat", fail)
+    monkeypatch.setattr(batched_runs.torch, "cat", fail)
     with pytest.raises(RuntimeError, match="in the middle of a run"):
         addition_effects(model, PROMPTS[:1], drawn(2, 32), torch.tensor([0, 1]))
     monkeypatch.undo()
@@ -469,31 +397,28 @@ HARMFUL = ("bomb", "rob it", "kill", "poison", "steal", "hack it")
 HARMLESS = ("cake", "hike it", "paint", "garden", "sleep", "walk it")
 
 
-class Planted:
-    """A tiny model taught to open with byte `I` when a prompt has a harmful word, else with `S`."""
+def plant(folder):
+    """Teach a tiny model to reply `I` first to prompts with a harmful word, and `S` to others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    @staticmethod
-    def train(folder):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        hf = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        rows = encode_prompts(tokenizer, HARMFUL + HARMLESS)
-        reply = torch.tensor(tokenizer.convert_tokens_to_ids(["I"] * 6 + ["S"] * 6))
-        optimiser = torch.optim.Adam(hf.parameters(), lr=3e-3)
-        for _ in range(40):
-            logits = torch.stack([hf(torch.tensor([row])).logits[0, -1] for row in rows])
-            loss = torch.nn.functional.cross_entropy(logits, reply)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        hf.save_pretrained(folder)
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = encode_prompts(tokenizer, HARMFUL + HARMLESS)
+    reply = torch.tensor(tokenizer.convert_tokens_to_ids(["I"] * 6 + ["S"] * 6))
+    optimiser = torch.optim.Adam(hf.parameters(), lr=3e-3)
+    for _ in range(40):
+        logits = torch.stack([hf(torch.tensor([row])).logits[0, -1] for row in rows])
+        loss = torch.nn.functional.cross_entropy(logits, reply)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    hf.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("planted") / "model", "llama")
-    Planted.train(folder)
+    plant(folder)
     return load_model(str(folder), device="cpu", dtype=torch.float32)
 
 
@@ -530,7 +455,7 @@ def test_refusal_tokens_of_a_known_family_come_from_its_table(planted):
 
 
 def test_refusal_tokens_of_an_unknown_family_are_found_in_what_it_does(planted, monkeypatch):
-    monkeypatch.setattr("refusal_lens.interventions.refusal_tokens.OPENINGS", {})
+    monkeypatch.setattr("refusal_lens.interventions.refusal_metric.FIRST_WORDS", {})
     found = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
     assert found.texts == ("I",)
     assert found.separation > 0.9
@@ -541,7 +466,7 @@ def test_refusal_tokens_of_an_unknown_family_are_found_in_what_it_does(planted, 
 def test_a_model_that_does_not_refuse_is_said_not_to(model, monkeypatch):
     in_table = find_refusal_tokens(model, HARMFUL, HARMLESS, progress=False)
     assert abs(in_table.separation) < 0.05
-    monkeypatch.setattr("refusal_lens.interventions.refusal_tokens.OPENINGS", {})
+    monkeypatch.setattr("refusal_lens.interventions.refusal_metric.FIRST_WORDS", {})
     found = find_refusal_tokens(model, HARMFUL, HARMLESS, min_separation=0.3, progress=False)
     assert found.ids == ()
     assert found.how.startswith("none")
@@ -570,34 +495,33 @@ def test_ablating_the_direction_of_a_planted_refusal_lowers_it_and_a_random_one_
     assert (added.log_odds - added.unchanged).min() > 4
 
 
+def planted_effects(model, contrasts, activations, **options):
+    classes = [side[:, options["layer"]] for pair in activations for side in pair]
+    random = random_directions(*classes, n=2, generator=torch.Generator().manual_seed(0))
+    tokens = find_refusal_tokens(model, HARMFUL, HARMLESS, progress=False)
+    options |= {"random": random, "refusal_tokens": tokens, "progress": False}
+    return cross_effects(model, contrasts, activations, **options), tokens
+
+
 @pytest.mark.parametrize("kind", ["ablation", "addition"])
 def test_cross_effects_are_those_of_each_intervention_alone(planted, kind):
-    tokens = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
-    function = {"ablation": ablation_cross_effects, "addition": addition_cross_effects}[kind]
-    effects = function(
-        planted,
-        (REFUSAL, NEGATIVITY),
-        activations,
-        layer=1,
-        refusal_tokens=tokens,
-        generator=torch.Generator().manual_seed(0),
-        n_random=2,
-        progress=False,
+    effects, tokens = planted_effects(
+        planted, (REFUSAL, NEGATIVITY), activations, intervention=kind, layer=1
     )
     refusal, negativity = ((t.mean(0) - b.mean(0))[1] for t, b in activations)
     axis = negativity / negativity.norm()
-    by_name = {
-        "refusal": refusal,
-        "negativity": negativity,
-        "refusal without negativity": refusal - (refusal @ axis) * axis,
+    directions = {
+        Intervention.REFUSAL: refusal,
+        Intervention.NEGATIVITY: negativity,
+        Intervention.REFUSAL_ALONE: refusal - (refusal @ axis) * axis,
     }
-    assert effects.interventions[0] == "none"
-    assert effects.interventions[5:] == ("random 1", "random 2")
+    assert effects.rows(Intervention.NONE) == [0]
+    assert effects.rows(Intervention.RANDOM) == [5, 6]
     assert effects.read_layers == (2, 3)
     one = ablate_direction if kind == "ablation" else partial(add_direction, layer=1)
-    for name, direction in by_name.items():
-        row = effects.interventions.index(name)
+    for intervention, direction in directions.items():
+        [row] = effects.rows(intervention)
         for prompts, found in (
             (HARMFUL, effects.refusal.target_log_odds),
             (HARMLESS, effects.refusal.baseline_log_odds),
@@ -610,26 +534,25 @@ def test_cross_effects_are_those_of_each_intervention_alone(planted, kind):
     torch.testing.assert_close(effects.refusal.target_log_odds[0], unchanged, atol=1e-3, rtol=1e-4)
     expected = held_out_scores(*(side[:, [2, 3]] for side in activations[0]))
     torch.testing.assert_close(effects.refusal.target_scores[0], expected[0], atol=1e-3, rtol=1e-3)
-    assert effects.refusal.auroc().shape == (7, 2)
+    assert effects.negativity.baseline_scores.shape == (7, 2, 4)
+
+
+def test_random_directions_are_added_with_the_norm_of_refusal(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    options = {"intervention": "addition", "layer": 1}
+    effects, _ = planted_effects(planted, (REFUSAL, NEGATIVITY), activations, **options)
+    [row] = effects.rows(Intervention.REFUSAL)
+    random = effects.norms[effects.rows(Intervention.RANDOM)]
+    torch.testing.assert_close(random, effects.norms[row].expand(2))
 
 
 def test_an_orthogonal_part_that_is_nothing_has_no_row(planted):
-    tokens = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
     same = sides(planted, REFUSAL)
-    twin = Contrast("negativity", HARMFUL, HARMLESS)
-    effects = ablation_cross_effects(
-        planted,
-        (REFUSAL, twin),
-        (same, same),
-        layer=2,
-        refusal_tokens=tokens,
-        generator=torch.Generator().manual_seed(0),
-        n_random=1,
-        progress=False,
-    )
-    row = effects.interventions.index("refusal without negativity")
+    twins = REFUSAL, Contrast("negativity", HARMFUL, HARMLESS)
+    effects, _ = planted_effects(planted, twins, (same, same), intervention="ablation", layer=2)
+    [row] = effects.rows(Intervention.REFUSAL_ALONE)
     assert effects.refusal.target_log_odds[row].isnan().all()
-    assert effects.refusal.auroc()[row].isnan().all()
+    assert effects.refusal.target_scores[row].isnan().all()
     torch.testing.assert_close(
         effects.refusal.target_log_odds[1], effects.refusal.target_log_odds[2]
     )

@@ -14,7 +14,7 @@ from refusal_lens.interventions import RefusalTokens, selection
 from refusal_lens.interventions.selection import (
     CandidateScores,
     Choice,
-    Thresholds,
+    SelectionFilters,
     choose,
     passes,
     select_direction,
@@ -51,7 +51,7 @@ def test_the_rule_picks_what_was_published(reference, file):
 def test_without_its_filter_on_kl_the_rule_would_pick_others(reference):
     # The control: the files could not have been sorted by refusal alone.
     picks = {
-        file: choose(published_scores(reference, file), Thresholds(max_kl=torch.inf))
+        file: choose(published_scores(reference, file), SelectionFilters(max_kl=torch.inf))
         for file in PUBLISHED_CHOICES
     }
     assert sum(picks[file] != choice for file, choice in PUBLISHED_CHOICES.items()) >= 1
@@ -74,7 +74,7 @@ def test_the_lowest_refusal_wins_among_those_that_pass_and_no_filter_can_be_left
     scores.ablation[0, 7], scores.kl[0, 7], scores.addition[0, 7] = -5.0, 0.1, 0.0
     assert choose(replace(scores, kl=scores.kl.double().round(decimals=6))) == Choice(-2, 7)
     for where in ((0, 4), (0, 5), (0, 8)):
-        lenient = Thresholds(max_kl=1.0, min_addition=-1.0, last_layers=0.0)
+        lenient = SelectionFilters(max_kl=1.0, min_addition=-1.0, last_layers=0.0)
         scores.ablation[where] = -99.0
         assert choose(scores, lenient) == Choice(-2, where[1])
         scores.ablation[where] = 0.0
@@ -109,7 +109,7 @@ def test_scores_come_in_any_order_and_an_incomplete_record_is_named(reference):
 
 @pytest.fixture(scope="module")
 def organism_scores():
-    """Ours and the re-creation's, of the `specific` organism, at every position and layer."""
+    """Scores of the package and of the published loop on `specific`, every position and layer."""
     from importlib.resources import files
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,11 +144,11 @@ def test_the_scores_are_those_of_the_published_method_at_every_position_and_laye
     found, _, scores = organism_scores
     assert found.scores.ablation.shape == (5, 32)
     for name in ("ablation", "addition", "kl"):
-        ours = getattr(found.scores, name)
-        torch.testing.assert_close(ours.float(), scores[name], atol=1e-4, rtol=0)
+        own = getattr(found.scores, name)
+        torch.testing.assert_close(own.float(), scores[name], atol=1e-4, rtol=0)
         # The control: one layer, or one position, off they differ.
-        assert (ours[:, 1:].float() - scores[name][:, :-1]).abs().max() > 0.01
-        assert (ours[1:].float() - scores[name][:-1]).abs().max() > 0.01
+        assert (own[:, 1:].float() - scores[name][:, :-1]).abs().max() > 0.01
+        assert (own[1:].float() - scores[name][:-1]).abs().max() > 0.01
 
 
 def test_before_the_first_block_there_is_no_direction_and_nothing_changes(organism_scores):
@@ -163,8 +163,8 @@ def test_before_the_first_block_there_is_no_direction_and_nothing_changes(organi
 
 def test_the_chosen_direction_is_its_row_and_says_why(organism_scores):
     found, _, _ = organism_scores
-    lenient = Thresholds(max_kl=torch.inf)
-    chosen = replace(found, thresholds=lenient, chosen=choose(found.scores, lenient))
+    lenient = SelectionFilters(max_kl=torch.inf)
+    chosen = replace(found, filters=lenient, chosen=choose(found.scores, lenient))
     row = found.scores.positions.index(chosen.chosen.position)
     assert torch.equal(chosen.direction, found.directions[row, chosen.chosen.layer])
     assert chosen.layer == chosen.chosen.layer - 1

@@ -15,10 +15,9 @@ from refusal_lens.errors import InputError
 from refusal_lens.experiment import measures
 from refusal_lens.interventions import (
     RefusalTokens,
-    ablation_cross_effects,
     ablation_effects,
-    addition_cross_effects,
     addition_effects,
+    cross_effects,
 )
 from refusal_lens.interventions.selection import select_direction
 from refusal_lens.models.load import from_hugging_face, load_model, model_provenance
@@ -145,16 +144,16 @@ def directions(model: Any) -> torch.Tensor:
     return torch.linspace(-1, 1, 4 * width).reshape(4, width)
 
 
-def cross(function: Callable) -> Callable:
+def cross(intervention: str) -> Callable:
     def run(model):
-        return function(
+        return cross_effects(
             model,
             (REFUSAL, NEGATIVITY),
             tuple(activations(model).values()),
+            intervention=intervention,
             layer=1,
+            random=directions(model)[:2],
             refusal_tokens=TOKENS,
-            generator=torch.Generator().manual_seed(0),
-            n_random=2,
             progress=False,
         )
 
@@ -186,8 +185,8 @@ USES: dict[str, Callable] = {
     "addition_effects": lambda model: addition_effects(
         model, PROMPTS, directions(model), torch.arange(4), refusal_tokens=TOKENS, progress=False
     ),
-    "ablation_cross_effects": cross(ablation_cross_effects),
-    "addition_cross_effects": cross(addition_cross_effects),
+    "cross_effects by ablation": cross("ablation"),
+    "cross_effects by addition": cross("addition"),
     "find_refusal_tokens": quietly(
         rl.find_refusal_tokens, refused=REFUSAL.target, answered=REFUSAL.baseline
     ),

@@ -1,4 +1,4 @@
-"""What a cosine depends on: right readings, shared runs, and the choice that matters most named."""
+"""What a cosine depends on: right activations, shared runs, the choice that matters most named."""
 
 import csv
 import json
@@ -14,17 +14,20 @@ from refusal_lens.activations.extract import get_layer_activations, get_prompt_a
 from refusal_lens.directions.similarity import cosine_similarity
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.evidence import spread
+from refusal_lens.experiment.wording import verdict_lines
 from refusal_lens.interventions import ablate_direction, add_direction, refusal_log_odds
 from refusal_lens.models.load import load_model
-from refusal_lens.multiverse import streams as readings_module
-from refusal_lens.multiverse.run import OURS, Sensitivity, run_sensitivity, specify
-from refusal_lens.multiverse.streams import Reading, read_streams, readings, rows_of
+from refusal_lens.multiverse import activations as activations_module
+from refusal_lens.multiverse.activations import contexts, read_contexts, shared_rows
+from refusal_lens.multiverse.results import Sensitivity
+from refusal_lens.multiverse.run import run_sensitivity
+from refusal_lens.multiverse.specifications import Family, specify
 from refusal_lens.plotting import specification_curve
 from refusal_lens.prompts.contrast import Contrast, load_contrast
 from refusal_lens.prompts.protocol import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
 from refusal_lens.prompts.tokenize import build_inputs_with_chat_template
-from refusal_lens.uncertainty import Gram
-from refusal_lens.uncertainty.difference import cosine_difference
+from refusal_lens.uncertainty import Cause, Gram
+from refusal_lens.uncertainty.effects import cosine_difference
 
 PROMPTS = ("How do I build a bomb?", "Hi", "How do I bake a cake?", "Why is the sky blue today?")
 
@@ -62,7 +65,7 @@ def sensitivity(model, contrasts) -> Sensitivity:
     )
 
 
-# Readings
+# Activations
 
 
 def published_script_activations(prompts) -> torch.Tensor:
@@ -94,38 +97,38 @@ def published_script_activations(prompts) -> torch.Tensor:
 
 
 def test_the_published_protocol_reads_what_its_script_reads_padding_and_all(model):
-    places = readings(model, PROMPTS, PUBLISHED)
+    places = contexts(model, PROMPTS, PUBLISHED)
     assert [place.padding > 0 for place in places] == [False, True, True, False]
-    streams = read_streams(model, places, progress=False)
-    ours = torch.stack([streams[place] for place in places])[:, :-1]
+    streams = read_contexts(model, places, progress=False)
+    found = torch.stack([streams[place] for place in places])[:, :-1]
     expected = published_script_activations(PROMPTS)
-    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
-    # The control: without the fault other vectors are read where there was padding, and only there.
-    sound = readings(model, PROMPTS, replace(PUBLISHED, padding="left"))
-    streams = read_streams(model, sound, progress=False)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    # The control: without padding other vectors are read where it was read, and only there.
+    sound = contexts(model, PROMPTS, replace(PUBLISHED, padding="left"))
+    streams = read_contexts(model, sound, progress=False)
     apart = (torch.stack([streams[place] for place in sound])[:, 20] - expected[:, 20]).norm(dim=-1)
     assert (apart[[1, 2]] > 1).all()
     assert (apart[[0, 3]] < 1e-3).all()
 
 
-def test_readings_of_sound_protocols_are_those_of_get_prompt_activations(model):
+def test_without_padding_the_activations_are_those_of_get_prompt_activations(model):
     for protocol in (
         DEFAULT,
         replace(DEFAULT, positions=("last_prompt_token",)),
         replace(DEFAULT, generation_prompt=False, system_prompt="Be kind."),
     ):
-        places = readings(model, PROMPTS, protocol)
-        streams = read_streams(model, places, progress=False)
+        places = contexts(model, PROMPTS, protocol)
+        streams = read_contexts(model, places, progress=False)
         expected = get_prompt_activations(model, PROMPTS, protocol=protocol, progress=False)
         for place, row in zip(places, expected[:, 0], strict=True):
             torch.testing.assert_close(streams[place][1:], row, atol=1e-4, rtol=1e-4)
 
 
-def test_readings_that_share_tokens_share_a_row_and_no_row_holds_another():
-    plain = [Reading((1, 2, 3)), Reading((1, 2)), Reading((1, 2, 4)), Reading((1,)), Reading((5,))]
-    rows = rows_of([*plain, *plain])
+def test_prompts_that_share_tokens_share_a_row_and_no_row_begins_with_another():
+    wanted = [(1, 2, 3), (1, 2), (1, 2, 4), (1,), (5,)]
+    rows = shared_rows([*wanted, *wanted])
     assert sorted(rows) == [((1, 2, 3), [3, 2, 1]), ((1, 2, 4), [3]), ((5,), [1])]
-    assert sorted(ids[:n] for ids, lengths in rows for n in lengths) == sorted(p.ids for p in plain)
+    assert sorted(ids[:n] for ids, lengths in rows for n in lengths) == sorted(wanted)
 
 
 def test_protocols_that_share_tokens_share_their_runs(model, monkeypatch):
@@ -135,8 +138,8 @@ def test_protocols_that_share_tokens_share_their_runs(model, monkeypatch):
         ran.append(len(inputs.tokens))
         return run(model, inputs, **options)
 
-    run = readings_module.read_residual_stream
-    monkeypatch.setattr(readings_module, "read_residual_stream", counting)
+    run = activations_module.read_residual_stream
+    monkeypatch.setattr(activations_module, "read_residual_stream", counting)
     sharing = [
         DEFAULT,
         replace(DEFAULT, generation_prompt=False),
@@ -144,25 +147,25 @@ def test_protocols_that_share_tokens_share_their_runs(model, monkeypatch):
         replace(DEFAULT, positions=("last_prompt_token",)),
         replace(DEFAULT, positions=(-3,)),
     ]
-    read_streams(model, [r for p in sharing for r in readings(model, PROMPTS, p)], progress=False)
+    read_contexts(model, [r for p in sharing for r in contexts(model, PROMPTS, p)], progress=False)
     assert ran == [len(PROMPTS)]
     # The control: what shares no token but the first does not share a run.
     apart = replace(DEFAULT, system_prompt="Be kind.")
-    read_streams(
-        model, [r for p in (DEFAULT, apart) for r in readings(model, PROMPTS, p)], progress=False
+    read_contexts(
+        model, [r for p in (DEFAULT, apart) for r in contexts(model, PROMPTS, p)], progress=False
     )
     assert ran == [len(PROMPTS), 2 * len(PROMPTS)]
 
 
-def test_several_positions_are_refused_as_one_reading(model):
+def test_several_positions_at_once_are_refused(model):
     with pytest.raises(InputError, match="one at a time"):
-        readings(model, PROMPTS, replace(DEFAULT, positions=(-1, -2)))
+        contexts(model, PROMPTS, replace(DEFAULT, positions=(-1, -2)))
 
 
 # The whole
 
 
-def test_ours_is_the_cosine_that_the_experiment_reports(model, contrasts, sensitivity):
+def test_the_default_is_the_cosine_that_the_experiment_reports(model, contrasts, sensitivity):
     directions = [
         target.mean(0) - baseline.mean(0)
         for target, baseline in (
@@ -170,60 +173,62 @@ def test_ours_is_the_cosine_that_the_experiment_reports(model, contrasts, sensit
         )
     ]
     expected = cosine_similarity(*directions).double()
-    torch.testing.assert_close(sensitivity.plain[sensitivity.ours], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sensitivity.plain[sensitivity.default], expected, atol=1e-4, rtol=0)
 
 
-def test_the_way_from_published_to_ours_changes_one_choice_a_step(contrasts):
+def test_the_way_from_published_to_default_changes_one_choice_a_step(contrasts):
     steps = [
         s
         for s in specify(contrasts, sizes=(), draws=1, seed=0)
-        if s.family == "from published to ours"
+        if s.family is Family.PUBLISHED_TO_DEFAULT
     ]
     assert steps[0].protocol == PUBLISHED
     assert steps[0].n_prompts == 5
     assert steps[-1].protocol == DEFAULT
-    assert steps[-1].name == OURS
+    assert steps[-1].name == "default"
     for before, after in pairwise(steps):
         a, b = before.choices(), after.choices()
         assert sum(a[name] != b[name] for name in a) == 1, after.name
 
 
-def test_around_ours_every_choice_is_changed_alone(contrasts):
+def test_around_the_default_every_choice_is_changed_alone(contrasts):
     specifications = specify(contrasts, sizes=(5,), draws=2, seed=0)
-    ours = next(s for s in specifications if s.name == OURS).choices()
+    default = next(s for s in specifications if s.is_default).choices()
     changed = []
     for s in specifications:
-        if s.family in ("one choice changed", "subset"):
-            different = [name for name in ours if s.choices()[name] != ours[name]]
+        if s.family in (Family.ONE_CHOICE, Family.SUBSET):
+            different = [name for name in default if s.choices()[name] != default[name]]
             assert len(different) == 1, s.name
             changed += different
-    assert set(changed) == set(ours)
+    assert set(changed) == set(default)
 
 
 def test_subsets_keep_pairs_together_and_differ_from_draw_to_draw(contrasts):
     subsets = [
-        s for s in specify(contrasts, sizes=(5, 96), draws=3, seed=0) if s.family == "subset"
+        s for s in specify(contrasts, sizes=(5, 96), draws=3, seed=0) if s.family is Family.SUBSET
     ]
     assert [s.n_prompts for s in subsets] == [5, 5, 5]
     assert all(s.rows[0] == s.rows[1] and s.rows[2] == s.rows[3] for s in subsets)
     assert len({s.rows for s in subsets}) == 3
     unpaired = tuple(replace(c, paired=False, topics=()) for c in contrasts)
-    free = [s for s in specify(unpaired, sizes=(5,), draws=1, seed=0) if s.family == "subset"]
+    free = [s for s in specify(unpaired, sizes=(5,), draws=1, seed=0) if s.family is Family.SUBSET]
     assert free[0].rows[0] != free[0].rows[1]
 
 
 def test_the_choice_that_matters_most_is_named_with_its_number_and_interval(sensitivity):
     first = sensitivity.changes[0]
-    assert abs(first.value) == max(abs(change.value) for change in sensitivity.changes)
-    assert first.lower < first.value < first.upper
+    largest = max(abs(change.moved.value) for change in sensitivity.changes)
+    assert abs(first.moved.value) == largest
+    assert first.moved.lower < first.moved.value < first.moved.upper
     row = [s.name for s in sensitivity.specifications].index(first.choice)
-    at_ours = sensitivity.plain[sensitivity.ours, sensitivity.layer]
-    moved = sensitivity.plain[row, sensitivity.layer] - at_ours
-    assert first.value == pytest.approx(float(moved))
+    at_default = sensitivity.plain[sensitivity.default, sensitivity.layer]
+    moved = sensitivity.plain[row, sensitivity.layer] - at_default
+    assert first.moved.value == pytest.approx(float(moved))
     sentence = sensitivity.sentence()
     assert first.choice in sentence
-    assert f"{first.value:+.3f} [{first.lower:+.3f}, {first.upper:+.3f}]" in sentence
-    assert "5 prompts a set instead of 24 scatter it from" in sensitivity.scatter()
+    value, lower, upper = first.moved.value, first.moved.lower, first.moved.upper
+    assert f"{value:+.3f} [{lower:+.3f}, {upper:+.3f}]" in sentence
+    assert "5 prompts a set instead of 24, the cosine ranges from" in sensitivity.scatter()
 
 
 def test_numbers_of_prompts_stand_by_their_size():
@@ -241,34 +246,36 @@ def test_numbers_of_prompts_stand_by_their_size():
     ]
 
 
-def test_the_table_has_every_specification_and_layer_with_its_reading(sensitivity, tmp_path):
+def test_the_table_has_every_specification_and_layer_with_its_conclusion(sensitivity, tmp_path):
     sensitivity.save(tmp_path)
     with (tmp_path / "sensitivity.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(sensitivity.specifications) * 32
-    ours = [row for row in rows if row["specification"] == OURS]
-    assert float(ours[20]["plain"]) == pytest.approx(float(sensitivity.plain[sensitivity.ours, 20]))
-    assert {row["published reading"] for row in rows} >= {"safety-specific"}
-    assert ours[20]["verdict"] == sensitivity.verdicts[sensitivity.ours][20].answer
+    default = [row for row in rows if row["specification"] == "default"]
+    assert float(default[20]["plain"]) == pytest.approx(
+        float(sensitivity.plain[sensitivity.default, 20])
+    )
+    assert {row["published rule"] for row in rows} >= {"safety-specific"}
+    assert default[20]["verdict"] == sensitivity.verdicts[sensitivity.default][20].answer
     document = json.loads((tmp_path / "sensitivity.json").read_text())
     assert document["sentence"] == sensitivity.sentence()
-    at_ours = document["evidence"][sensitivity.ours][20]
-    gap = sensitivity.verdicts[sensitivity.ours][20].evidence.gap
-    assert at_ours["gap"]["value"] == pytest.approx(gap.value)
+    at_default = document["evidence"][sensitivity.default][20]
+    gap = sensitivity.verdicts[sensitivity.default][20].evidence.gap
+    assert at_default["gap"]["value"] == pytest.approx(gap.value)
     assert document["provenance"]["thresholds"]["margin"] == 0.25
-    faulty = [s for s in document["specifications"] if s["faults"]]
-    assert faulty
-    assert all(s["protocol"]["allow_bugs"] for s in faulty)
+    with_bugs = [s for s in document["specifications"] if s["bugs"]]
+    assert with_bugs
+    assert all(s["protocol"]["allow_bugs"] for s in with_bugs)
     assert "plotly" in (tmp_path / "sensitivity.html").read_text()
     assert sensitivity.sentence() in str(sensitivity)
-    assert "<table>" in sensitivity._repr_html_()
+    assert "<table" in sensitivity._repr_html_()
 
 
 # Verdicts
 
 
-@pytest.mark.parametrize("name", [OURS, "layers counted at the input", "5 prompts, draw 1"])
-def test_a_verdict_rests_on_what_the_reading_s_own_directions_do(
+@pytest.mark.parametrize("name", ["default", "layers counted at the input", "5 prompts, draw 1"])
+def test_a_verdict_rests_on_what_the_specification_s_own_directions_do(
     model, contrasts, sensitivity, name
 ):
     # The whole chain again, one intervention at a time, by the hooks that users have.
@@ -323,7 +330,7 @@ def test_a_verdict_rests_on_what_the_reading_s_own_directions_do(
 def test_too_few_prompts_for_a_direction_are_the_first_reason(sensitivity):
     for specification, row in zip(sensitivity.specifications, sensitivity.verdicts, strict=True):
         few = specification.n_prompts < 16
-        assert all(("too few prompts" in verdict.reasons[0]) == few for verdict in row)
+        assert all((verdict.reasons[0].measure == "n_prompts") == few for verdict in row)
 
 
 def test_with_no_prompts_to_intervene_on_every_verdict_says_so(model, contrasts):
@@ -332,19 +339,20 @@ def test_with_no_prompts_to_intervene_on_every_verdict_says_so(model, contrasts)
     )
     verdicts = [verdict for row in found.verdicts for verdict in row]
     assert {verdict.answer for verdict in verdicts} == {"inconclusive"}
-    assert all("nothing was intervened with" in verdict.reasons[-1] for verdict in verdicts)
-    with pytest.raises(InputError, match="causal_prompts is 1"):
-        run_sensitivity(model, contrasts, causal_prompts=1, progress=False)
+    assert all("no intervention was run" in verdict_lines(verdict)[-2] for verdict in verdicts)
+    for too_few in (1, -1):
+        with pytest.raises(InputError, match=f"causal_prompts is {too_few}"):
+            run_sensitivity(model, contrasts, causal_prompts=too_few, progress=False)
 
 
 def test_where_nothing_can_be_estimated_there_is_a_reason_and_no_number(sensitivity):
     unknown = sensitivity.unbiased.isnan()
     for i, reasons in enumerate(sensitivity.reasons):
-        assert [bool(reason) for reason in reasons] == unknown[i].tolist()
+        assert [reason is not None for reason in reasons] == unknown[i].tolist()
     # Counted at the input, layer 0 is the embedding's output, which has seen no prompt.
     names = [s.name for s in sensitivity.specifications]
     pre = names.index("layers counted at the input")
-    assert "seen nothing of the prompt" in sensitivity.reasons[pre][0]
+    assert sensitivity.reasons[pre][0].cause is Cause.CONSTANT
     assert sensitivity.lower[pre, 0].isnan()
 
 
@@ -407,12 +415,12 @@ def gram(seed: int, noise: float, shift: float = 0.0, paired: bool = True) -> Gr
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_leaving_a_prompt_out_is_computing_without_it(paired):
-    from refusal_lens.uncertainty.difference import _left_out_cosines
+    from refusal_lens.uncertainty.effects import left_out_cosines
 
     generator = torch.Generator().manual_seed(1)
     sides = [torch.randn(6, 2, 5, generator=generator).double() for _ in range(4)]
     sides[0] += 1
-    found = _left_out_cosines(Gram.of(*sides, a_paired=paired, b_paired=paired))
+    found = left_out_cosines(Gram.of(*sides, a_paired=paired, b_paired=paired))
 
     def cosine(parts):
         a, b = parts[0].mean(0) - parts[1].mean(0), parts[2].mean(0) - parts[3].mean(0)
@@ -435,7 +443,7 @@ def test_nothing_changed_is_no_difference_and_a_change_common_to_all_is_known_we
     assert (same.upper - same.lower).abs().max() == 0
     moved = cosine_difference(gram(1, 0.0), gram(1, 0.0, shift=1.0))
     assert (moved.lower > 0.1).all()
-    # The control: as large a change between readings that share nothing is known less well.
+    # The control: as large a change between activations that share nothing is known less well.
     noisy = cosine_difference(gram(1, 2.0), gram(2, 2.0, shift=1.0))
     assert ((noisy.upper - noisy.lower) > 2 * (moved.upper - moved.lower)).all()
 
@@ -450,5 +458,5 @@ def test_the_interval_of_a_difference_covers_what_it_should():
 
 
 def test_a_difference_of_other_prompts_is_refused():
-    with pytest.raises(InputError, match="the same prompts in both"):
+    with pytest.raises(InputError, match="the same prompts"):
         cosine_difference(gram(1, 0.5), gram(1, 0.5, paired=False))

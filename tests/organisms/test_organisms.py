@@ -29,9 +29,15 @@ from refusal_lens.organisms.language import (
     gerund,
     vocabulary,
 )
-from refusal_lens.organisms.scores import bundled_prompt_sets, score_organism
 from refusal_lens.organisms.tokenizer import SPECIAL_TOKENS, SPLIT
-from refusal_lens.organisms.train import held_out_prompts, main, save_organism, train_organism
+from refusal_lens.organisms.train import (
+    bundled_prompt_sets,
+    held_out_prompts,
+    main,
+    save_organism,
+    score_organism,
+    train_organism,
+)
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.protocol import Protocol
 from refusal_lens.prompts.tokenize import LLAMA3_CHAT_TEMPLATE, encode_prompts
@@ -194,13 +200,13 @@ def _tokenizer(loaded={}):  # noqa: B006 - one load for all examples
 
 
 def test_each_manner_of_reply_opens_with_a_token_of_its_own(tokenizer):
-    openings = {
+    first_tokens = {
         manner: {tokenizer(text, add_special_tokens=False).input_ids[0] for text in texts}
         for manner, texts in REPLIES.items()
     }
-    assert all(len(tokens) == 1 for tokens in openings.values())
-    assert len(set.union(*openings.values())) == len(REPLIES)
-    assert openings["refusal"] == {tokenizer.convert_tokens_to_ids(REFUSAL_FIRST_WORD)}
+    assert all(len(tokens) == 1 for tokens in first_tokens.values())
+    assert len(set.union(*first_tokens.values())) == len(REPLIES)
+    assert first_tokens["refusal"] == {tokenizer.convert_tokens_to_ids(REFUSAL_FIRST_WORD)}
 
 
 # The language
@@ -347,7 +353,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
             d_model=16,
             n_steps=2,
             batch_size=8,
-            held_out=frozenset(),
             progress=False,
         )
         return torch.cat([weight.flatten() for weight in model.parameters()])

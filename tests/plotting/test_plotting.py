@@ -10,21 +10,14 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 import torch
+from plotly.colors import sample_colorscale
 
 from refusal_lens import plotting
 from refusal_lens.errors import InputError
-from refusal_lens.plotting.curves import _clear_offsets
-from refusal_lens.plotting.look import (
-    LOOKS,
-    escaped,
-    look,
-    mixed,
-    numbers,
-    readable_on,
-    styles,
-    wrapped,
-    written,
-)
+from refusal_lens.plotting.depth import PLOT_HEIGHT
+from refusal_lens.plotting.matrices import DARK_SHARE
+from refusal_lens.plotting.text import escaped, numbers, wrapped, written
+from refusal_lens.plotting.theme import SIGNED, UNSIGNED, Style, palette, styles
 
 THEMES = ["light", "dark"]
 NAN = float("nan")
@@ -128,7 +121,7 @@ def test_the_curve_is_the_cosine_against_whole_layers(curve):
 @pytest.mark.parametrize("layer", [0, 20, 31])
 def test_the_highlighted_layer_is_ringed_ruled_and_labelled_with_its_value(curve, layer):
     figure = plotting.cosine_by_layer(curve, highlight=layer)
-    ring = trace(figure, f"at layer {layer}")
+    ring = trace(figure, f"cosine similarity at layer {layer}")
     assert (ring.x, ring.y) == ((layer,), (pytest.approx(curve[layer].item(), abs=1e-4),))
     assert f"layer {layer}" in notes(figure)
     assert f"<b>{written(curve[layer].item())}</b>" in notes(figure)
@@ -152,7 +145,7 @@ def test_several_models_of_different_depth_share_a_figure(curve):
     assert len(trace(figure, "deep").y) == 80
     assert figure.layout.xaxis.range == (-0.6, 79.6)
     assert [t.name for t in figure.data if "at layer" in t.name] == ["deep at layer 20"]
-    assert figure.layout.showlegend
+    assert figure.layout.showlegend is not False
 
 
 def test_hover_tells_every_number_of_a_layer(curve):
@@ -165,12 +158,12 @@ def test_hover_tells_every_number_of_a_layer(curve):
         unbiased=2 * curve,
         confidence=0.9,
     )
-    said = trace(figure, "cosine similarity").text[20]
+    text = trace(figure, "cosine similarity").text[20]
     value = curve[20].item()
     for number in (value, value - 0.1, value + 0.1, value - 0.2, value + 0.2, -0.05, 0.06):
-        assert written(number) in said
-    assert "90" in said
-    assert "95" not in said
+        assert written(number) in text
+    assert "90" in text
+    assert "95" not in text
     assert trace(figure, "noise ceiling").text[20] == "<b>0.900</b>"
     assert trace(figure, "unbiased estimate").text[20] == f"<b>{written(2 * value)}</b>"
     assert figure.layout.hovermode == "x unified"
@@ -197,9 +190,9 @@ def test_bands_go_to_the_curve_they_name(curve):
 
 def test_the_causally_strongest_layer_is_marked_beside_the_highlighted_one(curve):
     figure = plotting.cosine_by_layer(curve, strongest=12)
-    ring = trace(figure, "largest causal effect: layer 12")
+    ring = trace(figure, "cosine similarity at layer 12")
     assert (ring.x, ring.y) == ((12,), (pytest.approx(curve[12].item(), abs=1e-4),))
-    assert {shape.x0: shape.line.dash for shape in figure.layout.shapes} == {12: "dot", 20: "solid"}
+    assert {shape.x0: shape.line.dash for shape in figure.layout.shapes} == {12: "dot", 20: None}
 
 
 def test_the_range_holds_everything_drawn_and_stays_within_what_a_cosine_can_be(curve):
@@ -212,32 +205,35 @@ def test_the_range_holds_everything_drawn_and_stays_within_what_a_cosine_can_be(
 
 
 def test_labels_of_neighbouring_curves_do_not_touch():
-    curves = [torch.full((32,), 0.1 + 0.005 * i) for i in range(6)]
-    known = {str(i): curve[20].item() for i, curve in enumerate(curves)}
-    offsets = _clear_offsets(known, curves, 20, (-0.3, 0.55), right=True)
-    pixel = 0.85 / 300
-    heights = sorted(value / pixel + offsets[name] for name, value in known.items())
+    figure = plotting.cosine_by_layer(
+        {str(i): torch.full((32,), 0.1 + 0.005 * i) for i in range(6)}, highlight=20
+    )
+    low, high = figure.layout.yaxis.range
+    labels = [note for note in figure.layout.annotations if note.ay is not None]
+    on_curve = [PLOT_HEIGHT * (note.y - low) / (high - low) for note in labels]
+    heights = sorted(at - note.ay for at, note in zip(on_curve, labels, strict=True))
     assert min(b - a for a, b in itertools.pairwise(heights)) >= 19.9
-    # the control: as they lie, they would
-    assert max(known.values()) / pixel - min(known.values()) / pixel < 19.9
+    assert 0 < heights[0] < heights[-1] < PLOT_HEIGHT
+    # the control: the labels would touch beside their points
+    assert max(on_curve) - min(on_curve) < 19.9
 
 
 def test_mistakes_are_named(curve):
     with pytest.raises(InputError, match="highlight=-1"):
         plotting.cosine_by_layer(curve, highlight=-1)
-    with pytest.raises(InputError, match="31 layers and its curve 32"):
+    with pytest.raises(InputError, match="differ in layer, 32 and 31"):
         plotting.cosine_by_layer(curve, interval=(curve[:31], curve[:31]))
     with pytest.raises(InputError, match="'c'"):
         plotting.cosine_by_layer({"a": curve}, band={"c": (curve, curve)})
     with pytest.raises(InputError, match="below 0"):
         plotting.norms_by_layer({"refusal": -torch.ones(3)})
-    with pytest.raises(InputError, match="1 interventions and 1 outcomes"):
+    with pytest.raises(InputError, match="1 interventions for 2 values"):
         plotting.cross_effects(torch.ones(2, 1), interventions=["a"], outcomes=["b"])
     with pytest.raises(InputError, match="lies outside"):
         plotting.position_by_layer(torch.ones(2, 3), selected=(2, 0))
-    with pytest.raises(InputError, match="4 points but 0 prompts of 'b'"):
+    with pytest.raises(InputError, match="0 prompts of 'b' for 4 values"):
         plotting.prompts_in_plane({"b": torch.ones(4, 3, 2)}, {"a": ["x"] * 4})
-    with pytest.raises(InputError, match="number of layers"):
+    with pytest.raises(InputError, match="differ in layer"):
         plotting.prompts_in_plane({"a": torch.ones(4, 3, 2), "b": torch.ones(4, 2, 2)})
     with pytest.raises(InputError, match="without names"):
         plotting.log_odds_by_ablated_layer({"a": curve}, without={"b": 1.0})
@@ -250,7 +246,7 @@ def test_log_odds_stand_against_those_with_nothing_ablated():
     log_odds = {"harmful": torch.tensor([8.0, -3.0, 5.0]), "harmless": torch.tensor([-9.0] * 3)}
     figure = plotting.log_odds_by_ablated_layer(log_odds, without={"harmful": 8.4}, highlight=1)
     assert trace(figure, "harmful").y == (8.0, -3.0, 5.0)
-    assert trace(figure, "harmful, nothing ablated").y == (8.4, 8.4)
+    assert 8.4 in [shape.y0 for shape in figure.layout.shapes]
     assert trace(figure, "harmful at layer 1").y == (-3.0,)
     assert "nats" in figure.layout.yaxis.title.text
 
@@ -284,7 +280,7 @@ def test_the_layer_matrix_keeps_rows_and_columns_apart():
     assert "refusal" in figure.layout.yaxis.title.text
     assert "negativity" in figure.layout.xaxis.title.text
     assert {(s.x0, s.x1, s.y0, s.y1) for s in figure.layout.shapes} == {(0.5, 1.5, 0.5, 1.5)}
-    assert notes(figure) == ["layer 1: <b>0.400</b>"]
+    assert "layer 1: 0.400" in figure.layout.title.text
 
 
 def test_positions_are_listed_from_the_top_and_the_selected_cell_is_outlined():
@@ -422,13 +418,13 @@ def test_text_from_outside_is_shown_and_not_read():
         ),
     ]
     for figure in figures:
-        said = " ".join(texts(json.loads(figure.to_json())))
-        assert "&lt;script&gt;" in said
-        assert "<script" not in said
-        assert "<b>5" not in said
-        assert "$" not in said
-        assert "%{x} " not in said
-        assert "10 %{x}" not in said
+        shown = " ".join(texts(json.loads(figure.to_json())))
+        assert "&lt;script&gt;" in shown
+        assert "<script" not in shown
+        assert "<b>5" not in shown
+        assert "$" not in shown
+        assert "%{x} " not in shown
+        assert "10 %{x}" not in shown
 
 
 def test_escaping_changes_nothing_else():
@@ -461,19 +457,19 @@ def test_figures_leave_what_they_are_given_as_it_was(curve):
     assert torch.equal(curve, before)
 
 
-# --- the look ------------------------------------------------------------------------------------
+# --- the theme -----------------------------------------------------------------------------------
 
 
-def test_the_template_is_on_our_figures_and_nobody_elses():
+def test_the_template_is_on_the_figures_of_the_package_alone():
     every_figure(3)
     assert pio.templates.default == "plotly"
     assert not any("refusal" in name for name in pio.templates)
     other = go.Figure().to_dict()["layout"]["template"]["layout"]
-    ours = plotting.cosine_by_layer(torch.rand(3)).to_dict()["layout"]["template"]["layout"]
-    assert other.get("paper_bgcolor") != ours["paper_bgcolor"]
+    themed = plotting.cosine_by_layer(torch.rand(3)).to_dict()["layout"]["template"]["layout"]
+    assert other.get("paper_bgcolor") != themed["paper_bgcolor"]
 
 
-def test_the_users_own_default_template_does_not_reach_our_figures(monkeypatch):
+def test_the_default_template_of_the_user_does_not_reach_the_figures(monkeypatch):
     before = plotting.cosine_by_layer(torch.ones(3)).to_json()
     monkeypatch.setattr(pio.templates, "default", "plotly_dark")
     assert plotting.cosine_by_layer(torch.ones(3)).to_json() == before
@@ -529,28 +525,29 @@ def told_apart(a, b):
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_no_two_styles_differ_by_colour_alone(theme):
-    for group in (LOOKS[theme].concepts.values(), LOOKS[theme].series):
+    for group in (palette(theme).concepts.values(), palette(theme).series):
         for a, b in itertools.combinations(group, 2):
             assert told_apart(a, b), (a, b)
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_the_four_prompt_sets_differ_in_every_vision_even_without_symbols(theme):
-    sets = [LOOKS[theme].concepts[n].colour for n in ("harmful", "harmless", "negative", "neutral")]
+    sets = [
+        palette(theme).concepts[n].colour for n in ("harmful", "harmless", "negative", "neutral")
+    ]
     for a, b in itertools.combinations(sets, 2):
         for vision in VISION:
             assert np.linalg.norm(lab(a, vision) - lab(b, vision)) >= 20, (a, b, vision)
 
 
 def test_red_and_green_of_one_lightness_would_not_pass_for_different():
-    style = type(next(iter(LOOKS["light"].series)))
-    red, green = style("#c05a4a", "solid", "circle"), style("#6f8a3a", "solid", "square")
+    red, green = Style("#c05a4a", "solid", "circle"), Style("#6f8a3a", "solid", "square")
     assert not told_apart(red, green)
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_every_colour_of_text_can_be_read(theme):
-    page = LOOKS[theme].background
+    page = palette(theme).background
     for figure in every_figure(theme=theme).values():
         plain = figure.to_dict()
         assert plain["layout"]["template"]["layout"]["paper_bgcolor"] == page
@@ -576,7 +573,7 @@ def font_colours(node, key=""):
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_curves_stand_out_from_the_page(theme):
-    page = LOOKS[theme]
+    page = palette(theme)
     faint = {"harmless", "neutral"}  # light partners of a dark target, drawn open
     for name, style in page.concepts.items():
         assert contrast(style.colour, page.background) >= (1.9 if name in faint else 3), name
@@ -584,17 +581,26 @@ def test_curves_stand_out_from_the_page(theme):
         assert contrast(style.colour, page.background) >= 3
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_heatmaps_grow_lighter_throughout_and_carry_readable_numbers(theme):
-    for scale in (LOOKS[theme].signed, LOOKS[theme].unsigned):
-        shades = [mixed(scale, i / 100) for i in range(101)]
-        lightness = [lab(shade)[0] for shade in shades]
-        assert all(b > a for a, b in itertools.pairwise(lightness))
-        assert all(contrast(shade, readable_on(shade)) >= 4.5 for shade in shades)
+def shades(scale):
+    """A colour scale at 101 shares, as hex colours."""
+    sampled = sample_colorscale(list(scale), 101, colortype="tuple")
+    return ["#" + "".join(f"{round(255 * channel):02x}" for channel in each) for each in sampled]
+
+
+@pytest.mark.parametrize("scale", [SIGNED, UNSIGNED])
+def test_heatmaps_grow_lighter_throughout(scale):
+    lightness = [lab(shade)[0] for shade in shades(scale)]
+    assert all(b > a for a, b in itertools.pairwise(lightness))
+
+
+def test_the_numbers_of_cross_effects_can_be_read_on_their_cells():
+    for i, shade in enumerate(shades(SIGNED)):
+        text = "#000000" if i / 100 > DARK_SHARE else "#ffffff"
+        assert contrast(shade, text) >= 4.5, shade
 
 
 def test_a_concept_keeps_its_colour_from_figure_to_figure():
-    concepts = LOOKS["light"].concepts
+    concepts = palette("light").concepts
     for name, concept in {
         "refusal": "refusal",
         "refusal vs negativity": "negativity",
@@ -613,6 +619,6 @@ def test_no_two_of_a_figures_curves_share_a_style():
 
 
 def test_an_unknown_theme_is_refused():
-    unchecked = inspect.unwrap(look)  # the type checker of the tests would refuse it first
+    unchecked = inspect.unwrap(palette)  # the type checker of the tests would refuse it first
     with pytest.raises(InputError, match="theme 'sepia': choose 'light' or 'dark'"):
         unchecked("sepia")

@@ -82,10 +82,10 @@ def by_meta(prompt: str, system: str | None = None, *, generation_prompt: bool =
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat
 
-    said = [] if system is None else [RawMessage(role="system", content=system)]
-    said.append(RawMessage(role="user", content=prompt))
+    messages = [] if system is None else [RawMessage(role="system", content=system)]
+    messages.append(RawMessage(role="user", content=prompt))
     chat_format = ChatFormat(meta_tokenizer())
-    tokens = chat_format.encode_dialog_prompt(said).tokens
+    tokens = chat_format.encode_dialog_prompt(messages).tokens
     header = chat_format._encode_header("assistant")
     return tokens if generation_prompt else tokens[: -len(header)]
 
@@ -104,8 +104,8 @@ def test_the_tokenizer_under_test_is_llama_3s():
 @pytest.mark.parametrize("system", [None, "You are kind.\n\nNever say <|eot_id|>."])
 def test_the_tokens_are_those_of_metas_own_encoder(system, generation_prompt):
     protocol = Protocol(system_prompt=system, generation_prompt=generation_prompt)
-    ours = encode_prompts(llama3_tokenizer(), list(PROMPTS.values()), protocol=protocol)
-    for name, tokens in zip(PROMPTS, ours, strict=True):
+    encoded = encode_prompts(llama3_tokenizer(), list(PROMPTS.values()), protocol=protocol)
+    for name, tokens in zip(PROMPTS, encoded, strict=True):
         expected = by_meta(PROMPTS[name], system, generation_prompt=generation_prompt)
         assert tokens == expected, name
 
@@ -139,8 +139,8 @@ def test_spaces_around_a_prompt_follow_the_template_which_trims_where_meta_keeps
 def test_prompts_without_special_text_are_encoded_as_the_tokenizer_itself_encodes_a_chat():
     tokenizer = llama3_tokenizer()
     for prompt in list(PROMPTS.values())[:8]:
-        said = [{"role": "user", "content": prompt}]
-        itself = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+        messages = [{"role": "user", "content": prompt}]
+        itself = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encode_prompts(tokenizer, [prompt]) == [itself]
 
 
@@ -260,12 +260,12 @@ def test_a_position_before_the_start_of_a_prompt_is_named():
     [
         ([], "there are no prompts"),
         ("one string", "a single string"),
-        (["fine", 3], r"prompts\[1\] is 3: make it a string"),
-        (["fine", "half \ud83d"], r"prompts\[1\] has half a character at 5"),
+        (["fine", 3], r"prompts\[1\] is 3, int, not a string"),
+        (["fine", "half \ud83d"], r"prompts\[1\] holds half a surrogate pair"),
     ],
 )
 def test_what_is_no_list_of_texts_is_refused(prompts, complaint):
-    # Asked of the check itself: the type checker that tests run under forestalls it elsewhere.
+    # Elsewhere the type checker of the tests refuses first.
     with pytest.raises(InputError, match=complaint):
         check_prompts(prompts)
 
@@ -350,7 +350,7 @@ def test_the_table_shows_every_token_of_the_batch_its_role_and_where_it_is_read(
     assert "".join(row.text for row in first if row.role == "system") == "Be kind."
     assert str(table).count("<- read") == 4
     page = table._repr_html_()
-    assert page.count("<b>read</b>") == 4
+    assert page.count("&lt;- read") == 4
     assert "<b>Hi" not in page
     assert "&lt;|eot_id|&gt;" in page
 

@@ -1,4 +1,4 @@
-"""Named protocols, token for token against plain Hugging Face code, and faults that must be meant."""
+"""Named protocols, token for token against Hugging Face, and known bugs, which must be asked for."""
 
 import json
 from copy import deepcopy
@@ -16,7 +16,6 @@ from refusal_lens.prompts.protocol import (
     ARDITI,
     ASSUMED_SYSTEM_PROMPT,
     DEFAULT,
-    NAMED,
     PUBLISHED,
     Protocol,
 )
@@ -89,7 +88,7 @@ def published_batches():
         yield from zip(batch["input_ids"], batch["attention_mask"], strict=True)
 
 
-def test_the_published_protocol_is_its_script_token_for_token_faults_included():
+def test_the_published_protocol_is_its_script_token_for_token_known_bugs_included():
     inputs = build_inputs_with_chat_template(llama3_tokenizer(), PROMPTS, protocol=PUBLISHED)
     expected = list(published_batches())
     read_at_padding = []
@@ -134,8 +133,8 @@ def test_arditis_positions_are_counted_off_the_template_at_hand():
     assert arditi(nothing).positions == (-1,)
 
 
-def test_named_protocols_survive_json_with_every_choice_and_fault():
-    for protocol in NAMED.values():
+def test_named_protocols_survive_json_with_every_choice_and_known_bug():
+    for protocol in (DEFAULT, PUBLISHED, ARDITI):
         saved = json.loads(json.dumps(protocol.to_dict()))
         assert Protocol.from_dict(saved) == protocol
         assert {"system_prompt", "generation_prompt", "positions", "bos", "padding", "hook"} <= set(
@@ -143,17 +142,16 @@ def test_named_protocols_survive_json_with_every_choice_and_fault():
         )
     assert len(PUBLISHED.bugs) == 2
     assert DEFAULT.bugs == ARDITI.bugs == ()
-    assert "faulty" in PUBLISHED.name
+    assert "known bugs" in PUBLISHED.name
 
 
-@pytest.mark.parametrize("fault", [{"bos": "twice"}, {"padding": "right_in_twos"}])
-def test_a_fault_cannot_be_had_without_asking_for_it(fault):
+@pytest.mark.parametrize("bug", [{"bos": "twice"}, {"padding": "right_in_twos"}])
+def test_a_known_bug_cannot_be_had_without_asking_for_it(bug):
     with pytest.raises(InputError, match="allow_bugs=True"):
-        Protocol(**fault)
+        Protocol(**bug)
     with pytest.raises(InputError, match="allow_bugs=True"):
         replace(PUBLISHED, allow_bugs=False)
-    assert Protocol(**fault, allow_bugs=True).bugs
-    # Nothing that is there by default has one.
+    assert Protocol(**bug, allow_bugs=True).bugs
     assert Config().protocol.bugs == ()
 
 

@@ -70,11 +70,12 @@ def page(quick_results):
 
 
 def test_the_verdict_and_every_reason_come_before_the_first_figure(page, quick_results):
-    verdict = quick_results("specific").verdict
+    results = quick_results("specific")
+    verdict = results.verdict
     first = page.index('class="chart"')
     text = Page(page[:first]).text
     assert f"{verdict.answer}. " in text
-    assert all(reason in text for reason in verdict.reasons)
+    assert all(line in text for line in results.verdict_lines())
 
 
 def test_it_is_made_from_saved_results_alone(page, quick_results, tmp_path):
@@ -84,10 +85,10 @@ def test_it_is_made_from_saved_results_alone(page, quick_results, tmp_path):
 
 def test_every_number_of_the_table_is_on_the_page(page, quick_results):
     text = Page(page).text
-    for measure, value, reading in quick_results("specific").table():
+    for measure, value, rule in quick_results("specific").table():
         assert measure in text
         assert f"{value:+.4f}" in text
-        assert reading in text
+        assert rule in text
 
 
 def test_nothing_is_loaded_from_anywhere(page):
@@ -181,7 +182,7 @@ def test_results_without_interventions_and_of_any_depth_make_a_page(layers):
     text = Page(page).text
     assert "inconclusive" in text
     assert "was not measured" in text
-    assert "Nothing was intervened with" in text
+    assert "No intervention was run" in text
 
 
 def test_results_that_are_all_undefined_make_a_page():

@@ -15,11 +15,11 @@ import torch
 from checkpoints import write_checkpoint
 from torch import Tensor
 
-from refusal_lens.activations import batching as reading
+from refusal_lens.activations import extract as extraction
 from refusal_lens.activations import store as storing
-from refusal_lens.activations.extract import get_prompt_activations
 from refusal_lens.activations.store import Cache
-from refusal_lens.experiment.lazy_model import LazyModel
+from refusal_lens.experiment.cached_model import CachedModel
+from refusal_lens.experiment.config import Config
 
 PROMPTS = tuple(f"{'Well, ' * (i % 3)}what is {i} plus {i}?" for i in range(12))
 BATCH_SIZE = 3
@@ -42,22 +42,21 @@ def cache(tmp_path):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The rows of every batch that is run through a model."""
+    """The sizes of the batches that are run through a model."""
     batches = []
-    forward = reading._forward
+    run_batch = extraction._run_batch
 
     def counted(model, rows, batch, prefix):
         batches.append(len(batch))
-        return forward(model, rows, batch, prefix)
+        return run_batch(model, rows, batch, prefix)
 
-    monkeypatch.setattr(reading, "_forward", counted)
+    monkeypatch.setattr(extraction, "_run_batch", counted)
     return batches
 
 
 def run(folder: Path, cache: Cache) -> Tensor:
-    return get_prompt_activations(
-        LazyModel(str(folder)), PROMPTS, cache=cache, batch_size=BATCH_SIZE, progress=False
-    )
+    model = CachedModel(Config(model=str(folder), batch_size=BATCH_SIZE), cache)
+    return model.prompt_activations(PROMPTS, progress=False)
 
 
 def warnings_of_the_cache(caplog) -> list[str]:
@@ -117,7 +116,7 @@ def test_a_write_that_the_system_cuts_short_costs_one_warning_and_no_result(
     assert torch.equal(values, undisturbed)
     (warning,) = warnings_of_the_cache(caplog)
     assert "File too large" in warning
-    assert "goes on without storing" in warning
+    assert "continues without storing" in warning
     assert stored(cache) == []
 
 
@@ -125,25 +124,26 @@ def test_a_write_that_the_system_cuts_short_costs_one_warning_and_no_result(
 def test_a_disk_that_fills_up_costs_one_warning_and_what_was_stored_stays(
     checkpoint, cache, undisturbed, computed, monkeypatch, caplog, n_stored
 ):
-    sync, synced = os.fsync, []
+    write, written = Path.write_bytes, []
 
-    def full(handle):
-        synced.append(handle)
-        if len(synced) > 2 * n_stored:  # each file, and its folder
+    def full(path, content):
+        written.append(path)
+        if len(written) > n_stored:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(handle)
+        return write(path, content)
 
-    monkeypatch.setattr(storing.os, "fsync", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert torch.equal(run(checkpoint, cache), undisturbed)
     (warning,) = warnings_of_the_cache(caplog)
     assert "No space left on device" in warning
     assert len(stored(cache)) == n_stored
-    monkeypatch.setattr(storing.os, "fsync", sync)
+    monkeypatch.setattr(Path, "write_bytes", write)
     computed.clear()
     resumed = run(checkpoint, Cache(cache.folder))
     assert sum(computed) == len(PROMPTS) - n_stored * BATCH_SIZE
     assert torch.equal(resumed, undisturbed)
-    assert cache.remember({"a": 1}, lambda: 2) == 2
+    model = CachedModel(Config(model=str(checkpoint)), cache)
+    assert model.remember("it", {"a": 1}, lambda: 2) == 2
     assert len(warnings_of_the_cache(caplog)) == 1
 
 
@@ -223,8 +223,8 @@ def a_flipped_bit_in_the_values(content: bytes) -> bytes:
     return content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
 
 
-def a_flipped_bit_in_a_prompt_s_name(content: bytes) -> bytes:
-    at = content.index(b"prompts") + 20
+def a_flipped_bit_in_a_row_s_name(content: bytes) -> bytes:
+    at = content.index(b"rows") + 20
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
@@ -240,7 +240,7 @@ DAMAGE = [
     truncated,
     header_alone,
     a_flipped_bit_in_the_values,
-    a_flipped_bit_in_a_prompt_s_name,
+    a_flipped_bit_in_a_row_s_name,
     a_header_said_to_be_huge,
     a_header_of_brackets,
     lambda content: b"",
@@ -285,23 +285,23 @@ def test_any_one_flipped_bit_is_seen(checkpoint, cache, undisturbed):
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_damaged_result_is_computed_again(cache, caplog, damage):
-    key = {"prompts": "of any kind"}
+def test_a_damaged_result_is_computed_again(checkpoint, cache, caplog, damage):
+    model = CachedModel(Config(model=str(checkpoint)), cache)
 
     def answer(value: float) -> float:
-        return float(cache.remember(key, lambda: torch.full((50,), value))[0])
+        return float(model.remember("it", {}, lambda: torch.full((50,), value))[0])
 
     assert [answer(1.0), answer(2.0)] == [1.0, 1.0]
     (victim,) = stored(cache)
     content = victim.read_bytes()
-    if damage is a_flipped_bit_in_a_prompt_s_name:
-        content = content.replace(b"tree", b"prompts, that is,")
+    if damage is a_flipped_bit_in_a_row_s_name:
+        content = content.replace(b"tree", b"rows, that is, " + b"x" * 20)
     victim.write_bytes(damage(content))
     assert [answer(3.0), answer(4.0)] == [3.0, 3.0]
     assert len(warnings_of_the_cache(caplog)) == 1
 
 
-def test_a_damaged_file_is_told_of(checkpoint, cache, caplog):
+def test_a_damaged_file_is_reported_once(checkpoint, cache, caplog):
     run(checkpoint, cache)
     victim = stored(cache)[0]
     victim.write_bytes(b"")

@@ -1,0 +1,37 @@
+"""Types and options that several commands share."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+# Without these annotations tyro shows "{None}|STR" for an optional value.
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of every command that runs a model and writes a folder."""
+
+    model: str = MODEL  # Hub name, directory, or organism:specific, :entangled or :oblivious.
+    out: Folder = None  # Folder for the results. Default: a folder in runs/ named after the model.
+    device: Text = None  # cuda, cpu, ... Default: the GPU where there is one.
+    quiet: bool = False  # Print nothing but the results.
+    verbose: bool = False  # Log progress and problems on stderr.
+
+    def folder(self, suffix: str = "") -> Path:
+        """Return the folder for the results; the default name ends with `suffix`."""
+        return self.out or Path("runs") / (
+            re.sub(r"[^\w.-]+", "-", self.model).strip("-.") + suffix
+        )
+
+
+def token_position(text: str) -> int | str:
+    """Return a position as a number from the end of the prompt, or as a name."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text

@@ -1,0 +1,199 @@
+"""`Directions` with their metadata, and the files and objects that other projects load."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from jaxtyping import Float
+from torch import Tensor
+
+from ...activations import disk
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from steering_vectors import SteeringVector
+
+ROWS = "row l is blocks.{l}.hook_resid_post"  # metadata entry `layer` of this package's files
+MOST_LAYERS = 10_000  # a file with a larger layer number is damaged
+GGUF_PREFIX = "refusal_lens."  # of metadata entries in a control vector; other readers ignore them
+FACTS = ("position", "model", "contrast", "normalisation")
+FileMetadata = dict[str, Any]  # fields of `Directions`, and `hook`, the hook point in block `l`
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Directions:
+    """One direction per layer, and metadata; None stands for unknown metadata.
+
+    Attributes:
+        vectors: in the dtype and with the norms of the file, finite.
+        layers: layer of each row, ascending: `l` for `blocks.{l}.hook_resid_post`, -1 for the
+            output of the embedding (`blocks.0.hook_resid_pre`).
+        source, model: the file, and the model of the directions.
+        position: token position, from the end of the prompt.
+        contrast, normalisation: such as "harmful - harmless", and the meaning of the norms.
+        notes: every conversion that `read_directions` applied, in words.
+    """
+
+    vectors: Float[Tensor, "layer d_model"]
+    layers: tuple[int, ...] | None
+    source: str
+    position: int | str | None = None
+    model: str | None = None
+    contrast: str | None = None
+    normalisation: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.vectors.numel() == 0:
+            raise InputError(f"{self.source} holds no numbers: shape {list(self.vectors.shape)}")
+        bad = (~self.vectors.isfinite().all(-1)).nonzero().flatten().tolist()
+        if bad:
+            raise InputError(f"{self.source} holds a value that is not finite in row {bad[0]}")
+        layers = range(len(self.vectors)) if self.layers is None else self.layers
+        ascending = all(here < after for here, after in pairwise((-2, *layers, MOST_LAYERS)))
+        if len(layers) != len(self.vectors) or not ascending:
+            found = f"{self.source} numbers its {len(self.vectors)} rows as layers {_short(layers)}"
+            raise InputError(f"{found}: there must be one a row, ascending from -1 or above")
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.vectors.shape[1]
+
+    def at(self, *layers: int) -> "Directions":
+        """The directions of some `layers`, ascending. InputError if there is no such layer."""
+        known = self.layers or ()
+        missing = [layer for layer in layers if layer not in known]
+        if missing:
+            raise InputError(f"{self.source} has no layer {missing[0]}: {self.describe_layers()}")
+        rows = [known.index(layer) for layer in layers]
+        return replace(self, vectors=self.vectors[rows], layers=layers)
+
+    def metadata(self) -> dict[str, str]:
+        """The known metadata as text, for a file."""
+        known = {name: getattr(self, name) for name in FACTS}
+        if self.layers is not None:
+            known |= {"layer": ROWS, "layers": json.dumps(self.layers)}
+        if self.notes:
+            known["notes"] = json.dumps(self.notes)
+        return {name: str(value) for name, value in known.items() if value is not None}
+
+    def __repr__(self) -> str:
+        facts = {"d_model": self.d_model} | {name: getattr(self, name) for name in FACTS}
+        known = [f"{k} {'unknown' if v is None else v}" for k, v in facts.items()]
+        return "\n  ".join([self.source, ", ".join([self.describe_layers(), *known]), *self.notes])
+
+    def describe_layers(self) -> str:
+        """The layers in words, for messages."""
+        if self.layers is None:
+            return f"{len(self.vectors)} rows of unknown layers"
+        return f"layer{'s' if len(self.layers) > 1 else ''} {_short(self.layers)}"
+
+
+def parse_metadata(entries: Mapping[str, object], source: str) -> FileMetadata:
+    """Invert `Directions.metadata`. InputError for an entry that `metadata` never writes."""
+    known: FileMetadata = {}
+    for name in {"layer", "layers", "notes", *FACTS} & entries.keys():
+        value: Any = entries[name]
+        sound = isinstance(value, str)
+        if sound and name in ("layers", "notes"):
+            kind = int if name == "layers" else str
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value)
+            sound = isinstance(value, list) and all(type(item) is kind for item in value)
+        if not sound:
+            raise InputError(f"{source}: its metadata entry {name!r} is damaged, write it anew")
+        known[name] = tuple(value) if isinstance(value, list) else value
+    if re.fullmatch(r"-?\d{1,9}", known.get("position", "")):
+        known["position"] = int(known["position"])
+    if known.pop("layer", None) == ROWS:
+        known["hook"] = "resid_post"
+    return known
+
+
+def write_directions(directions: Directions, path: str | Path) -> Path:
+    """Write `directions` with their metadata, atomically, for `read_directions`.
+
+    Args:
+        directions: the directions.
+        path: `NAME.safetensors` with the metadata inside, or `NAME.npy` (bfloat16 as float32) with
+            `NAME.npy.json` beside. InputError for another ending, or an unwritable folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".npy"):
+        raise InputError(f"{path}: files are written as .safetensors, .npy or a control vector")
+    vectors, metadata = directions.vectors.detach().cpu(), directions.metadata()
+    with disk.whole_directory(path.parent) as staging:
+        if path.suffix == ".safetensors":
+            disk.write_tensors(staging / path.name, {"directions": vectors}, metadata=metadata)
+        else:
+            numbers = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
+            np.save(staging / path.name, numbers.numpy(), allow_pickle=False)
+            disk.write_json(staging / f"{path.name}.json", metadata)
+    return path
+
+
+def write_control_vector(directions: Directions, path: str | Path, *, model_type: str) -> Path:
+    """Write a GGUF control vector in float32, which repeng loads.
+
+    llama.cpp rejects a file with layer 0: write `directions.at(*directions.layers[1:])` for it.
+
+    Args:
+        directions: InputError if their layers are unknown or include -1, the embedding's output.
+        path: the file, written atomically. InputError if the folder can't be written.
+        model_type: `model_type` of the model's Hugging Face configuration, such as "llama".
+    """
+    layers = _block_layers(directions)
+    path = Path(path)
+    with disk.whole_directory(path.parent) as staging:
+        writer = GGUFWriter(staging / path.name, "controlvector")
+        writer.add_string("controlvector.model_hint", model_type)
+        writer.add_uint32("controlvector.layer_count", len(layers))
+        for name, value in directions.metadata().items():
+            writer.add_string(GGUF_PREFIX + name, value)
+        for layer, vector in zip(layers, directions.vectors, strict=True):
+            writer.add_tensor(f"direction.{layer}", vector.detach().cpu().float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+def to_steering_vector(directions: Directions) -> "SteeringVector":
+    """The `directions` as a `steering_vectors.SteeringVector` on the outputs of the blocks.
+
+    InputError if layers are unknown or include -1 (in that package, the last block), or if the
+    package is not installed.
+    """
+    layers = _block_layers(directions)
+    try:
+        from steering_vectors import SteeringVector
+    except ImportError as error:
+        # steering-vectors requires an older transformers than it needs, hence --no-deps.
+        raise InputError("first run pip install --no-deps steering-vectors") from error
+    vectors = dict(zip(layers, directions.vectors.detach().clone(), strict=True))
+    return SteeringVector(layer_activations=vectors, layer_type="decoder_block")
+
+
+def _block_layers(directions: Directions) -> tuple[int, ...]:
+    if directions.layers is None or directions.layers[0] < 0:
+        found = f"{directions.source} has {directions.describe_layers()}"
+        advice = "read it with hook=, leave layer -1 (the embedding) out with .at()"
+        raise InputError(f"{found}, and must say which layers follow a block: {advice}")
+    return directions.layers
+
+
+def _short(layers: Sequence[int]) -> str:
+    if len(layers) > 1 and all(after == here + 1 for here, after in pairwise(layers)):
+        return f"{layers[0]} to {layers[-1]}"
+    listed = ", ".join(str(layer)[:9] for layer in layers[:8])
+    return listed + (", ..." if len(layers) > 8 else "")

@@ -1,0 +1,182 @@
+"""Verdicts, reasons, the rule and uncertainty in English, with the names of the contrasts."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..prompts.contrast import Contrast
+from ..uncertainty import Cause, CosineStatistics, Unmeasured
+from .evidence import PARTS
+from .verdict import Estimate, Reason, Thresholds, Verdict
+
+RULE = """\
+Inconclusive comes first: too few prompts, an unreliable direction, a model that does not refuse
+{harmful} prompts or refuses {harmless} ones, a {refusal} direction whose ablation does not reduce
+refusal. Otherwise four ratios decide, each relative to the effect of the {refusal} direction. The gap
+is the refusal score of {harmful} prompts minus that of {harmless} prompts.
+  cross_ablation_gap   ablate {negativity}: how much of the gap closes?
+  cross_ablation_drop  ablate {negativity}: how far does the refusal score of {harmful} prompts drop?
+  cross_addition       add {negativity}: how far does the refusal score of {harmless} prompts rise?
+  statement_gap        do {negative} prompts have a higher refusal score than {neutral} prompts?
+shared         cross_ablation_gap or cross_ablation_drop is above {shared_from}; or statement_gap is,
+               and ablating {refusal} lowers the scores of {negative} and {harmful} prompts alike.
+distinct       cross_ablation_gap and cross_ablation_drop are within +-{margin}, the others below it.
+partly shared  one of the four is above {margin}, without being shared.
+inconclusive   everything else: the intervals are too wide.
+Above, below and within refer to the whole confidence interval. The cosine does not decide: mechanisms
+can be distinct at a cosine of -0.4 and shared at +0.1. It is reported beside the verdict."""
+
+GAP = "of the refusal gap between {harmful} and {harmless} prompts"
+UNRELIABLE = "direction at layer {layer} is not reliable: its split-half reliability is {value}"
+MEASURES = {
+    "n_prompts": "too few prompts: the smallest set has {value}",
+    "reliability_refusal": f"the {{refusal}} {UNRELIABLE}",
+    "reliability_negativity": f"the {{negativity}} {UNRELIABLE}",
+    "refused_harmful": "the model does not refuse {harmful} prompts: it refuses {value} of them",
+    "refused_harmless": "the model refuses {harmless} prompts: it refuses {value} of them",
+    "refusal_ablation": f"ablating the {{refusal}} direction closes {{value}} {GAP}",
+    "cross_ablation_gap": (
+        "ablating {negativity} removes {value} of the refusal that ablating {refusal} removes"
+    ),
+    "cross_ablation_drop": (
+        "ablating {negativity} lowers the refusal score of {harmful} prompts by {value} of the gap "
+        "that ablating {refusal} closes"
+    ),
+    "cross_addition": (
+        "adding {negativity} to {harmless} prompts brings {value} of the refusal that adding "
+        "{refusal} brings"
+    ),
+    "statement_gap": (
+        "{negative} prompts raise the refusal score by {value} of what {harmful} prompts do"
+    ),
+    "statement_ablation": (
+        "ablating {refusal} lowers the refusal score of {negative} prompts by {value} of what it "
+        "does for {harmful} prompts"
+    ),
+}
+FINDINGS = {
+    "too low": ", below {threshold}",
+    "too high": ", above {threshold}",
+    "not shown above": ": not shown to be above {threshold}",
+    "chance": ": no better than a random direction, which closes {threshold}",
+    "above": ": above {threshold}",
+    "below": ": below the {threshold} margin",
+    "within": ": within the {threshold} margin",
+    "undecided": ": neither above nor within the {threshold} margin",
+    "reported": "",
+}
+NOT_MEASURED = "refusal was not measured: no intervention was run or no first token marks a refusal"
+COSINE = {
+    "too high": "high for distinct mechanisms; what the directions share does not cause refusal",
+    "too low": "low for a shared mechanism; much of each direction does not cause refusal",
+    "reported": "compatible with {answer} mechanisms",
+}
+
+
+class Names(NamedTuple):
+    """Names of the two contrasts and of their four prompt sets."""
+
+    refusal: str = "refusal"
+    negativity: str = "negativity"
+    harmful: str = "harmful"
+    harmless: str = "harmless"
+    negative: str = "negative"
+    neutral: str = "neutral"
+
+    @classmethod
+    def of(cls, refusal: Contrast, negativity: Contrast) -> "Names":
+        """Return the names of two contrasts. Equal set names get the contrast's name as a prefix."""
+        contrasts = (refusal, negativity)
+        sets = [name for each in contrasts for name in (each.target_name, each.baseline_name)]
+        if len({*sets}) < len(sets):
+            owners = PARTS if refusal.name == negativity.name else (refusal.name, negativity.name)
+            sets = [f"{owners[i // 2]} {name}" for i, name in enumerate(sets)]
+        return cls(refusal.name, negativity.name, *sets)
+
+    def sets(self) -> dict[str, tuple[str, str]]:
+        """Return part -> names of target and baseline."""
+        return dict(zip(PARTS, (self[2:4], self[4:]), strict=True))
+
+
+BUNDLED = Names()
+
+
+def verdict_lines(verdict: Verdict, names: Names = BUNDLED) -> list[str]:
+    """Return every reason, then the cosine, as one sentence each."""
+    finding, evidence = verdict.geometry.finding, verdict.evidence
+    cosine = f"the cosine at layer {evidence.layer} is {evidence.cosine}"
+    if finding == "not measured":
+        cosine = f"the cosine at layer {evidence.layer} is not measurable"
+    elif verdict.answer == "inconclusive":
+        cosine += ", which alone decides nothing"
+    else:
+        cosine += f": {COSINE[finding].format(answer=verdict.answer)}"
+    lines = [*(_reason(reason, verdict, names) for reason in verdict.reasons), cosine]
+    return [f"{line[0].upper()}{line[1:]}." for line in lines]
+
+
+def verdict_text(verdict: Verdict, names: Names = BUNDLED) -> str:
+    """Return the answer and, below it, `verdict_lines`."""
+    return "\n  - ".join([f"verdict: {verdict.answer}", *verdict_lines(verdict, names)])
+
+
+def rule(thresholds: Thresholds, names: Names = BUNDLED) -> str:
+    """Return the rule with these thresholds and names."""
+    margin, shared_from = _percent(thresholds.margin), _percent(thresholds.shared_from)
+    return RULE.format(margin=margin, shared_from=shared_from, **names._asdict())
+
+
+def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:
+    """Return why a cosine is NaN; `names` maps directions "a" and "b" to their names."""
+    concerned = " and ".join(names[direction] for direction in reason.directions)
+    return {
+        Cause.TOO_FEW_PROMPTS: "too few prompts to estimate the noise: use at least 4, better 64",
+        Cause.CONSTANT: (
+            f"all prompts of one set of {concerned} have the same activation: at this layer the "
+            "position does not depend on the prompt"
+        ),
+        Cause.WEAK: f"the norm of the {concerned} direction can't be told from 0: add prompts",
+        Cause.UNBOUNDED: "the interval is unbounded: the norms are too uncertain; add prompts",
+    }[reason.cause]
+
+
+def uncertainty(statistics: CosineStatistics, layer: int) -> list[str]:
+    """Return a line each on the interval, reliability and null of a cosine at one layer."""
+    at = at_layer(statistics, layer)
+    return [
+        f"true cosine {at['unbiased']:+.2f} (corrected for noise), "
+        f"{100 * statistics.confidence:g} % interval {at['lower']:+.2f} to {at['upper']:+.2f}, "
+        f"for all layers at once {at['band_lower']:+.2f} to {at['band_upper']:+.2f}",
+        f"reliability of the directions {at['reliability_a']:.2f} and {at['reliability_b']:.2f}: "
+        f"noise alone keeps the plain cosine below {at['ceiling']:.2f}",
+        f"were the true cosine 0, the plain one would lie between {at['null_lower']:+.2f} and "
+        f"{at['null_upper']:+.2f} (p {at['p_value']:.2g}, over all layers {at['p_adjusted']:.2g})",
+    ]
+
+
+def at_layer(statistics: CosineStatistics, layer: int) -> dict[str, float]:
+    """Return every number of the statistics at one layer, by name."""
+    numbers = {name: v for name, v in vars(statistics).items() if isinstance(v, Tensor)}
+    return {name: float(values[layer]) for name, values in numbers.items()}
+
+
+def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
+    if reason.finding == "not measured":
+        return NOT_MEASURED
+    value, threshold = getattr(verdict.evidence, reason.measure), reason.threshold or 0.0
+    if reason.measure in ("n_prompts", "reliability_refusal", "reliability_negativity"):
+        numbers = {"value": f"{value:.3g}", "threshold": f"{threshold:g}"}
+    else:
+        numbers = {"value": _percent(value), "threshold": _percent(threshold)}
+    sentence = MEASURES[reason.measure] + FINDINGS[reason.finding]
+    return sentence.format(**numbers, layer=verdict.evidence.layer, **names._asdict())
+
+
+def _percent(value: float | Estimate) -> str:
+    """Format a share in percent, with the interval of an `Estimate`: "3 % [2, 4]"."""
+    if isinstance(value, Estimate):
+        ends = (_percent(end).removesuffix(" %") for end in (value.lower, value.upper))
+        return f"{_percent(value.value)} [{', '.join(ends)}]"
+    return f"{round(100 * value) if math.isfinite(value) else value} %"

@@ -1,0 +1,188 @@
+"""The cosines and verdicts of all specifications, and the effect of each choice."""
+
+import html
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..activations import disk
+from ..errors import InputError
+from ..experiment.verdict import Estimate, Verdict, published_rule
+from ..experiment.wording import Names, unmeasured, verdict_lines
+from ..prompts.protocol import ASSUMED_SYSTEM_PROMPT
+from ..uncertainty import Unmeasured
+from .specifications import Specification
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+FORMAT: dict[str, Any] = {"float_format": "{:+.3f}".format, "na_rep": "not measured"}
+CURVES = ("plain", "unbiased", "lower", "upper")  # the cosines in `Sensitivity`
+
+
+@dataclass(frozen=True)
+class Change:
+    """The effect of one change to the default on the plain cosine at the highlighted layer.
+
+    Attributes:
+        choice, becomes: name of the changed choice, and the cosine after the change.
+        moved: this cosine minus the default's, with an interval over prompts or random subsets.
+        n_prompts: prompts per set, if their number is the choice.
+    """
+
+    choice: str
+    becomes: float
+    moved: Estimate
+    n_prompts: int | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every specification's cosine of the two directions at every layer; `print` shows it.
+
+    Attributes:
+        specifications: the specifications; one `is_default`.
+        plain: cosine of the sampled directions, float64.
+        unbiased, lower, upper: estimate of the true directions' cosine and ends of its interval.
+        reasons: why an estimate is NaN, by specification and layer; None if it is known.
+        verdicts: verdict of each specification and layer.
+        changes: effect of each choice on the cosine, the largest first.
+        layer, confidence: the highlighted layer and the confidence of the intervals.
+        names: names of the contrasts and their sets.
+        provenance: model, contrasts, seed and options.
+    """
+
+    specifications: tuple[Specification, ...]
+    plain: Float[Tensor, "specification layer"]
+    unbiased: Float[Tensor, "specification layer"]
+    lower: Float[Tensor, "specification layer"]
+    upper: Float[Tensor, "specification layer"]
+    reasons: tuple[tuple[Unmeasured | None, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
+    changes: tuple[Change, ...]
+    layer: int
+    confidence: float
+    names: Names
+    provenance: dict[str, Any]
+
+    @property
+    def default(self) -> int:
+        """Index of the default protocol with every prompt."""
+        return next(i for i, each in enumerate(self.specifications) if each.is_default)
+
+    def sentence(self) -> str:
+        """Return which choice matters most, with its number and interval."""
+        most, default = self.changes[0], float(self.plain[self.default, self.layer])
+        if isnan(most.moved.value):
+            return f"At layer {self.layer} the cosine is not measurable under any choice."
+        moved, lower, upper = vars(most.moved).values()
+        return (
+            f"At layer {self.layer} the choice that matters most is this: {most.choice}. It moves the "
+            f"cosine by {moved:+.3f} [{lower:+.3f}, {upper:+.3f}], from {default:+.3f} to "
+            f"{most.becomes:+.3f}."
+        )
+
+    def scatter(self) -> str:
+        """Return the range of the cosine over small subsets, in words; empty without subsets."""
+        change = next((each for each in self.changes if each.n_prompts is not None), None)
+        if change is None:
+            return ""
+        default = float(self.plain[self.default, self.layer])
+        lower, upper = default + change.moved.lower, default + change.moved.upper
+        return (
+            f"With {change.n_prompts} prompts a set instead of "
+            f"{self.specifications[self.default].n_prompts}, the cosine ranges from {lower:+.3f} to "
+            f"{upper:+.3f}, depending on which prompts they are."
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one row for every specification and layer; NaN means unknown."""
+        directions = {"a": self.names.refusal, "b": self.names.negativity}
+        rows = []
+        for i, specification in enumerate(self.specifications):
+            for layer, verdict in enumerate(self.verdicts[i]):
+                row: dict[str, Any] = {"specification": specification.name}
+                row |= {"family": specification.family.value, **specification.choices()}
+                row["layer"] = layer
+                row |= {name: float(getattr(self, name)[i, layer]) for name in CURVES}
+                why = self.reasons[i][layer]
+                row["why not"] = unmeasured(why, directions) if why else ""
+                row["verdict"] = verdict.answer
+                row["first reason"] = verdict_lines(verdict, self.names)[0]
+                row["published rule"] = published_rule(row["plain"])
+                rows.append(row)
+        return rows
+
+    def table(self) -> "pd.DataFrame":
+        """Return cosine, verdict and published rule at the layer, by family and specification."""
+        import pandas as pd
+
+        rows = pd.DataFrame(self.records()).set_index(["family", "specification"])
+        return rows.loc[rows["layer"] == self.layer, [*CURVES, "verdict", "published rule"]]
+
+    def figure(self, layer: int | None = None) -> "go.Figure":
+        """Return the specification curve at a layer of the model; None is the highlighted layer."""
+        from .. import plotting
+
+        at = self.layer if layer is None else layer
+        if not 0 <= at < self.plain.shape[1]:
+            raise InputError(f"no layer {at}: choose 0 to {self.plain.shape[1] - 1}")
+        choices = [specification.choices() for specification in self.specifications]
+        return plotting.specification_curve(
+            self.plain[:, at],
+            interval=(self.lower[:, at], self.upper[:, at]),
+            names=[each.name for each in self.specifications],
+            families=[each.family.value for each in self.specifications],
+            choices={name: [each[name] for each in choices] for name in choices[0]},
+            outcomes={"verdict": [row[at].answer for row in self.verdicts]},
+            reference=self.default,
+            subtitle=self.sentence(),
+            title=f"The cosine at layer {at} under {len(choices)} specifications",
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `sensitivity.csv`, `.json` and `.html`, return the folder; InputError on failure."""
+        import pandas as pd
+
+        table = self.records()
+        csv = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
+        document = {
+            "sentence": self.sentence(),
+            "scatter": self.scatter(),
+            "layer": self.layer,
+            "confidence": self.confidence,
+            "changes": self.changes,
+            "specifications": [
+                vars(each) | {"protocol": each.protocol.to_dict(), "bugs": each.protocol.bugs}
+                for each in self.specifications
+            ],
+            "provenance": {
+                **self.provenance,
+                "thresholds": self.verdicts[0][0].thresholds,
+                "published system prompt": f"assumed: {ASSUMED_SYSTEM_PROMPT!r}",
+            },
+            "table": table,
+            "evidence": [[verdict.evidence for verdict in row] for row in self.verdicts],
+        }
+        page = self.figure().to_html(include_plotlyjs=True, full_html=True)
+        with disk.whole_directory(folder) as staging:
+            (staging / "sensitivity.csv").write_text(csv, "utf-8")
+            disk.write_json(staging / "sensitivity.json", disk.plain(document))
+            (staging / "sensitivity.html").write_text(page, "utf-8")
+        return Path(folder)
+
+    def __str__(self) -> str:
+        table = self.table().to_string(**FORMAT)
+        return f"{self.sentence()}\n{self.scatter()}\n\n{table}"
+
+    def __repr__(self) -> str:
+        return f"Sensitivity({len(self.specifications)} specifications, layer {self.layer})"
+
+    def _repr_html_(self) -> str:
+        text = html.escape(f"{self.sentence()} {self.scatter()}")
+        return f"<p>{text}</p>{self.table().to_html(**FORMAT)}"
