@@ -1,11 +1,11 @@
 """The cache's cost and gain: `python tests/benchmarks/cache.py --out FILE`.
 
-The four bundled contrasts are read from one model three ways, in turns: without a cache, with an
-empty one (cold) and with the one that this has just filled (warm). The model is loaded before the
-clock starts, except in the warm run, which is given one that is not loaded and must leave it so. Of
-the cost the median over the rounds of cold over plain is reported: what else runs then hits both.
+Extracts the activations of the four bundled contrasts without a cache (plain), with an empty cache
+(cold) and with the cache that the cold run filled (warm), in turns. Plain and cold start with a
+loaded model. The warm run starts with nothing loaded, loads a tokenizer and must load no model. The
+cost is the median over the rounds of cold over plain, so that other load on the machine hits both.
 
-Required: warm at least 20 times faster than cold; cold at most 1.05 times plain.
+Required: warm at least 4 times faster than cold; cold at most 1.05 times plain.
 """
 
 import os
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,18 +24,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import tyro
 
-from refusal_lens.activations.extract import extract
+from refusal_lens.activations.extract import by_contrast
 from refusal_lens.activations.store import Cache
-from refusal_lens.experiment.lazy_model import LazyModel
+from refusal_lens.experiment.cached_model import CachedModel
+from refusal_lens.experiment.config import Config
 from refusal_lens.prompts.contrast import load_contrast
 
-LEAST_GAIN, MOST_COST = 20.0, 1.05
+LEAST_GAIN, MOST_COST = 4.0, 1.05
 CONTRASTS = ("refusal", "negativity", "positivity", "alarm")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Seconds of reading all bundled prompts without a cache, with an empty and with a full one."""
+    """Seconds for all bundled prompts without a cache, with an empty cache and with a full one."""
 
     models: tuple[str, ...] = ("organism:specific",)
     """Models, as `load_model` takes them."""
@@ -67,20 +69,24 @@ class Benchmark:
             "|---|---|---|---|---|---|---|---|---|",
         ]
 
+    def cached(self, name: str, cache: Cache) -> CachedModel:
+        return CachedModel(Config(model=name, device=self.device), cache)
+
     def measure(self, name: str) -> str:
-        contrasts = [load_contrast(contrast) for contrast in CONTRASTS]
-        loaded = LazyModel(name, device=self.device)
+        contrasts = {contrast: load_contrast(contrast) for contrast in CONTRASTS}
+        loaded = self.cached(name, Cache(None))
         plain, cold, warm = [], [], []
-        read(loaded, contrasts, None)  # the first run pays for what the later ones find ready
+        extract(loaded, contrasts)  # the first run pays for what later runs find ready
         for i in range(self.rounds):
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 cache = Cache(folder)
-                turns = [(plain, None), (cold, cache)]
+                turns = [(plain, Cache(None)), (cold, cache)]
                 for seconds, into in turns if i % 2 else turns[::-1]:
-                    seconds.append(read(loaded, contrasts, into))
-                later = LazyModel(name, device=self.device)
-                warm.append(read(later, contrasts, cache))
-                assert not later.is_loaded
+                    loaded.cache = into
+                    seconds.append(extract(loaded, contrasts))
+                later = self.cached(name, cache)
+                warm.append(extract(later, contrasts))
+                assert "model" not in vars(later)
                 held = cache.holdings()[0]
         gain = statistics.median(cold) / statistics.median(warm)
         cost = statistics.median(c / p for c, p in zip(cold, plain, strict=True))
@@ -92,9 +98,9 @@ class Benchmark:
         )
 
 
-def read(model: LazyModel, contrasts: list, cache: Cache | None) -> float:
+def extract(model: CachedModel, contrasts: dict) -> float:
     start = time.perf_counter()
-    extract(model, contrasts, cache=cache, progress=False)
+    by_contrast(partial(model.prompt_activations, progress=False), contrasts)
     return time.perf_counter() - start
 
 

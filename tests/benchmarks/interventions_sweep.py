@@ -1,12 +1,11 @@
-"""What sweeping all layers' directions costs, against intervening with one direction at a time.
+"""The time to sweep all layers' directions, against intervening with one direction at a time.
 
     python tests/benchmarks/interventions_sweep.py [organism:specific | random | DIRECTORY]
 
-The reference is the loop one would write: for each direction, all 64 prompts in one batch padded on
-the left, hooked with `ablate_direction` or `add_direction`, next-token logits read at the last
-position. `random` is a random Llama of 8 layers, d_model 256 and a vocabulary of 32,000 (25 million
-parameters). Both ways are run in turn, `--rounds` times, and the fastest round of each counts. The
-table is written to `--out`.
+The reference is a plain loop: for each direction, all 64 prompts in one batch padded on the left,
+hooked with `ablate_direction` or `add_direction`, next-token logits at the last position. `random` is
+a random Llama of 8 layers, d_model 256 and a vocabulary of 32,000 (25 million parameters). Both ways
+take turns, `--rounds` times; the fastest round of each counts. The table is written to `--out`.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/readme_figures.py [depth] [sensitivity]
 
-`depth` runs the experiment on the three bundled organisms with every prompt (about a minute on
-two cores), writes `notebooks/figures/cosine_across_depth.png` and prints the rows of the README's
-table of verdicts; `sensitivity` reads `organism:specific` in every way (about as long), writes
-`notebooks/figures/sensitivity.png` and prints what it found. Drawing needs the packages kaleido and
+`depth` runs the experiment on the three bundled organisms with every prompt, writes
+`notebooks/figures/cosine_across_depth.png` and prints the rows of the README's table of verdicts.
+`sensitivity` compares every specification on `organism:specific`, writes
+`notebooks/figures/sensitivity.png` and prints the table. Drawing needs the packages kaleido and
 pillow, and a Chrome or Chromium.
 """
 
@@ -30,13 +30,13 @@ def draw_depth() -> None:
     curves, intervals, rows = {}, {}, []
     for name in ORGANISMS:
         results = rl.run_experiment(rl.Config(model=f"organism:{name}"), progress=False)
-        measure, cosine, reading = results.table()[0]
+        measure, cosine, published = results.table()[0]
         label = f"{name} (verdict: {results.verdict.answer})"
         sure = results.statistics["negativity"]
         curves[label] = results.similarities["refusal_vs_negativity"]
         if sure.lower.isfinite().all() and sure.upper.isfinite().all():
             intervals[label] = sure.lower, sure.upper
-        rows.append(f"| `{name}` | {results.verdict.answer} | {cosine:+.2f} | {reading} |")
+        rows.append(f"| `{name}` | {results.verdict.answer} | {cosine:+.2f} | {published} |")
         print(results, end="\n\n", flush=True)
     figure = rl.plotting.cosine_by_layer(
         curves,
@@ -49,7 +49,7 @@ def draw_depth() -> None:
 
 
 def draw_sensitivity() -> None:
-    """The cosine of one model, read in every way."""
+    """The cosine of one model under every specification."""
     model = rl.load_model("organism:specific")
     contrasts = rl.load_contrast("refusal"), rl.load_contrast("negativity")
     found = rl.run_sensitivity(model, contrasts, progress=False)
@@ -58,10 +58,10 @@ def draw_sensitivity() -> None:
 
 
 def write(figure: "go.Figure", name: str, height: int | None) -> None:
-    """Write a figure as a small PNG, twice the size it is shown at."""
+    """Write a figure as a small PNG, at twice its displayed size."""
     FIGURES.mkdir(exist_ok=True)
     drawn = Image.open(BytesIO(figure.to_image("png", width=760, height=height, scale=2)))
-    # A palette is a quarter of the size, and such a figure has few colours.
+    # With a palette the file is a quarter of the size; such a figure has few colours.
     few = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     few.save(FIGURES / name, optimize=True)
 

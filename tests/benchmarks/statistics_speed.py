@@ -1,13 +1,12 @@
-"""How fast is it to be sure? Everything that is said of a cosine, against resampling the vectors.
+"""How fast is `cosine_statistics`, compared with a bootstrap of the activation vectors?
 
     python tests/benchmarks/statistics_speed.py [--out FILE]
 
-10,000 resamples of 4 x 128 prompts over 32 layers of 4096 dimensions, all of `cosine_statistics`: both
-Gram matrices, estimate, interval, band, permutation test, random directions and reliability. The
-vector bootstrap draws prompts with replacement, averages their activations and takes the cosine, layer
-by layer; a part of its resamples is run, and the time of all follows in proportion. Both in one run, on
-the same activations; the bootstrap's spread is compared with the interval, so that both are known to
-do their work.
+10,000 resamples of 4 x 128 prompts over 32 layers of 4096 dimensions: Gram matrices, estimate,
+interval, band, permutation test, random directions and reliability. The vector bootstrap draws
+prompts with replacement, averages their activations and takes the cosine, layer by layer. A part of
+its resamples is run; the time of all is in proportion. Both run on the same activations. The table
+compares the bootstrap's spread with the interval's width: both must do their work.
 """
 
 import argparse
@@ -54,7 +53,7 @@ def main() -> None:
     sets = activations()
 
     start = time.perf_counter()
-    ours = cosine_statistics(
+    found = cosine_statistics(
         *sets,
         a_paired=True,
         b_paired=True,
@@ -66,16 +65,16 @@ def main() -> None:
     drawn = bootstrap(sets, BOOTSTRAPPED)
     by_vectors = (time.perf_counter() - start) / BOOTSTRAPPED * RESAMPLES
     spread = (drawn.std(0) * 4).mean()
-    width = (ours.upper - ours.lower).mean()
+    width = (found.upper - found.lower).mean()
     lines = [
-        "# Time to be sure of a cosine at every layer",
+        "# Time of the statistics of a cosine at every layer",
         "",
         f"`python tests/benchmarks/statistics_speed.py`: {RESAMPLES:,} resamples, 4 x {PROMPTS} "
         f"prompts, {LAYERS} layers, d_model {D_MODEL}, {torch.get_num_threads()} threads.",
         "",
         "| | seconds |",
         "|---|---|",
-        f"| everything `cosine_statistics` says, from Gram matrices | {seconds:.1f} |",
+        f"| all of `cosine_statistics`, from Gram matrices | {seconds:.1f} |",
         f"| vector bootstrap of the plain cosine alone ({BOOTSTRAPPED} resamples run, "
         f"in proportion) | {by_vectors:.0f} |",
         f"| ratio | {by_vectors / seconds:.0f} |",
