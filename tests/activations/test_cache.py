@@ -42,25 +42,6 @@ def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """The sizes of the batches that are run through a model."""
-    batches = []
-    run_batch = extraction._run_batch
-
-    def counted(model, rows, batch, prefix):
-        batches.append(len(batch))
-        return run_batch(model, rows, batch, prefix)
-
-    monkeypatch.setattr(extraction, "_run_batch", counted)
-    return batches
-
-
 def cached(folder: Path, cache: Cache | None = None, **options) -> CachedModel:
     return CachedModel(Config(model=str(folder), **options), cache or Cache(None))
 

@@ -15,7 +15,6 @@ import torch
 from checkpoints import write_checkpoint
 from torch import Tensor
 
-from refusal_lens.activations import extract as extraction
 from refusal_lens.activations import store as storing
 from refusal_lens.activations.store import Cache
 from refusal_lens.experiment.cached_model import CachedModel
@@ -33,25 +32,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint):
     return run(checkpoint, Cache(None))
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return Cache(tmp_path / "cache")
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """The sizes of the batches that are run through a model."""
-    batches = []
-    run_batch = extraction._run_batch
-
-    def counted(model, rows, batch, prefix):
-        batches.append(len(batch))
-        return run_batch(model, rows, batch, prefix)
-
-    monkeypatch.setattr(extraction, "_run_batch", counted)
-    return batches
 
 
 def run(folder: Path, cache: Cache) -> Tensor:
