@@ -22,13 +22,13 @@ from ..prompts.protocol import (
 STEPS: dict[str, dict[str, Any]] = {  # cumulative changes from the published protocol
     "every prompt": {},
     "no padding is read": {"padding": "left"},
-    "one BOS": {"bos": "once"},
+    "BOS as the template has it": {"bos": "once"},
     "generation prompt": {"generation_prompt": True},
     "no system prompt": {"system_prompt": None},
 }
 SINGLE: dict[str, dict[str, Any]] = {  # single changes to the default protocol
     "padding is read": {"padding": "right_in_twos", "allow_bugs": True},
-    "two BOS": {"bos": "twice", "allow_bugs": True},
+    "a BOS in front of the template's own": {"bos": "twice", "allow_bugs": True},
     "no generation prompt": {"generation_prompt": False},
     "a system prompt": {"system_prompt": ASSUMED_SYSTEM_PROMPT},
     "layers counted at the input": {"hook": "resid_pre"},
@@ -69,7 +69,7 @@ class Specification:
         p = self.protocol
         return {
             "padding": "none is read" if p.padding == "left" else "right, read at the last column",
-            "BOS": "one" if p.bos == "once" else "two",
+            "BOS": "the template's" if p.bos == "once" else "one more",
             "generation prompt": "yes" if p.generation_prompt else "no",
             "system prompt": "no" if p.system_prompt is None else "yes",
             "layer": "output of block" if p.hook == "resid_post" else "input of block",

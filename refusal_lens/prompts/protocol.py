@@ -10,7 +10,7 @@ LAST_PROMPT_TOKEN = "last_prompt_token"
 LAST_TEMPLATE_TOKEN = "last_template_token"
 
 BUGS = {  # known bugs of the published script by field and value, in words
-    ("bos", "twice"): "two BOS tokens",
+    ("bos", "twice"): "a BOS token put in front of the template's own",
     ("padding", "right_in_twos"): "right padding in batches of two, read at the last column",
 }
 
@@ -33,7 +33,8 @@ class Protocol:
         chat_template: Jinja template; None for the tokenizer's own.
         hook: "resid_post", so that layer `l` is the output of block `l`; or "resid_pre", so that
             layer `l` is the input of block `l` (Arditi et al.; `hidden_states[l]` of Hugging Face).
-        bos: "once"; "twice" is a known bug of the published script.
+        bos: "once" leaves BOS to the template; "twice" is a known bug of the published script, which
+            put one more in front.
         padding: "left"; "right_in_twos" is a known bug: batches of two, read at the right padding.
         allow_bugs: whether `bos` and `padding` may be known bugs.
 

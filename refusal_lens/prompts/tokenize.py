@@ -1,4 +1,4 @@
-"""Prompts to tokens, mask and positions, in a model's chat format with exactly one BOS."""
+"""Prompts to tokens, mask and positions, in a model's own chat format."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -45,9 +45,10 @@ def build_inputs_with_chat_template(
 ) -> ChatInputs:
     """Return tokens, mask and positions of prompts in their chat format, padded on the left.
 
-    The tokens are the chat template's, with three exceptions. A BOS that the template leaves out is
-    put in front, if the tokenizer has a BOS (Qwen's has none). Text of special tokens inside a
-    prompt or system prompt stays text. A template that writes the date gets a fixed date.
+    The tokens are those of `tokenizer.apply_chat_template(messages, tokenize=True)`, BOS included:
+    Llama-3's template writes one, Phi-3's none, SmolLM2's one a turn. There are two exceptions.
+    Text of special tokens inside a prompt or system prompt stays text. A template that writes the
+    date gets a fixed date.
     Llama-3-Instruct's template trims each message; otherwise its tokens are Meta's `ChatFormat`'s.
 
     Args:
@@ -58,7 +59,7 @@ def build_inputs_with_chat_template(
 
     Raises:
         InputError: for no prompts, or one that is not text; for a chat template that is missing,
-            refuses or rewrites a text, or writes two BOS; for a position before a prompt's start.
+            refuses or rewrites a text; for a position before a prompt's start.
     """
     rows = list(_padded(tokenizer, prompts, protocol))
     return ChatInputs(
@@ -72,7 +73,7 @@ def build_inputs_with_chat_template(
 def encode_prompts(
     tokenizer: "Tokenizer", prompts: Sequence[str], *, protocol: Protocol = DEFAULT
 ) -> list[list[int]]:
-    """Return the token ids of each prompt in its chat format, unpadded, with exactly one BOS.
+    """Return the token ids of each prompt in its chat format, unpadded.
 
     Args:
         tokenizer: a fast tokenizer, which is left unchanged.
@@ -158,22 +159,14 @@ def check_prompts(prompts: Sequence[object]) -> None:
 
 
 def _formatted(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol) -> list[Tokens]:
-    """Each prompt in its chat format, with exactly one BOS, or two if the protocol asks for two."""
+    """Each prompt in its chat format, with another BOS in front if the protocol asks for two."""
     check_prompts(prompts)
     formatted = format_prompts(tokenizer, prompts, protocol)
     bos = tokenizer.bos_token_id
     # TransformerLens sets BOS to EOS where a tokenizer has no BOS.
-    if bos is None or bos == tokenizer.eos_token_id:
+    if protocol.bos == "once" or bos is None or bos == tokenizer.eos_token_id:
         return formatted
-    for row, (ids, roles) in enumerate(formatted):
-        written = ids.count(bos)
-        if written and (ids[0] != bos or written > 1):
-            problem = f"writes BOS ({tokenizer.bos_token}) {written} times into prompts[{row}]"
-            advice = f"first as token {ids.index(bos)}: it may write one, at the start"
-            raise InputError(f"the chat template {problem}, {advice}")
-        missing = (2 if protocol.bos == "twice" else 1) - written
-        formatted[row] = Tokens([bos] * missing + ids, ["special"] * missing + roles)
-    return formatted
+    return [Tokens([bos, *ids], ["special", *roles]) for ids, roles in formatted]
 
 
 def _padded(

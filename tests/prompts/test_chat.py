@@ -1,8 +1,10 @@
-"""From prompts to tokens: the template's tokens exactly, one BOS, padding that changes nothing."""
+"""From prompts to tokens: the template's tokens exactly, BOS too, padding that changes nothing."""
 
 import json
+import os
 import random
-from itertools import count
+from itertools import count, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,15 @@ KEEPS_SPACES = LLAMA3_CHAT_TEMPLATE.replace(" | trim", "")
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PHI3_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+GPT_OSS_TOKENS = ("<|start|>", "<|message|>", "<|end|>")
+GPT_OSS_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 PLAIN_TEMPLATE = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}A:"
 
@@ -157,18 +168,60 @@ def test_padding_is_on_the_left_and_masked_whatever_the_tokenizer_prefers(side, 
         assert inputs.tokens[row, padding:].tolist() == tokens
 
 
-def test_there_is_one_bos_whether_the_template_writes_it_or_not():
-    tokenizer = byte_tokenizer()
-    bos = tokenizer.bos_token_id
-    without = Protocol(chat_template=LLAMA3_CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
-    twice = Protocol(chat_template="{{ bos_token }}" + LLAMA3_CHAT_TEMPLATE)
-    assert encode_prompts(tokenizer, ["hi"], protocol=without) == encode_prompts(tokenizer, ["hi"])
-    assert encode_prompts(tokenizer, ["<|begin_of_text|>"])[0].count(bos) == 1
-    with pytest.raises(InputError, match=r"BOS \(<\|begin_of_text\|>\) 2 times"):
-        encode_prompts(tokenizer, ["hi"], protocol=twice)
-    late = Protocol(chat_template="x{{ bos_token }}{{ messages[0]['content'] }}")
-    with pytest.raises(InputError, match="first as token 1"):
-        encode_prompts(tokenizer, ["hi"], protocol=late)
+CHAT_FORMATS = {  # chat template, BOS, and the template's other special tokens
+    "Llama-3: one BOS": (LLAMA3_CHAT_TEMPLATE, "<|begin_of_text|>", ()),
+    "Phi-3: a BOS never written": (PHI3_TEMPLATE, "<s>", ("<|user|>", "<|end|>", "<|assistant|>")),
+    "gpt-oss: a BOS never written": (GPT_OSS_TEMPLATE, "<|startoftext|>", GPT_OSS_TOKENS),
+    "Qwen: no BOS": (QWEN_TEMPLATE, None, ("<|im_start|>", "<|im_end|>")),
+    "SmolLM2: BOS opens every turn": (QWEN_TEMPLATE, "<|im_start|>", ("<|im_end|>",)),
+    "BOS late and twice": ("Q{{ bos_token }}" * 2 + PLAIN_TEMPLATE, "<s>", ()),
+}
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_bos_is_where_the_models_own_tokenizer_and_template_put_it(name, adds_bos):
+    from tokenizers.processors import TemplateProcessing
+
+    template, bos, others = CHAT_FORMATS[name]
+    tokenizer = byte_tokenizer(chat_template=template, bos_token=bos)
+    tokenizer.add_tokens([*others], special_tokens=True)
+    if adds_bos and bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    for system, reply in product((None, "Be kind."), (True, False)):
+        protocol = Protocol(system_prompt=system, generation_prompt=reply)
+        said = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*said, {"role": "user", "content": "How do I bake bread?"}]
+        itself = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=reply, tokenize=True, return_dict=False
+        )
+        assert encode_prompts(tokenizer, ["How do I bake bread?"], protocol=protocol) == [itself]
+
+
+def test_smollm2s_prompts_are_what_its_own_tokenizer_makes_of_them():
+    from transformers import AutoTokenizer
+
+    path = Path(os.environ.get("REFUSAL_LENS_SMOLLM2", "none"))
+    if not path.is_file():
+        pytest.skip("REFUSAL_LENS_SMOLLM2 names no file of SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    [tokens] = encode_prompts(tokenizer, ["How do I bake bread?"])
+    messages = [{"role": "user", "content": "How do I bake bread?"}]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    assert tokens == tokenizer.apply_chat_template(messages, tokenize=True, **options)
+    # The template writes a system prompt of its own, and BOS opens each of the three turns.
+    assert tokens.count(tokenizer.bos_token_id) == 3
+    assert "named SmolLM" in tokenizer.decode(tokens)
+
+
+def test_the_published_scripts_second_bos_stands_in_front_of_the_templates_own():
+    bug = Protocol(bos="twice", allow_bugs=True)
+    for template in (LLAMA3_CHAT_TEMPLATE, PLAIN_TEMPLATE):
+        tokenizer = byte_tokenizer(chat_template=template)
+        [own] = encode_prompts(tokenizer, ["hi"])
+        assert encode_prompts(tokenizer, ["hi"], protocol=bug) == [[tokenizer.bos_token_id, *own]]
 
 
 def test_a_tokenizer_without_bos_gets_none_even_after_transformer_lens_named_eos_so():
