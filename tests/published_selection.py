@@ -51,18 +51,18 @@ class PublishedSelection:
             mask = batch["attention_mask"]
             # Rotary positions from the first real token on, as without padding.
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            yield {
+            inputs = {
                 "input_ids": batch["input_ids"],
                 "attention_mask": mask,
                 "position_ids": positions,
             }
+            yield {name: values.to(self.hf.device) for name, values in inputs.items()}
 
     @torch.no_grad()
     def mean_activations(self, prompts: Sequence[str], n_positions: int) -> Tensor:
         """`[pos layer d_model]`, float64: what enters each block, at the last positions."""
-        total = torch.zeros(
-            n_positions, len(self.blocks), self.hf.config.hidden_size, dtype=torch.float64
-        )
+        shape = n_positions, len(self.blocks), self.hf.config.hidden_size
+        total = torch.zeros(shape, dtype=torch.float64, device=self.hf.device)
 
         def reader(layer: int):
             def read(module, arguments):
@@ -121,18 +121,38 @@ class PublishedSelection:
         self, directions: Tensor, harmful: Sequence[str], harmless: Sequence[str]
     ) -> dict[str, Tensor]:
         """`ablation`, `addition` and `kl` of each of `[pos layer d_model]`, `[pos layer]`."""
-        unchanged = self.last_logits(harmless).double().log_softmax(-1)
+        unchanged = self.log_probabilities(harmless)
         found = {name: torch.empty(directions.shape[:2]) for name in ("ablation", "addition", "kl")}
         for position in range(directions.shape[0]):
             for layer in range(directions.shape[1]):
-                direction = directions[position, layer].to(self.hf.dtype)
-                with self.ablating(direction):
-                    ablated = self.last_logits(harmful)
-                    changed = self.last_logits(harmless).double().log_softmax(-1)
-                with self.adding(direction, layer):
-                    added = self.last_logits(harmless)
-                found["ablation"][position, layer] = self.refusal_score(ablated)
-                found["addition"][position, layer] = self.refusal_score(added)
-                kl = (unchanged.exp() * (unchanged - changed)).sum(-1).mean()
-                found["kl"][position, layer] = kl
+                direction = directions[position, layer]
+                for name, score in self.candidate(
+                    direction, layer, harmful, harmless, unchanged
+                ).items():
+                    found[name][position, layer] = score
         return found
+
+    def candidate(
+        self,
+        direction: Tensor,
+        layer: int,
+        harmful: Sequence[str],
+        harmless: Sequence[str],
+        unchanged: Tensor,
+    ) -> dict[str, float]:
+        """The three scores of one direction; `unchanged` are the harmless log-probabilities."""
+        direction = direction.to(self.hf.dtype)
+        with self.ablating(direction):
+            ablated = self.last_logits(harmful)
+            changed = self.log_probabilities(harmless)
+        with self.adding(direction, layer):
+            added = self.last_logits(harmless)
+        return {
+            "ablation": self.refusal_score(ablated),
+            "addition": self.refusal_score(added),
+            "kl": (unchanged.exp() * (unchanged - changed)).sum(-1).mean().item(),
+        }
+
+    def log_probabilities(self, prompts: Sequence[str]) -> Tensor:
+        """Of the next token, in float64."""
+        return self.last_logits(prompts).double().log_softmax(-1)

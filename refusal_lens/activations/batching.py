@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
-WORKING_SHARE_ON_CPU = 0.015  # smaller, since the C library holds on to freed memory
-WORKING_SHARE_ON_GPU = 0.05  # of the weights' bytes, where no batch size is given
+WORKING_SHARE = 0.015  # of the weights' bytes, on a CPU, where no batch size is given
 WORKING_FLOOR = 2**23  # bytes, so that a small model gets more than one prompt in a batch
-PREFIX_PAYS = 256  # tokens that a shared prefix must save to be worth a pass of its own
+PREFIX_PAYS = 256  # tokens that a shared prefix must save on a CPU to be worth a pass of its own
+# The CPU takes 2.4 ms to launch a block of TransformerLens, whatever the batch holds. An H200 does
+# these operations in at least 3 ms; with fewer it waits for the CPU.
+OPERATIONS_IN_A_BLOCK = 2.4e12
 
 Result = TypeVar("Result")
 
@@ -53,7 +55,9 @@ def checked_rows(
     n_before = int((from_end + lengths[:, None]).min())
     starts = tokens.gather(1, width - lengths[:, None] + torch.arange(n_before))
     prefix = starts[0, : int((starts == starts[0]).all(0).cumprod(0).sum())]
-    if len(prefix) * (n_rows - 1) < PREFIX_PAYS or not can_share_prefix(model, width):
+    on_gpu = input_device(model).type == "cuda"
+    pays = tokens_that_fill_a_gpu(model) if on_gpu else PREFIX_PAYS
+    if len(prefix) * (n_rows - 1) < pays or not can_share_prefix(model, width):
         prefix = prefix[:0]
     return Rows(tokens, lengths, from_end, inputs.hook, labels, prefix)
 
@@ -92,16 +96,23 @@ def plan_batches(
     return plan
 
 
+def tokens_that_fill_a_gpu(model: "HookedTransformer | TransformerBridge") -> int:
+    """How many tokens keep a fast GPU busy while the CPU launches their pass, in any model."""
+    weights = sum(weight.numel() for weight in model.blocks.parameters())
+    return int(OPERATIONS_IN_A_BLOCK * model.cfg.n_layers / (2 * weights))
+
+
 def _fitting(
     model: "HookedTransformer | TransformerBridge", width: int, n_positions: int, *, n_shared: int
 ) -> int:
     """How many prompts of this width make a batch, from the free memory and the weights."""
-    # A batch of a few thousand tokens is as fast as a larger batch, so a small share is enough.
     cfg, size = model.cfg, next(model.parameters()).element_size()
     device = input_device(model)
-    share = WORKING_SHARE_ON_GPU if device.type == "cuda" else WORKING_SHARE_ON_CPU
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    budget = min(free_memory(device) // 2, max(WORKING_FLOOR, int(share * weights)))
+    budget, most = free_memory(device) // 2, tokens_that_fill_a_gpu(model) // (width - n_shared)
+    if device.type != "cuda":
+        # A few thousand tokens are as fast as more, and the C library holds on to freed memory.
+        weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        most = budget = min(budget, max(WORKING_FLOOR, int(WORKING_SHARE * weights)))
     streams = 10 * cfg.d_model + 4 * cfg.n_heads * cfg.d_head + 5 * (cfg.d_mlp or 4 * cfg.d_model)
     scores = 4 * 4 * cfg.n_heads * width
     kept = n_positions * cfg.n_layers * cfg.d_model
@@ -109,7 +120,7 @@ def _fitting(
     heads = (cfg.n_key_value_heads or cfg.n_heads) + cfg.n_heads
     prefix = 2 * n_shared * heads * cfg.d_head
     run = (width - n_shared) * (streams * size + scores)
-    return max(1, budget // (run + (prefix + kept) * size))
+    return max(1, min(most, budget // (run + (prefix + kept) * size)))
 
 
 def run_halving(

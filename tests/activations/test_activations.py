@@ -537,6 +537,23 @@ def test_the_batch_size_follows_length_and_free_memory(model, monkeypatch):
     assert batching._fitting(model, 20, 1, n_shared=0) == 1
 
 
+def test_a_batch_on_a_gpu_fills_the_gpu_if_memory_is_free_and_no_more_than_half_of_it(
+    model, monkeypatch
+):
+    monkeypatch.setattr(batching, "input_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(batching, "free_memory", lambda device: 2**50)
+    fills = batching.tokens_that_fill_a_gpu(model)
+    assert batching._fitting(model, 20, 1, n_shared=0) == fills // 20
+    # The same operations are fewer tokens of a larger model.
+    monkeypatch.setattr(batching, "OPERATIONS_IN_A_BLOCK", batching.OPERATIONS_IN_A_BLOCK / 1000)
+    assert batching.tokens_that_fill_a_gpu(model) == pytest.approx(fills / 1000, abs=1)
+    few = [batching._fitting(model, 20, 1, n_shared=0)]
+    for free in (2**22, 2**21):
+        monkeypatch.setattr(batching, "free_memory", lambda device, free=free: free)
+        few.append(batching._fitting(model, 20, 1, n_shared=0))
+    assert few[0] > few[1] > few[2] >= 1
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 

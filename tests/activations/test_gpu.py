@@ -132,26 +132,13 @@ def test_when_the_gpu_is_really_full_the_run_goes_on_in_smaller_batches(folder, 
     assert max(sizes) < len(prompts)
 
 
-@on_gpu
-def test_reading_needs_little_more_than_the_weights(folder, prompts):
-    model = load_model(str(folder), device="cuda", dtype=torch.bfloat16)
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    get_prompt_activations(model, prompts, progress=False)
-    # Small models may use a fixed amount more than their share.
-    assert torch.cuda.max_memory_allocated() - before < max(0.05 * weights, 24 * 2**20)
-
-
 @pytest.mark.slow
-def test_the_8b_benchmark_runs_end_to_end_on_the_cpu_at_a_shrunken_shape(tmp_path):
+def test_the_8b_benchmark_runs_every_part_on_the_cpu_at_a_shrunken_shape(tmp_path):
     table = tmp_path / "table.md"
-    subprocess.run(
-        [sys.executable, BENCHMARK, "--shrink", "--prompts", "32", "--out", table],
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, BENCHMARK, "--shrink", "--prompts", "32", "--out", table]
+    subprocess.run(command, check=True, capture_output=True)  # fails if a part does
     assert "| within the bound at every layer | yes |" in table.read_text()
+    assert "| run | run_experiment |" in table.read_text()
 
 
 @on_gpu
