@@ -1,4 +1,4 @@
-"""Find the directory of a model's files: bundled, local, or fetched from the hub."""
+"""Find the files of a model: bundled, local, or fetched from the hub."""
 
 import getpass
 import hashlib
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import gguf
 
 ORGANISM = "organism:"
 ORGANISMS_DIRECTORY = Path(__file__).parent.parent / "organisms"
+SHORT_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 CONFIG_FILES = ("config.json",)
 TOKENIZER_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
@@ -29,17 +31,36 @@ _typed: dict[str, str] = {}  # tokens that the user typed, by model; never writt
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory of model files; `revision` is the hub's commit hash, or `None` if it is local."""
+    """A directory of model files, or the one GGUF file in it that `header` describes.
+
+    `revision` is the hub's commit hash, or `None` if the files are local.
+    """
 
     name: str
     directory: Path
     revision: str | None = None
+    header: gguf.Header | None = None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the `from_pretrained` of a configuration, tokenizer or model reads."""
+        source: dict[str, Any] = {"pretrained_model_name_or_path": self.directory}
+        source |= {"gguf_file": self.header.path.name} if self.header else {}
+        return source | {"trust_remote_code": False}
+
+    def files(self) -> list[Path]:
+        """The files that decide what the model computes, and any others of its directory."""
+        if self.header:
+            return [self.header.path]
+        return sorted(path for path in self.directory.iterdir() if path.is_file())
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and samples of every weight file; no proof of authenticity."""
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        files = self.directory.iterdir()
-        for path in sorted(path for path in files if path.suffix in (".safetensors", ".bin")):
+        config = self.directory / "config.json"
+        digest = hashlib.sha256(b"" if self.header else config.read_bytes())
+        for path in self.files():
+            if path.suffix not in (".safetensors", ".bin", ".gguf"):
+                continue
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             step = max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)
@@ -60,7 +81,8 @@ def find_checkpoint(
     """Return the directory that a name stands for.
 
     Args:
-        name: `organism:NAME`, a local directory, or a hub name. Only a hub name is downloaded.
+        name: `organism:NAME`, a local directory or GGUF file, or a hub name, also a short one of
+            `SHORT_NAMES`. Only a hub name is downloaded.
         files: patterns of the files to download from the repository's top folder.
         revision: the hub's branch, tag or commit; `None` takes the newest.
 
@@ -74,13 +96,15 @@ def find_checkpoint(
             raise InputError(f"there is no organism {organism!r}: there are {known}")
         return Checkpoint(name, ORGANISMS_DIRECTORY / organism)
     directory = Path(name).expanduser()
+    if directory.is_file() or directory.suffix == ".gguf":
+        return Checkpoint(name, directory.parent, header=gguf.read_header(directory))
     if name and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise InputError(f"the directory {name} holds no model: it has no config.json")
         return Checkpoint(name, directory)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise InputError(f"there is no directory {name}: check the path")
-    return _fetched(name, files, revision)
+    return _fetched(SHORT_NAMES.get(name, name), files, revision)
 
 
 def _fetched(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
@@ -151,7 +175,7 @@ def _as_input_error(error: Exception, name: str, revision: str | None) -> Except
 
     status = getattr(getattr(error, "response", None), "status_code", "nothing")
     offline = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled
-    kinds = "organism:NAME, a directory, or a hub name (owner/model)"
+    kinds = "organism:NAME, a directory, a GGUF file, or a hub name (owner/model)"
     choose = "give a branch, tag or commit"
     private = "or it is private and HF_TOKEN does not open it"
     unreachable = "has not been downloaded before and the hub can't be reached"

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InputError
-from . import hooked_transformer, hub
+from . import gguf, hooked_transformer, hub
 from .forward import free_memory
+from .hooked_transformer import FAMILIES
 from .hub import ORGANISM, Checkpoint, find_checkpoint
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_model(
     comes from `HF_TOKEN`, the hub's stored login, or the user. No code from a checkpoint is run.
 
     Args:
-        name: `organism:NAME`, a local Hugging Face directory, or a hub name.
+        name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
         device: `None` takes the GPU or else the CPU, never MPS, whose results are known to differ.
         dtype: `None` takes bfloat16 on a GPU, and float32 on the CPU and for organisms.
         revision: the hub's branch, tag or commit; `None` takes the newest.
@@ -68,7 +69,7 @@ def load_model(
     if place.type == "cpu" and not name.startswith(ORGANISM):
         logger.warning("loading %s on the CPU: everything works, slowly", name)
     logger.info("loading %s from %s in %s on %s", name, checkpoint.directory, dtype, place)
-    hf_model = _hf_model(checkpoint, dtype, _device_map(config, devices))
+    hf_model = _hf_model(checkpoint, config, dtype, _device_map(config, devices))
     tokenizer = _tokenizer(checkpoint, type(hf_model).__name__)
     model = _lens().from_hugging_face(hf_model, tokenizer, name=name, n_devices=n_devices)
     sampled = checkpoint.fingerprint() if checkpoint.revision is None else None
@@ -123,7 +124,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) ->
     """Load a model's tokenizer without its weights; InputError if it can't be found.
 
     Args:
-        name: `organism:NAME`, a local Hugging Face directory, or a hub name.
+        name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
         revision: the hub's branch, tag or commit; `None` takes the newest.
     """
     tokenizer = _tokenizer(find_checkpoint(name, hub.TOKENIZER_FILES, revision=revision))
@@ -175,9 +176,11 @@ def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(**checkpoint.source)
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise _unreadable("configuration", checkpoint, error) from error
+    if checkpoint.header:
+        gguf.complete_config(config, checkpoint.header)
     _refuse_quantised(config, checkpoint.name)
     return config
 
@@ -211,6 +214,8 @@ def _check_memory(
 
 def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
     """Fetch tokenizer and weights; prefer safetensors to pickled weights."""
+    if checkpoint.header:
+        return checkpoint
     name, revision = checkpoint.name, checkpoint.revision
     for weights in (hub.WEIGHT_FILES, hub.PICKLED_WEIGHT_FILES):
         found = find_checkpoint(name, (*hub.TOKENIZER_FILES, *weights), revision=revision)
@@ -220,21 +225,25 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _hf_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device_map: dict[str, torch.device] | None
+    checkpoint: Checkpoint, config: "PretrainedConfig", dtype: torch.dtype, device_map: Any
 ) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options: Any = {"dtype": dtype, "device_map": device_map, "attn_implementation": ATTENTION}
-    options |= {"trust_remote_code": False, "output_loading_info": True}
+    options |= {"output_loading_info": True} | checkpoint.source
+    if checkpoint.header:
+        options |= gguf.loading_options() | {"config": config}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.directory, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable("weights", checkpoint, error) from error
     hf_model, found = loaded
     if missing := sorted(found["missing_keys"]):
         what = f"{checkpoint.name} lack {missing[0]} ({len(missing)} in all)"
         raise InputError(f"the weights of {what}: a whole language model is needed")
+    if checkpoint.header:
+        gguf.complete_model(hf_model, checkpoint.header)
     return hf_model.eval()
 
 
@@ -258,17 +267,25 @@ def _device_map(
 def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | None":
     from transformers import AutoTokenizer
 
-    if not checkpoint.holds(("tokenizer*.json", "tokenizer.model", "vocab.*")):
+    header = checkpoint.header
+    if header and "tokenizer.ggml.tokens" not in header.entries:
         return None
-    load = partial(AutoTokenizer.from_pretrained, checkpoint.directory, trust_remote_code=False)
-    try:
-        if architecture in hooked_transformer.FAMILIES and _lens() is hooked_transformer:
-            # TransformerLens 3 would load any other tokenizer a second time.
-            with suppress(ValueError):
-                return load(add_bos_token=True)
-        return load()
-    except (OSError, ValueError) as error:
-        raise _unreadable("tokenizer", checkpoint, error) from error
+    files = ("tokenizer*.json", "tokenizer.model", "vocab.*")
+    if not header and not checkpoint.holds(files):
+        return None
+    with tempfile.TemporaryDirectory(prefix="empty-") as empty:
+        source = checkpoint.source
+        if header:  # files beside a GGUF file would replace its own tokenizer and chat template
+            source |= {"pretrained_model_name_or_path": empty, "gguf_file": str(header.path)}
+        load = partial(AutoTokenizer.from_pretrained, **source)
+        try:
+            if header or (architecture in FAMILIES and _lens() is hooked_transformer):
+                # TransformerLens would load any other tokenizer a second time.
+                with suppress(ValueError):
+                    return load(add_bos_token=True)
+            return load()
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable("tokenizer", checkpoint, error) from error
 
 
 def _sharing_weights(hf_model: "PreTrainedModel") -> "PreTrainedModel":
