@@ -87,11 +87,14 @@ class Run(ModelOptions):
 
     layer: Number = None  # Layer to highlight, from 0. Default: 20 of 32, or the same depth.
     refusal: str = "refusal"  # Bundled contrast of refusal.
-    target: Text = None  # Your own harmful prompts instead: FILE:COLUMN of a table, or a text file.
+    target: Text = None
+    """Your own harmful prompts instead: a text file, FILE:COLUMN of a table, or a dataset,
+    OWNER/NAME@SPLIT:COLUMN. :LABEL=VALUE after the column takes the rows with this label."""
     baseline: Text = None  # Your own harmless prompts; required with --target.
     against: str = "negativity"  # Bundled contrast to compare refusal with.
     against_target: Text = None  # Your own prompts for the other contrast, as with --target.
     against_baseline: Text = None  # Their baseline; required with --against-target.
+    keep_duplicates: bool = False  # Count your own prompts as often as they stand on their side.
     controls: tuple[str, ...] = ("positivity", "alarm")  # Bundled contrasts to compare as well.
     system_prompt: Text = None  # System prompt before every prompt. Default: none.
     position: str = "-1"  # Token to read: -1 is the last one; or last_prompt_token.
@@ -123,8 +126,9 @@ class Run(ModelOptions):
 
     def _config(self) -> "rl.Config":
         same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}
-        refusal = _contrast("target", self.target, self.baseline)
-        against = _contrast("against-target", self.against_target, self.against_baseline)
+        keep = self.keep_duplicates
+        refusal = _contrast("target", self.target, self.baseline, keep)
+        against = _contrast("against-target", self.against_target, self.against_baseline, keep)
         positions = (token_position(self.position),)
         different = {
             "refusal": refusal or self.refusal,
@@ -159,10 +163,12 @@ class Tokens:
         print(rl.show_tokens(tokenizer, list(self.prompt), protocol=protocol))
 
 
-def _contrast(flag: str, target: str | None, baseline: str | None) -> "rl.Contrast | None":
+def _contrast(
+    flag: str, target: str | None, baseline: str | None, keep_duplicates: bool
+) -> "rl.Contrast | None":
     """Return the contrast of a user's own prompts, if any."""
     if target and baseline:
-        return rl.contrast_from_prompts(target, baseline)
+        return rl.contrast_from_prompts(target, baseline, keep_duplicates=keep_duplicates)
     if target or baseline:
         raise rl.InputError(f"--{flag} and its baseline go together: give both")
     return None

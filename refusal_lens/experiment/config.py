@@ -1,6 +1,7 @@
 """The choices behind a run, as one frozen value."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -89,11 +90,14 @@ class Config:
 
     def _subset(self, contrast: Contrast) -> Contrast:
         """The contrast with at most `max_prompts` prompts a side, pairs kept together."""
-        sides = {}
-        for name in ("target", "baseline", "topics"):
-            rows, most = getattr(contrast, name), self.max_prompts
-            if most is not None and most < len(rows):
-                last = len(rows) - 1
-                rows = tuple(rows[i * last // max(1, most - 1)] for i in range(most))
-            sides[name] = rows
+
+        def some(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+            most, last = self.max_prompts, len(rows) - 1
+            if most is None or most > last:
+                return rows
+            return tuple(rows[i * last // max(1, most - 1)] for i in range(most))
+
+        clusters = contrast.clusters
+        sides = {name: some(getattr(contrast, name)) for name in ("target", "baseline", "topics")}
+        sides["clusters"] = some(clusters) if contrast.paired else tuple(map(some, clusters))
         return replace(contrast, **sides)

@@ -261,7 +261,7 @@ def _split(contrast: Contrast) -> tuple[Contrast, Contrast]:
         )
 
     def part(held_out: bool) -> Contrast:
-        kept: dict[str, Any] = {}
+        kept: dict[str, Any] = {"clusters": ()}
         for name in ("target", "baseline", "topics"):
             rows = enumerate(getattr(contrast, name))
             kept[name] = tuple(x for i, x in rows if (i % HELD_OUT == HELD_OUT - 1) == held_out)

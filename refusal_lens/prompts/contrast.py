@@ -7,7 +7,7 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Contrast:
         target_name, baseline_name: names of the two sets, "harmful" and "harmless" for instance.
         paired: whether row `i` of `target` belongs to row `i` of `baseline`.
         topics: topic of each pair, for paired contrasts; empty if unknown.
+        clusters: labels of prompts that are not independent of others with the same label. A label
+            each pair, or a tuple of labels where pairs are clustered in several ways; if unpaired,
+            the labels of the targets and those of the baselines. Empty if unknown.
+        keep_duplicates: whether a prompt may be repeated within its side.
 
     Raises:
         InputError: if a set is empty; if a prompt is blank, no string, or repeated up to white
@@ -48,9 +52,11 @@ class Contrast:
     baseline_name: str = "baseline"
     paired: bool = False
     topics: tuple[str, ...] = ()
+    clusters: tuple[Any, ...] = ()
+    keep_duplicates: bool = False
 
     def __post_init__(self):
-        for field in ("target", "baseline", "topics"):
+        for field in ("target", "baseline", "topics", "clusters"):
             rows = getattr(self, field)
             if isinstance(rows, str) or not isinstance(rows, Iterable):
                 raise InputError(f"`{field}` is {quoted(rows)}: give a list of strings instead")
@@ -62,7 +68,12 @@ class Contrast:
             raise InputError(f"both sides are named {self.target_name!r}: give each its own name")
         target = [(f"target[{row}]", prompt) for row, prompt in enumerate(self.target)]
         baseline = [(f"baseline[{row}]", prompt) for row, prompt in enumerate(self.baseline)]
-        checked_sides({"target": target, "baseline": baseline}, paired=self.paired)
+        sides = {"target": target, "baseline": baseline}
+        checked_sides(sides, paired=self.paired, keep_duplicates=self.keep_duplicates)
+        labels = (self.clusters,) if self.paired else self.clusters
+        if self.clusters and [*map(len, labels)] != [*map(len, sides.values())][: 2 - self.paired]:
+            form = "give a label a pair" if self.paired else "give two lists, a label a prompt"
+            raise InputError(f"`clusters` are not as many as the prompts: {form}")
         if self.topics and not self.paired:
             raise InputError("topics belong to the rows of a paired contrast: set paired=True")
         if self.topics and len(self.topics) != len(self.target):
@@ -110,7 +121,8 @@ def load_contrast(name: str) -> Contrast:
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     target, baseline, topics = (tuple(row[x] for row in rows) for x in (*sides, "topic"))
-    return Contrast(name, target, baseline, *sides, True, topics)
+    clusters = tuple((row["topic"], row["frame"]) for row in rows)
+    return Contrast(name, target, baseline, *sides, True, topics, clusters)
 
 
 Cells = list[tuple[str, Any]]  # place and value; messages name the place, "target[3]" for instance
@@ -132,17 +144,19 @@ def check_filled(place: str, value: object) -> None:
     check_text(place, value)
 
 
-def checked_sides(sides: Mapping[str, Cells], *, paired: bool = False) -> list[tuple[str, ...]]:
+def checked_sides(
+    sides: Mapping[str, Cells], *, paired: bool = False, keep_duplicates: bool = False
+) -> list[tuple[str, ...]]:
     """Return the prompts of each named set; raise InputError for sets that `Contrast` refuses."""
     for name, side in sides.items():
         if not side:
             raise InputError(f"the {name} set is empty: give at least one prompt")
-    places: dict[str, str] = {}
-    for place, prompt in chain(*sides.values()):
+    places: dict[str, tuple[str, str]] = {}
+    for name, (place, prompt) in ((name, cell) for name, side in sides.items() for cell in side):
         check_filled(place, prompt)
-        if first := places.get(text := " ".join(prompt.split())):
+        side, first = places.setdefault(" ".join(prompt.split()), (name, place))
+        if (side, first) != (name, place) and not (keep_duplicates and side == name):
             raise InputError(f"{place} repeats {first}: drop one, {quoted(prompt)} can stand once")
-        places[text] = place
     longest, fewest = max(sides.values(), key=len), min(map(len, sides.values()))
     if paired and fewest < len(longest):
         counts = " and ".join(f"{len(side)} {name}" for name, side in sides.items())

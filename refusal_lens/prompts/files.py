@@ -1,67 +1,74 @@
-"""Files and Hugging Face datasets of prompts, read into tables of named columns."""
+"""Files and Hugging Face datasets of prompts -> contrasts."""
 
-import io
 import json
+import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .contrast import Cells, Contrast, brief, check_filled, checked_sides, did_you_mean, quoted
+from .contrast import Cells, Contrast, check_filled, checked_sides, did_you_mean
+from .tables import Table, listed, load_dataset, read_table, table_of_dataset
 
+logger = logging.getLogger(__name__)
 FilePath = str | os.PathLike[str]
+CLUSTER = "cluster"  # column of clusters of prompts that are not independent
 _WORDS_FOR_MISSING = frozenset({"", "nan", "null", "none", "n/a", "<na>"})
-
-
-class Table(NamedTuple):
-    """Columns by name, and the words for row `i` in error messages: "row 3" or "line 7"."""
-
-    source: str
-    columns: Mapping[str, Iterable[Any]]
-    place: Callable[[int], str] = lambda row: f"row {row + 1}"
 
 
 def contrast_from_file(
     path: FilePath,
     *,
-    target: str,
-    baseline: str,
+    target: str | int,
+    baseline: str | int,
     prompt: str | None = None,
     label: str | None = None,
     topics: str | None = None,
     name: str | None = None,
     paired: bool = False,
+    split: str | None = None,
+    keep_duplicates: bool = False,
 ) -> Contrast:
     """Read a contrast from a file with a column for each side, or with prompts and labels.
 
     >>> contrast_from_file("mine.csv", target="harmful", baseline="harmless")
     >>> contrast_from_file("my.csv", prompt="text", label="kind", target="unsafe", baseline="safe")
 
+    A repeated prompt is used once and a prompt on both sides not at all; the log counts both. In
+    a paired contrast the whole pair is dropped.
+
     Args:
-        path: a .csv, .tsv, .json, .jsonl (in UTF-8) or .parquet file, or a folder written by
-            `save_to_disk`. JSON is a list of records or an object of lists.
+        path: a .csv (commas, semicolons or tabs), .tsv, .json, .jsonl or .parquet file, or a folder
+            written by `save_to_disk`. JSON is a list of records or an object of lists. Text that
+            is not UTF-8 is read as UTF-16 or Windows-1252, which the log says.
         target, baseline: columns of the prompts, or their labels. Lengths may differ if unpaired.
-        prompt, label: columns of prompts and labels (1 matches "1"); other labels are ignored.
+            A path names prompts inside cells: "messages.0.content".
+        prompt, label: columns of prompts and labels (1 matches "1", and the second name of class
+            labels); other labels are ignored.
         topics: column of the topics, for a paired contrast without `label`.
         name: name of the contrast; the file's name without its suffix if None.
         paired: whether the two prompts of a row belong together.
+        split: split of a folder, or several, "train+test"; may be None if there is only one.
+        keep_duplicates: whether a prompt counts as often as it stands on its side.
 
     Raises:
         InputError: if the file can't be read as its suffix says, lacks a column, or holds prompts
             that `Contrast` refuses. The message names file, row and column.
     """
-    table, name = _read_table(Path(path)), name or Path(path).stem
-    return _contrast(table, name, (target, baseline), (prompt, label, topics), paired)
+    table = read_table(str(path), split)
+    sides = _sides(table, (str(target), str(baseline)), (prompt, label, topics), paired)
+    return _contrast(name or Path(path).stem, *sides, paired, keep_duplicates)
 
 
 def contrast_from_dataset(
     dataset: Any,
     *,
-    target: str,
-    baseline: str,
+    target: str | int,
+    baseline: str | int,
     prompt: str | None = None,
     label: str | None = None,
     topics: str | None = None,
@@ -70,6 +77,7 @@ def contrast_from_dataset(
     split: str | None = None,
     subset: str | None = None,
     revision: str | None = None,
+    keep_duplicates: bool = False,
 ) -> Contrast:
     """Take a contrast from a Hugging Face dataset.
 
@@ -77,96 +85,136 @@ def contrast_from_dataset(
 
     Args:
         dataset: a `Dataset`, a `DatasetDict`, or a name for `datasets.load_dataset`.
-        target, baseline: columns of the prompts, or their labels. Lengths may differ if unpaired.
-        prompt, label: columns of prompts and labels (`ClassLabel` names); others are ignored.
-        topics: column of the topics, for a paired contrast without `label`.
-        name: name of the contrast; the dataset's name if None.
-        paired: whether the two prompts of a row belong together.
-        split: split to use; may be None if there is only one.
         subset, revision: configuration, and commit, tag or branch, of a dataset given by name.
+        target, baseline, prompt, label, topics, name, paired, split, keep_duplicates: as in
+            `contrast_from_file`; the name of the contrast is the dataset's if None.
 
     Raises:
         InputError: if the dataset can't be loaded, lacks the split or a column, or holds prompts
             that `Contrast` refuses. The message names row (the first is row 0) and column.
     """
     source = dataset if isinstance(dataset, str) else "dataset"
-    if isinstance(dataset, str):
-        from datasets import load_dataset
-
-        try:
-            dataset = load_dataset(dataset, subset, revision=revision)
-        except (OSError, ValueError) as error:
-            problem = f"the dataset {source!r} can't be loaded ({brief(str(error))})"
-            raise InputError(f"{problem}: check name, subset and access") from None
-    table = _table_of_dataset(source, dataset, split)
-    return _contrast(table, name or source, (target, baseline), (prompt, label, topics), paired)
+    loaded = load_dataset(dataset, subset, revision) if isinstance(dataset, str) else dataset
+    table = table_of_dataset(source, loaded, split)
+    sides = _sides(table, (str(target), str(baseline)), (prompt, label, topics), paired)
+    return _contrast(name or source, *sides, paired, keep_duplicates)
 
 
 def contrast_from_prompts(
-    target: FilePath, baseline: FilePath, *, name: str | None = None, paired: bool = False
+    target: FilePath,
+    baseline: FilePath,
+    *,
+    name: str | None = None,
+    paired: bool = False,
+    keep_duplicates: bool = False,
 ) -> Contrast:
     """Read a contrast from two sources, which `load_prompts` reads or refuses.
 
     >>> contrast_from_prompts("mine.csv:harmful", "other.txt")
+    >>> contrast_from_prompts("owner/name@train:text:kind=bad", "owner/name@train:text:kind=good")
 
     Args:
         target, baseline: sources of the prompts. Columns of different names name the sides.
         name: name of the contrast; the name of the target's file without its suffix if None.
         paired: whether row `i` of one source belongs to row `i` of the other.
+        keep_duplicates: as in `contrast_from_file`.
     """
-    (target_name, in_target), (baseline_name, in_baseline) = map(_read_column, (target, baseline))
-    if target_name == baseline_name:
-        target_name, baseline_name = "target", "baseline"
-    sides = checked_sides({target_name: in_target, baseline_name: in_baseline}, paired=paired)
-    name = name or _split_source(target)[0].stem
-    return Contrast(name, sides[0], sides[1], target_name, baseline_name, paired)
+    sides = [_read_source(target), _read_source(baseline)]
+    if sides[0].name == sides[1].name:
+        sides = [sides[0]._replace(name="target"), sides[1]._replace(name="baseline")]
+    name = name or Path(_split_source(target)[0].split("@")[0]).stem
+    return _contrast(name, sides, [], paired, keep_duplicates)
 
 
 def load_prompts(source: FilePath) -> tuple[str, ...]:
-    """Read the prompts in one column of a file.
+    """Read the prompts in one column of a file or dataset, each once.
 
     >>> load_prompts("mine.csv:harmful")
+    >>> load_prompts("owner/name/subset@train+test:text:label=bad")
 
     Args:
         source: file and column, separated by a colon; the file alone if it has only one column or
-            is a list: .txt with one prompt a line, JSON of strings. See also `contrast_from_file`.
+            is a list: .txt with one prompt a line, JSON of strings. Or a folder of `save_to_disk`
+            or a dataset of the hub, with its split, and a column. `:LABEL=VALUE` after the column
+            takes only the rows with this value. See also `contrast_from_file`.
 
     Raises:
-        InputError: if the file can't be read, lacks the column, or has blank or repeated prompts.
+        InputError: if the source can't be read, lacks the column, or has blank prompts.
     """
-    [prompts] = checked_sides(dict([_read_column(source)]))
-    return prompts
+    side = _read_source(source)
+    [rows] = _distinct([side], paired=False, keep=False)
+    return checked_sides({side.name: [side.prompts[row] for row in rows]})[0]
 
 
-def _contrast(
-    table: Table, name: str, names: tuple[str, str], columns: tuple[str | None, ...], paired: bool
-) -> Contrast:
+class _Side(NamedTuple):
+    name: str
+    prompts: Cells
+    clusters: Cells  # one a prompt; empty if the table has no column `cluster`
+
+
+def _sides(
+    table: Table, names: tuple[str, str], columns: tuple[str | None, ...], paired: bool
+) -> tuple[list[_Side], Cells]:
+    """The two sides, and the topics of the pairs."""
     prompt, label, topics = columns
     if (prompt is None) != (label is None):
         raise InputError("`prompt` and `label` go together: give both columns or neither")
     if names[0] == names[1]:
         raise InputError(f"`target` and `baseline` are both {names[0]!r}: name two different ones")
     if prompt is None or label is None:
-        sides = {side: _column(table, side, may_end_early=not paired) for side in names}
-    elif topics is not None:
+        sides = [_column_side(table, name, may_end_early=not paired) for name in names]
+        return sides, _beside(table, topics, names[0], sides[0].prompts)
+    if topics is not None:
         raise InputError("`topics` goes with a column for each side, not with a column of labels")
-    else:
-        sides = {side: _rows_labelled(table, prompt, label, side) for side in names}
-    target, baseline = checked_sides(sides, paired=paired)
-    about = [] if topics is None else _column(table, topics)
-    for place, topic in about:
-        check_filled(place, topic)
-    return Contrast(name, target, baseline, *names, paired, tuple(topic for _, topic in about))
+    return [_labelled_side(table, prompt, label, name) for name in names], []
+
+
+def _contrast(name: str, sides: list[_Side], topics: Cells, paired: bool, keep: bool) -> Contrast:
+    kept = _distinct(sides, paired=paired, keep=keep)
+    cells = {s.name: [s.prompts[row] for row in rows] for s, rows in zip(sides, kept, strict=True)}
+    target, baseline = checked_sides(cells, paired=paired, keep_duplicates=keep)
+    clusters = [[s.clusters[i] for i in r] for s, r in zip(sides, kept, strict=True) if s.clusters]
+    for place, label in chain(topics, *clusters):
+        check_filled(place, None if label is None else str(label))
+    labels = tuple(tuple(str(label) for _, label in side) for side in clusters)
+    return Contrast(
+        *(name, target, baseline, sides[0].name, sides[1].name, paired),
+        topics=tuple(topics[row][1] for row in kept[0]) if topics else (),
+        clusters=labels[0] if labels and paired else labels,
+        keep_duplicates=keep,
+    )
+
+
+def _distinct(sides: list[_Side], *, paired: bool, keep: bool) -> list[list[int]]:
+    """Rows of each side to use: the first of equal prompts (all, if `keep`), none on both sides."""
+    everything = [[*range(len(side.prompts))] for side in sides]
+    texts = [  # a missing prompt equals no other
+        [" ".join(cell.split()) if isinstance(cell, str) else place for place, cell in side.prompts]
+        for side in sides
+    ]
+    shared = set(texts[0]) & set(texts[1]) if len(sides) > 1 else set()
+    first = [{text: row for row, text in reversed([*enumerate(side)])} for side in texts]
+    kept = [
+        [row for row in rows if side[row] not in shared and (keep or where[side[row]] == row)]
+        for rows, side, where in zip(everything, texts, first, strict=True)
+    ]
+    if paired:
+        kept = [sorted(set(kept[0]) & set(kept[1]))] * 2
+    if not all(kept) or (paired and everything[0] != everything[-1]):
+        return everything  # `checked_sides` names a row that repeats another or has no partner
+    before, after = sum(map(len, everything)), sum(map(len, kept))
+    if after < before:
+        reason = f"{len(shared)} stand on both sides, the rest" if shared else "they"
+        dropped = f"dropped {before - after} of {before} prompts: {reason} repeat others"
+        logger.warning(f"{dropped}; keep_duplicates keeps the repeats within a side")
+    return kept
 
 
 def _column(table: Table, name: str, *, may_end_early: bool = False) -> Cells:
     """The cells of a column with their places; missing cells are None, or dropped at the end."""
-    if name not in table.columns:
-        problem = f"{table.source} has no column {name!r}: {did_you_mean(name, table.columns)}"
-        raise InputError(f"{problem}its columns are {_listed(table.columns)}")
     cells = [
         (f"{name!r} in {table.place(row)} of {table.source}", None if missing else cell)
-        for row, cell in enumerate(table.columns[name])
+        for row, cell in enumerate(_cells(table, name))
         for missing in [str(cell).strip().lower() in _WORDS_FOR_MISSING]
     ]
     while may_end_early and cells and cells[-1][1] is None:
@@ -174,139 +222,74 @@ def _column(table: Table, name: str, *, may_end_early: bool = False) -> Cells:
     return cells
 
 
-def _rows_labelled(table: Table, prompt: str, label: str, wanted: str) -> Cells:
-    prompts, labels = _column(table, prompt), [cell for _, cell in _column(table, label)]
-    if len(prompts) != len(labels):
-        sizes = f"{len(prompts)} cells in {prompt!r} and {len(labels)} in {label!r}"
-        raise InputError(f"{table.source} has {sizes}: give each prompt one label")
+def _cells(table: Table, name: str) -> Iterable[Any]:
+    """The cells of a column, or what a path such as "messages.0.content" names inside them."""
+    keys = name.split(".")
+    for n in range(len(keys), 0, -1):
+        if (column := ".".join(keys[:n])) in table.columns:
+            found = [reduce(_inside, keys[n:], cell) for cell in table.columns[column]]
+            if n == len(keys) or any(cell is not None for cell in found):
+                return found
+    problem = f"{table.source} has no column {name!r}: {did_you_mean(name, table.columns)}"
+    raise InputError(f"{problem}its columns are {listed(table.columns)}")
+
+
+def _inside(cell: Any, key: str) -> Any:
+    if isinstance(cell, list):
+        cell = dict(zip(map(str, range(len(cell))), cell, strict=True))
+    return cell.get(key) if isinstance(cell, Mapping) else None
+
+
+def _column_side(table: Table, name: str, *, may_end_early: bool) -> _Side:
+    prompts = _column(table, name, may_end_early=may_end_early)
+    return _Side(name, prompts, _beside(table, CLUSTER, name, prompts))
+
+
+def _beside(table: Table, name: str | None, of: str, prompts: Cells) -> Cells:
+    """The cells of another column; empty if `name` is None or a table needn't have this column."""
+    if name is None or (name == CLUSTER and CLUSTER not in table.columns):
+        return []
+    cells = _column(table, name)
+    if len(cells) < len(prompts):
+        sizes = f"{len(prompts)} cells in {of!r} and {len(cells)} in {name!r}"
+        raise InputError(f"{table.source} has {sizes}: give each prompt one")
+    return cells
+
+
+def _labelled_side(table: Table, prompt: str, label: str, wanted: str) -> _Side:
+    """The prompts of the rows with a label, or with the class label of this number."""
+    prompts, clusters = _column_side(table, prompt, may_end_early=False)[1:]
+    labels = [cell for _, cell in _beside(table, label, prompt, prompts)][: len(prompts)]
     texts = [x.strip() if isinstance(x, str) else json.dumps(x, default=str) for x in labels]
-    if wanted not in texts:
+    numbered = {str(number): name for number, name in enumerate(table.classes.get(label, ()))}
+    name = wanted if wanted in texts else numbered.get(wanted, wanted)
+    if name not in texts:
         problem = f"{table.source} has no row whose {label!r} is {wanted!r}"
-        raise InputError(f"{problem}: its labels are {_listed(sorted(set(texts)))}")
-    return [cell for cell, text in zip(prompts, texts, strict=True) if text == wanted]
+        raise InputError(f"{problem}: its labels are {listed(sorted(set(texts)))}")
+    rows = [row for row, text in enumerate(texts) if text == name]
+    return _Side(name, [prompts[row] for row in rows], [clusters[row] for row in rows if clusters])
 
 
-def _read_column(source: FilePath) -> tuple[str, Cells]:
-    path, name = _split_source(source)
-    table = _read_table(path)
-    if name is None:
-        name, *others = table.columns
+def _read_source(source: FilePath) -> _Side:
+    place, names = _split_source(source)
+    table = read_table(place)
+    column, condition = (*names, None, None)[:2]
+    if column is None:
+        column, *others = table.columns
         if others:
-            problem = f"{path.name} has several columns, {_listed(table.columns)}"
-            raise InputError(f"{problem}: say which one, as in {path.name}:{name}")
-    return name, _column(table, name, may_end_early=True)
+            problem = f"{table.source} has several columns, {listed(table.columns)}"
+            raise InputError(f"{problem}: say which one, as in {table.source}:{column}")
+    if condition is None:
+        return _column_side(table, column, may_end_early=True)
+    label, _, value = condition.partition("=")
+    return _labelled_side(table, column, label, value)
 
 
-def _split_source(source: FilePath) -> tuple[Path, str | None]:
-    path, colon, column = str(source).rpartition(":")
-    is_path = not os.path.exists(path) and ("/" in column or "\\" in column)  # C:\ or https://
-    if os.path.exists(source) or not colon or is_path:
-        return Path(source), None
-    return Path(path), column
-
-
-def _read_table(path: Path) -> Table:
-    """Read a file or a folder written by `save_to_disk`. Text that resembles numbers stays text."""
-    try:
-        if os.path.isdir(path):
-            from datasets import load_from_disk
-
-            return _table_of_dataset(path.name, load_from_disk(path), None)
-        return _parse(path.name, path.suffix.lower(), path.read_bytes())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path.name} is not UTF-8 text ({error}): save it as UTF-8") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{brief(str(path))} can't be read: {reason}") from None
-
-
-def _parse(source: str, suffix: str, content: bytes) -> Table:
-    if suffix not in (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet"):
-        raise ValueError("save it as a .csv, .tsv, .json, .jsonl, .txt or .parquet file")
-    if suffix == ".parquet":
-        import pandas
-
-        frame = pandas.read_parquet(io.BytesIO(content), dtype_backend="numpy_nullable")
-        return Table(source, frame.astype(object).where(frame.notna(), None).to_dict("list"))
-    text = content.decode("utf-8-sig")
-    if not text.strip():
-        raise ValueError("it is empty; put prompts into it")
-    if suffix in (".csv", ".tsv"):
-        return Table(source, _parse_csv(text, "," if suffix == ".csv" else "\t"))
-    if suffix == ".json":
-        return Table(source, _columns_of_json(json.loads(text, object_pairs_hook=_by_name)))
-    # str.splitlines would also split at characters that a prompt may contain.
-    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
-    filled = [(i, line) for i, line in lines if line.strip()]
-    numbers, records = map(list, zip(*filled, strict=True))
-    for row, line in enumerate(records if suffix == ".jsonl" else []):
-        try:
-            records[row] = json.loads(line, object_pairs_hook=_by_name)
-        except ValueError as error:
-            raise ValueError(f"line {numbers[row]}: {error}") from None
-    return Table(source, _columns_of_json(records), lambda row: f"line {numbers[row]}")
-
-
-def _parse_csv(text: str, separator: str) -> dict[str, Any]:
-    import pandas
-
-    as_text: Any = {"dtype": object, "keep_default_na": False, "skipinitialspace": True}
-    try:
-        frame = pandas.read_csv(io.StringIO(text), sep=separator, header=None, **as_text)
-    except pandas.errors.ParserError as error:
-        problem = str(error).strip().rpartition("error: ")[2]
-        raise ValueError(f"{problem}; is a quotation mark missing or not doubled?") from None
-    header, *rows = frame.values.tolist()
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    if not rows:
-        raise ValueError("it has a header but no rows; put prompts under it")
-    names = [name.strip() for name in header]
-    columns = zip(names, zip(*rows, strict=True), strict=True)
-    return _by_name([(name, cells) for name, cells in columns if name])
-
-
-def _by_name(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, times in Counter(name for name, _ in pairs).items():
-        if times > 1:
-            raise ValueError(f"it has two columns named {name!r}; rename one")
-    return dict(pairs)
-
-
-def _columns_of_json(content: Any) -> dict[str, Any]:
-    """The columns of a list of records, of an object of lists, or of a list of strings."""
-    if isinstance(content, dict) and all(isinstance(cells, list) for cells in content.values()):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"it holds {quoted(content)}; give a list of records")
-    kind = str if isinstance(content[0], str) else dict
-    for row, record in enumerate(content, 1):
-        if not isinstance(record, kind):
-            wanted = "a string" if kind is str else 'a record, {"column": ...}'
-            raise ValueError(f"record {row} is {quoted(record)}; make it {wanted}")
-    if kind is str:
-        return {"prompt": content}
-    names = dict.fromkeys(name for record in content for name in record)
-    return {name: [record.get(name) for record in content] for name in names}
-
-
-def _table_of_dataset(source: str, dataset: Any, split: str | None) -> Table:
-    if not hasattr(dataset, "column_names"):
-        raise InputError(f"{quoted(dataset)} is no Hugging Face dataset: give one, or its name")
-    if isinstance(dataset, Mapping):
-        if split is None and len(dataset) == 1:
-            (split,) = dataset
-        if split not in dataset:
-            problem = "several splits" if split is None else f"no split {split!r}"
-            raise InputError(f"{source} has {problem}: choose one of {_listed(dataset)}")
-        dataset = dataset[split]
-    columns = {name: dataset[name] for name in dataset.column_names}
-    for name, feature in (dataset.features or {}).items():
-        if classes := getattr(feature, "names", None):
-            columns[name] = [None if i in (None, -1) else classes[i] for i in columns[name]]
-    return Table(source, columns, "row {}".format)
-
-
-def _listed(names: Iterable[object]) -> str:
-    shown = [quoted(name) for name in names]
-    more = [f"and {len(shown) - 12} more"] if len(shown) > 12 else []
-    return ", ".join(shown[:12] + more) or "none"
+def _split_source(source: FilePath) -> tuple[str, list[str]]:
+    """What stands before the colons, the longest path there is, and the one or two names after."""
+    parts = re.split(r":(?![\\/])", str(source))  # no colon of C:\ or https://
+    cuts = range(len(parts), max(0, len(parts) - 3), -1)
+    places = [":".join(parts[:cut]) for cut in cuts]
+    there = [cut for cut, place in zip(cuts, places, strict=True) if os.path.exists(place)]
+    cut = there[0] if there else max(1, len(parts) - (2 if "=" in parts[-1] else 1))
+    return ":".join(parts[:cut]), parts[cut:]

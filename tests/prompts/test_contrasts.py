@@ -408,12 +408,11 @@ LABELS = {"prompt": "p", "label": "k"}
         broken_csv('bad,good\na,x\nb,"y\nc,z\n', r".*mine\.csv .* row 2; is a quotation mark"),
         broken_csv('bad,good\n"a\nb",x\n\n,y\nc,z', r"'bad' in row 2 of mine\.csv is empty"),
         broken_csv("bad,good\na,x\nNaN,y\nb,z", r"'bad' in row 2 of mine\.csv is empty"),
-        broken_csv("bad,good\na,x\nb,y\n a ,z", r"'bad' in row 3 of mine\.csv repeats"),
-        broken_csv("bad,good\na,x\nb,a", r"'good' in row 2 of mine\.csv repeats 'bad' in row 1 of"),
+        broken_csv("bad,good\nx,x", r"'good' in row 1 of mine\.csv repeats 'bad' in row 1 of"),
         broken_csv(
-            b"bad,good\na,\xff\n", r"mine\.csv is not UTF-8 text .* byte 0xff in position 11"
+            b"bad,good\na,\x81\n", r".*mine\.csv .* neither UTF-8 nor cp1252 text .* byte 0x81"
         ),
-        broken_csv("a,b\n".encode("utf-16"), r"mine\.csv is not UTF-8 .* byte 0xff in position 0"),
+        broken_csv(b"\xff\xfea", r".*mine\.csv .* neither UTF-8 nor UTF-16 text .* truncated data"),
         broken_csv("p,k\na,1\nb,0\n", r"`prompt` and `label` go together", prompt="p"),
         broken_csv("p,k\na,1\nb,0\n", r".*no row whose 'k' is 'bad': .*\"0\", \"1\"", **LABELS),
         broken_csv("p,k\na,bad\n,good\n", r"'p' in row 2 of mine\.csv is empty", **LABELS),
@@ -429,7 +428,7 @@ LABELS = {"prompt": "p", "label": "k"}
         broken_json("[" * 100_000, r".*mine\.json .* maximum recursion depth"),
         broken_json(
             '{"bad": "a", "good": ["x"]}',
-            r".*mine\.json .* it holds {'bad': 'a', ",
+            r"mine\.json has no column 'bad': its columns are \"good\"",
         ),
         broken_json(
             '{"bad": ["a"], "bad": ["x"]}', r".*mine\.json .* it has two columns named 'bad'"
@@ -545,16 +544,13 @@ def test_prompts_are_loaded_by_file_and_column(tmp_path, name, text, column):
         ("mine.csv", r"mine\.csv has several columns, \"bad\", \"good\": .* as in mine\.csv:bad"),
         ("mine.csv:ugly", r"mine\.csv has no column 'ugly': its columns are \"bad\", \"good\""),
         ("mine.csv:", r"mine\.csv has no column ''"),
-        ("mine.csv:good", r"'good' in row 2 of mine\.csv repeats 'good' in row 1 of"),
-        ("list.txt", r"'prompt' in line 3 of list\.txt repeats 'prompt' in line 1"),
         ("none.csv:bad", r"none\.csv can't be read: No such file"),
         (r"C:\none.csv", r"C:.none\.csv can't be read"),
-        ("https://none.org/a.csv", r"https:/none\.org/a\.csv can't be read"),
+        ("https://none.org/a.csv", r"https://none\.org/a\.csv can't be read"),
     ],
 )
 def test_a_source_without_prompts_is_refused(tmp_path, monkeypatch, source, expected):
     (tmp_path / "mine.csv").write_text("bad,good\na,x\nb,x\n")
-    (tmp_path / "list.txt").write_text("a\n\na\n")
     monkeypatch.chdir(tmp_path)
     message = error_of(load_prompts, source)
     assert re.match(expected, message), message
@@ -563,12 +559,12 @@ def test_a_source_without_prompts_is_refused(tmp_path, monkeypatch, source, expe
 def test_two_sources_make_a_contrast_named_after_columns_and_file(tmp_path):
     mine, other = tmp_path / "mine.csv", tmp_path / "other.csv"
     mine.write_text("bad,good\na,x\nb,y\n")
-    other.write_text("bad\nx\na\n")
+    other.write_text("bad\nb\na\n")
     contrast = contrast_from_prompts(f"{mine}:bad", f"{mine}:good", paired=True)
     assert contrast == contrast_from_file(mine, target="bad", baseline="good", paired=True)
     message = error_of(contrast_from_prompts, f"{mine}:bad", other)
     assert message.startswith(
-        "'bad' in row 2 of other.csv repeats 'bad' in row 1 of mine.csv: drop one"
+        "'bad' in row 1 of other.csv repeats 'bad' in row 2 of mine.csv: drop one"
     )
     other.write_text("bad\nx\n")
     contrast = contrast_from_prompts(f"{mine}:bad", other, name="c")
@@ -616,7 +612,8 @@ def test_a_split_is_needed_where_there_are_several():
     assert contrast_from_dataset(datasets.DatasetDict(train=halves["train"]), **sides)
     assert 'choose one of "train", "test"' in error_of(contrast_from_dataset, several, **sides)
     message = error_of(contrast_from_dataset, several, split="dev", **sides)
-    assert message == 'dataset has no split \'dev\': choose one of "train", "test"'
+    advice = 'choose one of "train", "test", or several joined by +'
+    assert message == f"dataset has no split 'dev': {advice}"
 
 
 def test_a_datasets_rows_are_counted_as_the_dataset_counts_them():

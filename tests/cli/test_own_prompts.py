@@ -1,0 +1,57 @@
+"""`refusal-lens run` on a user's own prompts: from the words on the command line to the contrast."""
+
+import pytest
+
+import refusal_lens as rl
+from refusal_lens.cli.main import main
+
+
+@pytest.fixture
+def config_of(monkeypatch, tmp_path):
+    """The configuration that `run` with these options would run."""
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def call(*options: str) -> rl.Config:
+        kept = []
+
+        def keep(config, **_):
+            kept.append(config)
+            raise Stop
+
+        monkeypatch.setattr(rl, "run_experiment", keep)
+        with pytest.raises(Stop):
+            main(["run", "--model", "organism:specific", "--out", str(tmp_path / "out"), *options])
+        return kept[0]
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text;kind\na;bad\nx;good\n a;bad\nb;bad\nb;good\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "target"), [((), ("a",)), (("--keep-duplicates",), ("a", "a"))]
+)
+def test_repeats_are_counted_once_unless_asked_otherwise(config_of, file, capsys, options, target):
+    sides = ("--target", f"{file}:text:kind=bad", "--baseline", f"{file}:text:kind=good")
+    contrast = config_of(*sides, *options).contrasts()["refusal"]
+    assert (contrast.target, contrast.baseline) == (target, ("x",))
+    assert contrast.target_name == "bad"
+    assert "prompts: 1 stand on both sides" in capsys.readouterr().err
+
+
+def test_few_of_a_contrast_s_prompts_keep_their_clusters(tmp_path, config_of):
+    path = tmp_path / "mine.csv"
+    path.write_text("cluster,bad,good\nq,a,x\nr,b,y\ns,c,z\n")
+    sides = ("--target", f"{path}:bad", "--baseline", f"{path}:good", "--max-prompts", "2")
+    contrast = config_of(*sides).contrasts()["refusal"]
+    assert contrast.target == ("a", "c")
+    assert contrast.clusters == (("q", "s"), ("q", "s"))
+    bundled = config_of("--max-prompts", "3").contrasts()["refusal"]
+    assert [topic for topic, _ in bundled.clusters] == list(bundled.topics)
