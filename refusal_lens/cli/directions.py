@@ -59,8 +59,8 @@ class Compare:
 class Convert:
     """Convert a file of directions into the format that another tool loads.
 
-    OUT ends with .safetensors or .npy, both with metadata, or with .gguf, a control vector for repeng
-    and llama.cpp. An existing file is replaced.
+    OUT ends with .safetensors or .npy, both with metadata, or with .gguf, a control vector for
+    llama.cpp and repeng, without layer 0, which llama.cpp can't steer. An existing file is replaced.
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
@@ -86,4 +86,4 @@ class Convert:
             rl.formats.write_control_vector(directions, self.out, model_type=str(self.model_type))
         else:
             rl.formats.write_directions(directions, self.out)
-        print(directions, f"Written to {self.out}", sep="\n")
+        print(rl.formats.read_directions(self.out), f"Written to {self.out}", sep="\n")

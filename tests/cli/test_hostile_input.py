@@ -290,13 +290,13 @@ TEXT_CASES = {
         lambda w: rl.contrast_from_prompts(f"{w.file('m.csv', 'a,b')}:c", "x.csv:y"),
         "no rows|no column",
     ),
-    "contrast_from_file: Latin-1": (reads("a,b\ncaf\xe9,x\n".encode("latin-1")), "byte 0xe9"),
-    "contrast_from_file: UTF-16": (reads("a,b\nx,y\n".encode("utf-16")), "not UTF-8"),
+    "contrast_from_file: no text": (reads(b"a,b\n\x89\x81,x\n"), "neither UTF-8 nor cp1252"),
+    "contrast_from_file: UTF-16 cut": (reads("a,b\nx,y".encode("utf-16")[:-1]), "nor UTF-16 text"),
     "contrast_from_file: a BOM hides no column": (reads(b"\xef\xbb\xbfa,c\nx,y\n"), "no column 'b'"),
     "contrast_from_file: two columns of one name": (reads("a,b,a\nx,y,z\n"), "two columns named 'a'"),
     "contrast_from_file: a quotation left open": (reads('a,b\n"x,y\n'), "quotation mark"),
     "contrast_from_file: a row too long": (reads("a,b\nx,y,z\n"), "saw 3"),
-    "contrast_from_file: null bytes": (reads(b"a,b\n\0\0,\0\n\0,y\n"), "stand once"),
+    "contrast_from_file: null bytes": (reads(b"a,b\n\0\0,\0\n\0,y\n", paired=True), "stand once"),
     "contrast_from_file: nothing": (reads(""), "is empty"),
     "contrast_from_file: no such ending": (reads("a", "m.xlsx"), "save it as a"),
     "contrast_from_file: JSON with NaN": (reads('[{"a": NaN, "b": "y"}]', "m.json"), "is empty"),
@@ -869,13 +869,14 @@ def test_directions_are_compared_and_converted(world, capsys):
     assert "layer   cosine" in shown
 
 
-def test_a_control_vector_is_written_on_the_command_line(world):
+def test_a_control_vector_is_written_on_the_command_line(world, capsys):
     pytest.importorskip("gguf")
     out = world.folder / "refusal.gguf"
     cli.main(["convert", str(world.run), str(out), "--key", "refusal", "--model-type", "llama"])
     read = formats.read_directions(out)
-    assert torch.equal(read.vectors, world.results.directions["refusal"])
+    assert torch.equal(read.vectors, world.results.directions["refusal"][1:])
     assert read.contrast == "refusal"
+    assert "layer 0 left out" in capsys.readouterr().out
 
 
 # Stopping, and saying no more than was asked for

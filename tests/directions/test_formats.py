@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -315,6 +316,19 @@ def test_a_control_vector_loads_in_repeng_under_our_layer_numbers(tmp_path, repe
     assert same(read_directions(path), BLOCKS)
 
 
+def test_a_control_vector_has_no_layer_0_which_llama_cpp_refuses(tmp_path):
+    directions = some(3, layers=(0, 1, 5), contrast="x - y")
+    path = write_control_vector(directions, tmp_path / "c.gguf", model_type="llama")
+    names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    assert names == {"direction.1", "direction.5"}
+    read = read_directions(path)
+    assert torch.equal(read.vectors, directions.vectors[1:])
+    assert (read.layers, read.contrast) == ((1, 5), "x - y")
+    assert any("layer 0 left out" in note for note in read.notes)
+    with pytest.raises(InputError, match=r"only layer 0, which llama\.cpp can't steer: give later"):
+        write_control_vector(some(1, layers=(0,)), tmp_path / "c.gguf", model_type="llama")
+
+
 def test_a_control_vector_of_repeng_s_is_read_as_repeng_reads_it(tmp_path, repeng):
     directions = {layer: draw(8, seed=layer).numpy() for layer in (5, 3, 4)}
     repeng.ControlVector("qwen2", directions).export_gguf(tmp_path / "theirs.gguf")
@@ -359,7 +373,7 @@ def first_changed(before: torch.Tensor, after: torch.Tensor) -> tuple[int, torch
     return layer, after[layer] - before[layer]
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("layer", [1, 2, 3])
 def test_repeng_adds_our_layer_where_we_say_it_was_read(tmp_path, repeng, layer):
     directions = Directions(draw(1, 8), (layer,), "here")
     path = write_control_vector(directions, tmp_path / "c.gguf", model_type="llama")
@@ -495,6 +509,24 @@ def test_each_warning_comes_where_it_applies_and_alone(a, b, expected):
         assert len(result.warnings) == 1
         assert result.warnings[0].startswith(expected)
         assert f"! {expected}" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "other", "depths"),
+    [
+        (None, (0, 1, 2), (0, 1, 2, 3), "A has 3 layers, B 4"),
+        (None, (-1, 0, 1), None, "A has 3 layers, B 4"),
+        (None, (0, 1, 2), (-1, 0, 1), None),
+        (None, (1, 2, 3), (0, 1, 2, 3), None),
+        (None, (0,), (0, 1, 2, 3), None),
+        ("m", (0, 1, 2), (0, 1, 2, 3), None),
+    ],
+)
+def test_two_depths_are_two_models_unless_layers_were_left_out(model, layers, other, depths):
+    a = Directions(draw(len(layers), 8), layers, "a", model=model)
+    b = Directions(draw(len(other or "four"), 8), other, "b", model=model)
+    said = [warning for warning in compare(a, b).warnings if "unless layers" in warning]
+    assert [warning.partition(":")[0] for warning in said] == [depths] * bool(depths)
 
 
 def test_unknown_layers_are_compared_row_by_row_with_a_warning():

@@ -144,13 +144,24 @@ def test_directions_of_models_of_different_width_are_refused(reference):
         compare(sentiment(reference), mean_diffs(reference, "gemma-2b-it", -1))
 
 
+@pytest.mark.parametrize("other", ["qwen-1_8b-chat", "gemma-2b-it"])
+def test_two_published_files_of_one_width_and_another_depth_are_of_different_models(
+    reference, other
+):
+    path = reference / "directions" / "{}_mean_diffs_arditi.pt"
+    gemma, other = (read_directions(str(path).format(name)) for name in ("gemma-2b-it", other))
+    said = [warning for warning in compare(gemma, other).warnings if "different models" in warning]
+    depths = "A has 18 layers, B 24: they are of different models, unless layers were left out"
+    assert said == ([depths] if len(other.vectors) == 24 else [])
+
+
 def test_a_published_file_passes_through_every_format_unchanged(reference, tmp_path):
     rows = mean_diffs(reference, "llama-3.2-1b-instruct", -1)
     for ending in (".safetensors", ".npy"):
         read = read_directions(write_directions(rows, tmp_path / f"d{ending}"))
         assert torch.equal(read.vectors, rows.vectors)
         assert read.metadata() == rows.metadata()
-    blocks = rows.at(*range(15))
+    blocks = rows.at(*range(1, 15))
     written = write_control_vector(blocks, tmp_path / "d.gguf", model_type="llama")
     read = read_directions(written)
     assert torch.equal(read.vectors, blocks.vectors.float())

@@ -100,7 +100,11 @@ def _own_warnings(name: str, directions: Directions) -> Iterator[str]:
 
 
 def _differences(a: Directions, b: Directions) -> Iterator[str]:
-    """Warnings about metadata that differ or are unknown."""
+    """Warnings about metadata that differ or are unknown, and about models of different depth."""
+    depths = [len(x.vectors) for x in (a, b) if x.layers is None or x.layers[0] <= 0]
+    if len(set(depths)) == 2 and min(depths) > 1 and None in (a.model, b.model):
+        depth = f"A has {depths[0]} layers, B {depths[1]}"
+        yield f"{depth}: they are of different models, unless layers were left out"
     consequences = {
         "model": "directions of two models have no common space, even where d_model agrees",
         "position": "part of a difference may be the token's, not the direction's",

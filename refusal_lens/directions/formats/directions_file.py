@@ -142,17 +142,25 @@ def write_directions(directions: Directions, path: str | Path) -> Path:
 
 
 def write_control_vector(directions: Directions, path: str | Path, *, model_type: str) -> Path:
-    """Write a GGUF control vector in float32, which repeng loads.
+    """Write a GGUF control vector in float32, which llama.cpp and repeng load.
 
-    llama.cpp rejects a file with layer 0: write `directions.at(*directions.layers[1:])` for it.
+    `direction.{l}` is added to the output of block `l`. llama.cpp takes none for block 0 and
+    rejects a file that has one, so layer 0 is left out.
 
     Args:
-        directions: InputError if their layers are unknown or include -1, the embedding's output.
+        directions: InputError if their layers are unknown, include -1, the embedding's output, or
+            are only layer 0.
         path: the file, written atomically. InputError if the folder can't be written.
         model_type: `model_type` of the model's Hugging Face configuration, such as "llama".
     """
-    layers = _block_layers(directions)
-    path = Path(path)
+    if _block_layers(directions)[0] == 0:
+        if len(directions.vectors) == 1:
+            problem = f"{directions.source} has only layer 0, which llama.cpp can't steer"
+            raise InputError(f"{problem}: give later layers")
+        note = "layer 0 left out, which llama.cpp can't steer"
+        later = directions.at(*_block_layers(directions)[1:])
+        directions = replace(later, notes=(*later.notes, note))
+    layers, path = _block_layers(directions), Path(path)
     with disk.whole_directory(path.parent) as staging:
         writer = GGUFWriter(staging / path.name, "controlvector")
         writer.add_string("controlvector.model_hint", model_type)
