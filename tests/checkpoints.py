@@ -160,7 +160,7 @@ def byte_tokenizer(*, chat_template: str | None = "llama3", **settings: Any):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from refusal_lens.prompts.tokenize import LLAMA3_CHAT_TEMPLATE
+    from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))

@@ -11,7 +11,7 @@ def llama3_tokenizer():
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from refusal_lens.prompts.tokenize import LLAMA3_CHAT_TEMPLATE
+    from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 
     meta = meta_tokenizer()
     converted = TikTokenConverter(

@@ -46,16 +46,26 @@ def read_specifications(
     *,
     batch_size: int | None = None,
     progress: bool = True,
-) -> Callable[[Specification], list[Float[Tensor, "prompt layer d_model"]]]:
-    """Run all prompts; return a function from a specification to its four sets of activations."""
+) -> tuple[Callable[[Specification], list[Float[Tensor, "prompt layer d_model"]]], dict[str, str]]:
+    """Run all prompts of every specification that the model's chat template allows.
+
+    Returns a function from a specification to its four sets of activations, and the names of the
+    specifications that the template refuses (a system prompt, for instance) with the reasons.
+    InputError if the default is one of them.
+    """
     sides = [side for each in contrasts for side in (each.target, each.baseline)]
-    places = {
-        each.name: [
-            contexts(model, [side[row] for row in rows], each.protocol)
-            for side, rows in zip(sides, each.rows, strict=True)
-        ]
-        for each in specifications
-    }
+    places: dict[str, list[list[Context]]] = {}
+    skipped: dict[str, str] = {}
+    for each in specifications:
+        try:
+            places[each.name] = [
+                contexts(model, [side[row] for row in rows], each.protocol)
+                for side, rows in zip(sides, each.rows, strict=True)
+            ]
+        except InputError as error:
+            if each.is_default:
+                raise
+            skipped[each.name] = str(error)
     wanted = {context for sets in places.values() for one in sets for context in one}
     streams = read_contexts(model, wanted, batch_size=batch_size, progress=progress)
 
@@ -64,7 +74,7 @@ def read_specifications(
         sets = places[specification.name]
         return [torch.stack([streams[context][counted] for context in one]) for one in sets]
 
-    return activations
+    return activations, skipped
 
 
 def contexts(

@@ -47,6 +47,7 @@ class Sensitivity:
 
     Attributes:
         specifications: the specifications; one `is_default`.
+        skipped: names of the specifications that the model's chat template refuses, and why.
         plain: cosine of the sampled directions, float64.
         unbiased, lower, upper: estimate of the true directions' cosine and ends of its interval.
         reasons: why an estimate is NaN, by specification and layer; None if it is known.
@@ -58,6 +59,7 @@ class Sensitivity:
     """
 
     specifications: tuple[Specification, ...]
+    skipped: dict[str, str]
     plain: Float[Tensor, "specification layer"]
     unbiased: Float[Tensor, "specification layer"]
     lower: Float[Tensor, "specification layer"]
@@ -157,6 +159,7 @@ class Sensitivity:
             "layer": self.layer,
             "confidence": self.confidence,
             "changes": self.changes,
+            "skipped": self.skipped,
             "specifications": [
                 vars(each) | {"protocol": each.protocol.to_dict(), "bugs": each.protocol.bugs}
                 for each in self.specifications
@@ -178,7 +181,8 @@ class Sensitivity:
 
     def __str__(self) -> str:
         table = self.table().to_string(**FORMAT)
-        return f"{self.sentence()}\n{self.scatter()}\n\n{table}"
+        skipped = "".join(f"\nSkipped: {name} ({why})" for name, why in self.skipped.items())
+        return f"{self.sentence()}\n{self.scatter()}\n\n{table}{skipped}"
 
     def __repr__(self) -> str:
         return f"Sensitivity({len(self.specifications)} specifications, layer {self.layer})"

@@ -69,14 +69,16 @@ def run_sensitivity(
         divide: runs the independent sweeps of interventions.
 
     Raises:
-        InputError: if there are too few prompts or the layer does not exist.
+        InputError: if there are too few prompts, the layer does not exist, or the default protocol
+            can't be read. Another specification that the chat template refuses is skipped.
     """
     if causal_prompts and causal_prompts < FEWEST_PROMPTS:
         raise InputError(f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0")
     at, _ = highlighted_layer(layer, model.cfg.n_layers)
     specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    rows_of = read_specifications(model, contrasts, specifications, **options)
+    rows_of, skipped = read_specifications(model, contrasts, specifications, **options)
+    specifications = [each for each in specifications if each.name not in skipped]
     generator = torch.Generator().manual_seed(seed)
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
@@ -87,6 +89,7 @@ def run_sensitivity(
     hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
     return Sensitivity(
         specifications=tuple(specifications),
+        skipped=skipped,
         **_curves(measured),
         verdicts=judge_all(measured, responses, contrasts, confidence, thresholds),
         changes=_changes(specifications, measured, at, confidence, seed),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from typing import Any
 
 from ..errors import InputError
@@ -30,13 +31,18 @@ class Protocol:
         generation_prompt: whether the formatted prompt ends with the header of the reply.
         positions: where activations are read: token indices from the end (-1 the last token),
             "last_prompt_token" (the last with text of the prompt) or "last_template_token" (-1).
-        chat_template: Jinja template; None for the tokenizer's own.
+        chat_template: Jinja template, the name of one of the tokenizer's templates, or "plain" (for
+            models without one); None for the tokenizer's own.
         hook: "resid_post", so that layer `l` is the output of block `l`; or "resid_pre", so that
             layer `l` is the input of block `l` (Arditi et al.; `hidden_states[l]` of Hugging Face).
         bos: "once" leaves BOS to the template; "twice" is a known bug of the published script, which
             put one more in front.
         padding: "left"; "right_in_twos" is a known bug: batches of two, read at the right padding.
         allow_bugs: whether `bos` and `padding` may be known bugs.
+        thinking: True leaves thinking to the chat template; False switches it off where the template
+            has a switch (`enable_thinking`), and else ends the prompt with an empty, closed block.
+        date: today for templates that read the clock, as YYYY-MM-DD. By default the date that Llama
+            3.1's and 3.2's templates fall back to.
 
     Raises:
         InputError: for a wrong type, an impossible value, or a known bug without `allow_bugs`.
@@ -51,6 +57,8 @@ class Protocol:
     bos: str = "once"
     padding: str = "left"
     allow_bugs: bool = False
+    thinking: bool = True
+    date: str = "2024-07-26"
 
     def __post_init__(self):
         for name, kind in self.__annotations__.items():
@@ -63,6 +71,10 @@ class Protocol:
         if self.bugs and not self.allow_bugs:
             problem = f"this protocol has a known bug ({self.bugs[0]})"
             raise InputError(f"{problem}: use `protocol.PUBLISHED`, or set allow_bugs=True")
+        try:
+            datetime.strptime(self.date, "%Y-%m-%d")
+        except ValueError:
+            raise InputError(f"Protocol.date is {self.date!r}: write it as 2024-07-26") from None
         if not self.positions:
             raise InputError("Protocol.positions is empty: (-1,) reads the last token")
         for position in self.positions:

@@ -1,29 +1,30 @@
 """Prompts to tokens, mask and positions, in a model's own chat format."""
 
+import copy
 import html
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from .chat_template import Tokens, format_prompts
+from .chat_template import Chats, format_prompts
 from .contrast import check_text, quoted
 from .protocol import ARDITI, DEFAULT, LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-LLAMA3_CHAT_TEMPLATE = (  # as Llama-3-Instruct's tokenizer has it
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
+
+class Tokens(NamedTuple):
+    """Token ids of one formatted prompt, and the role of each token."""
+
+    ids: list[int]
+    roles: list[str]  # special, template, system, prompt (any token with text of it) or pad
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,14 @@ def build_inputs_with_chat_template(
 
     The tokens are those of `tokenizer.apply_chat_template(messages, tokenize=True)`, BOS included:
     Llama-3's template writes one, Phi-3's none, SmolLM2's one a turn. There are two exceptions.
-    Text of special tokens inside a prompt or system prompt stays text. A template that writes the
-    date gets a fixed date.
+    Text of special tokens inside a prompt or system prompt stays text. A template that reads the
+    clock reads the protocol's date.
     Llama-3-Instruct's template trims each message; otherwise its tokens are Meta's `ChatFormat`'s.
 
     Args:
         tokenizer: a fast tokenizer, which is left unchanged; its padding settings do not matter.
         prompts: texts of the user's turn.
-        protocol: system prompt, template and positions.
+        protocol: system prompt, template, date, thinking and positions.
         device: device of the tensors.
 
     Raises:
@@ -82,6 +83,162 @@ def encode_prompts(
     """
     refuse_padding(protocol)
     return [one.ids for one in _formatted(tokenizer, prompts, protocol)]
+
+
+def arditi(tokenizer: "Tokenizer") -> Protocol:
+    """Return Arditi et al.'s protocol for a fast tokenizer: all template tokens after a prompt."""
+    [one] = _formatted(tokenizer, ["How"], DEFAULT)
+    n_after = one.roles[::-1].index("prompt")
+    return Protocol(name=ARDITI.name, positions=tuple(range(-max(n_after, 1), 0)), hook=ARDITI.hook)
+
+
+def refuse_padding(protocol: Protocol) -> None:
+    """Raise an InputError for a protocol that reads padding; only `run_sensitivity` takes one."""
+    if protocol.padding != "left":
+        problem = f"the protocol {protocol.name!r} reads padding tokens"
+        raise InputError(f"{problem}: choose another one, or measure this one in run_sensitivity")
+
+
+def check_prompts(prompts: Sequence[object]) -> None:
+    """Raise an InputError if there are no prompts, or one is not text or can't be encoded."""
+    if isinstance(prompts, str):
+        raise InputError("prompts is a single string: give a list of strings")
+    if len(prompts) == 0:
+        raise InputError("there are no prompts: give at least one")
+    for row, prompt in enumerate(prompts):
+        check_text(f"prompts[{row}]", prompt)
+
+
+def _formatted(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol) -> list[Tokens]:
+    """Each prompt's tokens, with another BOS in front if the protocol asks for two."""
+    check_prompts(prompts)
+    if not getattr(tokenizer, "is_fast", False):
+        kind = "there is no" if tokenizer is None else f"{type(tokenizer).__name__} is not a"
+        raise InputError(f"{kind} fast tokenizer: load one from a folder with a tokenizer.json")
+    formatted = _encoded(tokenizer, format_prompts(tokenizer, prompts, protocol))
+    bos = tokenizer.bos_token_id
+    # TransformerLens sets BOS to EOS where a tokenizer has no BOS.
+    if protocol.bos == "once" or bos is None or bos == tokenizer.eos_token_id:
+        return formatted
+    return [Tokens([bos, *ids], ["special", *roles]) for ids, roles in formatted]
+
+
+def _encoded(tokenizer: "Tokenizer", chats: Chats) -> list[Tokens]:
+    """Each chat's tokens; text of special tokens outside the template's own text stays text."""
+    backend: Any = tokenizer.backend_tokenizer
+    controls = {i: one for i, one in backend.get_added_tokens_decoder().items() if one.special}
+    longest_first = sorted((one.content for one in controls.values()), key=len, reverse=True)
+    named = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    roles, layouts = chats
+    encoded = _encode(backend, layouts, roles)
+    if quoting := [i for i, one in enumerate(layouts) if _quotes_special(one, roles, named)]:
+        quoted_ones = _encode_quoting(backend, [layouts[i] for i in quoting], roles, named)
+        for row, tokens in zip(quoting, quoted_ones, strict=True):
+            encoded[row] = tokens
+    specials = {*tokenizer.all_special_ids, *controls}
+    for ids, token_roles in encoded:
+        for i, role in enumerate(token_roles):
+            if role == "template" and ids[i] in specials:
+                token_roles[i] = "special"
+    return encoded
+
+
+def _quotes_special(pieces: list[str], roles: list[str], named: re.Pattern[str]) -> bool:
+    """Whether the text of a special token reaches outside the template's own text."""
+    of_characters = [role for piece, role in zip(pieces, roles, strict=True) for _ in piece]
+    matches = named.finditer("".join(pieces))
+    return any(set(of_characters[slice(*match.span())]) != {"template"} for match in matches)
+
+
+def _encode(
+    backend: Any, layouts: list[list[str]], roles: list[str], *, special_as_text: bool = False
+) -> list[Tokens]:
+    """Encode whole texts, since a token may span template and prompt; restore the tokenizer."""
+    padding, truncation = backend.padding, backend.truncation
+    as_text, backend.encode_special_tokens = backend.encode_special_tokens, special_as_text
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        encodings = backend.encode_batch(list(map("".join, layouts)), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = as_text
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+    pairs = zip(encodings, layouts, strict=True)
+    return [Tokens(one.ids, _roles(one.offsets, pieces, roles)) for one, pieces in pairs]
+
+
+def _encode_quoting(
+    backend: Any, layouts: list[list[str]], roles: list[str], named: re.Pattern[str]
+) -> list[Tokens]:
+    """Encode quoted names of special tokens as text, in a copy that knows the tokens by aliases."""
+    written = "".join(map("".join, layouts))
+    mark = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in written)  # private use
+    backend = copy.deepcopy(backend)
+    controls = {i: one for i, one in backend.get_added_tokens_decoder().items() if one.special}
+    alias = {one.content: f"{mark}{i}{mark}" for i, one in controls.items()}
+    for one in controls.values():
+        one.content, one.special = alias[one.content], False
+    backend.add_tokens(list(controls.values()))
+    real = {backend.token_to_id(one.content): i for i, one in controls.items()}
+    renamed = [list(pieces) for pieces in layouts]
+    for pieces in renamed:
+        for i, role in enumerate(roles):
+            if role == "template":
+                pieces[i] = named.sub(lambda match: alias[match[0]], pieces[i])
+    encoded = _encode(backend, renamed, roles, special_as_text=True)
+    if taken := {i for tokens in encoded for i in tokens.ids}.intersection(real.values()):
+        token = backend.id_to_token(min(taken))
+        raise InputError(f"this tokenizer has no text for {token!r}: take it out of the prompts")
+    return [Tokens([real.get(i, i) for i in ids], token_roles) for ids, token_roles in encoded]
+
+
+def _roles(offsets: list[tuple[int, int]], pieces: list[str], roles: list[str]) -> list[str]:
+    of_tokens, end = ["template"] * len(offsets), 0
+    for piece, role in zip(pieces, roles, strict=True):
+        start, end = end, end + len(piece)
+        if role == "template" or not piece:
+            continue
+        # Some tokenizers count no characters for white space, so a piece's tokens run on until the
+        # first token that begins beyond its text.
+        first = next(i for i, (_, stop) in enumerate(offsets) if stop > start)
+        beyond = (i for i, (begin, stop) in enumerate(offsets) if begin >= end and stop > end)
+        last = next(beyond, len(offsets))
+        of_tokens[first:last] = [role] * (last - first)
+    return of_tokens
+
+
+def _padded(
+    tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol
+) -> Iterator[tuple[Tokens, list[int]]]:
+    """Yield each prompt padded to the batch's length, and the indices to read."""
+    formatted = _formatted(tokenizer, prompts, protocol)
+    # The model may have no row for the tokenizer's own padding token; it has one for EOS.
+    eos = tokenizer.eos_token_id
+    pad = formatted[0].ids[0] if eos is None else eos
+    ends = lengths = [len(one.ids) for one in formatted]
+    if protocol.padding == "right_in_twos":
+        ends = [max(lengths[i - i % 2 :][:2]) for i in range(len(lengths))]
+    for row, (one, end) in enumerate(zip(formatted, ends, strict=True)):
+        before, after = max(ends) - end, end - len(one.ids)
+        roles = ["pad"] * before + one.roles + ["pad"] * after
+        name = f"prompts[{row}] ({quoted(prompts[row])})"
+        read_at = [_index(position, roles, before, name) for position in protocol.positions]
+        yield Tokens([pad] * before + one.ids + [pad] * after, roles), read_at
+
+
+def _index(position: int | str, roles: list[str], before: int, name: str) -> int:
+    if position == LAST_PROMPT_TOKEN:
+        if "prompt" not in roles:
+            raise InputError(f"{name} is blank, so it has no last token of its own")
+        return len(roles) - 1 - roles[::-1].index("prompt")
+    index = len(roles) - 1 if position == LAST_TEMPLATE_TOKEN else len(roles) + int(position)
+    if index < before:
+        sizes = f"{name}, which has {len(roles) - before} tokens in its chat format"
+        raise InputError(f"position {position} lies before the start of {sizes}")
+    return index
 
 
 class TokenRow(NamedTuple):
@@ -132,71 +289,6 @@ def show_tokens(
         for prompt, (row, read_at) in enumerate(_padded(tokenizer, prompts, protocol))
         for i, (token, role) in enumerate(zip(row.ids, row.roles, strict=True))
     )
-
-
-def arditi(tokenizer: "Tokenizer") -> Protocol:
-    """Return Arditi et al.'s protocol for a fast tokenizer: all template tokens after a prompt."""
-    [one] = _formatted(tokenizer, ["How"], DEFAULT)
-    n_after = one.roles[::-1].index("prompt")
-    return Protocol(name=ARDITI.name, positions=tuple(range(-max(n_after, 1), 0)), hook=ARDITI.hook)
-
-
-def refuse_padding(protocol: Protocol) -> None:
-    """Raise an InputError for a protocol that reads padding; only `run_sensitivity` takes one."""
-    if protocol.padding != "left":
-        problem = f"the protocol {protocol.name!r} reads padding tokens"
-        raise InputError(f"{problem}: choose another one, or measure this one in run_sensitivity")
-
-
-def check_prompts(prompts: Sequence[object]) -> None:
-    """Raise an InputError if there are no prompts, or one is not text or can't be encoded."""
-    if isinstance(prompts, str):
-        raise InputError("prompts is a single string: give a list of strings")
-    if len(prompts) == 0:
-        raise InputError("there are no prompts: give at least one")
-    for row, prompt in enumerate(prompts):
-        check_text(f"prompts[{row}]", prompt)
-
-
-def _formatted(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol) -> list[Tokens]:
-    """Each prompt in its chat format, with another BOS in front if the protocol asks for two."""
-    check_prompts(prompts)
-    formatted = format_prompts(tokenizer, prompts, protocol)
-    bos = tokenizer.bos_token_id
-    # TransformerLens sets BOS to EOS where a tokenizer has no BOS.
-    if protocol.bos == "once" or bos is None or bos == tokenizer.eos_token_id:
-        return formatted
-    return [Tokens([bos, *ids], ["special", *roles]) for ids, roles in formatted]
-
-
-def _padded(
-    tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol
-) -> Iterator[tuple[Tokens, list[int]]]:
-    """Yield each prompt padded to the batch's length, and the indices to read."""
-    formatted = _formatted(tokenizer, prompts, protocol)
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    pad = next((i for i in ids if i is not None), 0)  # any id will do: padding is masked
-    ends = lengths = [len(one.ids) for one in formatted]
-    if protocol.padding == "right_in_twos":
-        ends = [max(lengths[i - i % 2 :][:2]) for i in range(len(lengths))]
-    for row, (one, end) in enumerate(zip(formatted, ends, strict=True)):
-        before, after = max(ends) - end, end - len(one.ids)
-        roles = ["pad"] * before + one.roles + ["pad"] * after
-        name = f"prompts[{row}] ({quoted(prompts[row])})"
-        read_at = [_index(position, roles, before, name) for position in protocol.positions]
-        yield Tokens([pad] * before + one.ids + [pad] * after, roles), read_at
-
-
-def _index(position: int | str, roles: list[str], before: int, name: str) -> int:
-    if position == LAST_PROMPT_TOKEN:
-        if "prompt" not in roles:
-            raise InputError(f"{name} is blank, so it has no last token of its own")
-        return len(roles) - 1 - roles[::-1].index("prompt")
-    index = len(roles) - 1 if position == LAST_TEMPLATE_TOKEN else len(roles) + int(position)
-    if index < before:
-        sizes = f"{name}, which has {len(roles) - before} tokens in its chat format"
-        raise InputError(f"position {position} lies before the start of {sizes}")
-    return index
 
 
 def _shown(tokenizer: "Tokenizer", token: int) -> str:

@@ -21,7 +21,7 @@ from refusal_lens.multiverse import activations as activations_module
 from refusal_lens.multiverse.activations import contexts, read_contexts, shared_rows
 from refusal_lens.multiverse.results import Sensitivity
 from refusal_lens.multiverse.run import run_sensitivity
-from refusal_lens.multiverse.specifications import Family, specify
+from refusal_lens.multiverse.specifications import STEPS, Family, specify
 from refusal_lens.plotting import specification_curve
 from refusal_lens.prompts.contrast import Contrast, load_contrast
 from refusal_lens.prompts.protocol import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
@@ -42,12 +42,8 @@ def model():
 @pytest.fixture(scope="module")
 def contrasts() -> tuple[Contrast, Contrast]:
     def first(contrast: Contrast, n: int) -> Contrast:
-        return replace(
-            contrast,
-            target=contrast.target[:n],
-            baseline=contrast.baseline[:n],
-            topics=contrast.topics[:n],
-        )
+        names = contrast.target_name, contrast.baseline_name
+        return Contrast(contrast.name, contrast.target[:n], contrast.baseline[:n], *names, True)
 
     return first(load_contrast("refusal"), 24), first(load_contrast("negativity"), 24)
 
@@ -94,6 +90,29 @@ def published_script_activations(prompts) -> torch.Tensor:
             states = hf(**batch, output_hidden_states=True).hidden_states
         rows.append(torch.stack([state[:, -1] for state in states[:-1]], dim=1))
     return torch.cat(rows)
+
+
+def test_a_specification_that_the_chat_template_refuses_is_skipped_with_its_reason(
+    monkeypatch, model
+):
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    own = model.tokenizer.chat_template
+    monkeypatch.setattr(model.tokenizer, "chat_template", no_system + "{% endif %}" + own)
+    contrasts = tuple(
+        Contrast(each.name, each.target[:6], each.baseline[:6])
+        for each in map(load_contrast, ("refusal", "negativity"))
+    )
+    options = {"sizes": (), "n_resamples": 1000, "causal_prompts": 0, "progress": False}
+    found = run_sensitivity(model, contrasts, **options)
+    published = [f"+ {step}" for step in STEPS if step != "no system prompt"]
+    assert [*found.skipped] == ["published, 5 prompts a set", *published, "a system prompt"]
+    assert all("no system role" in reason for reason in found.skipped.values())
+    assert len(found.specifications) == len(found.plain) > 8
+    assert "Skipped: a system prompt (the chat template fails" in str(found)
+    # The control: a template that refuses the default protocol too ends the command.
+    model.tokenizer.chat_template = "{{ raise_exception('no user role') }}"
+    with pytest.raises(InputError, match="no user role"):
+        run_sensitivity(model, contrasts, **options)
 
 
 def test_the_published_protocol_reads_what_its_script_reads_padding_and_all(model):

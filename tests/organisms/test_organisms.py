@@ -40,7 +40,8 @@ from refusal_lens.organisms.train import (
 )
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.protocol import Protocol
-from refusal_lens.prompts.tokenize import LLAMA3_CHAT_TEMPLATE, encode_prompts
+from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
+from refusal_lens.prompts.tokenize import encode_prompts
 
 NAMES = tuple(BEHAVIOURS)
 SAVED = Path(refusal_lens.organisms.__file__).parent

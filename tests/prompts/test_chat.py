@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from datetime import datetime
 from itertools import count, product
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from checkpoints import byte_tokenizer
 from llama3 import llama3_tokenizer, meta_tokenizer
 
 from refusal_lens.errors import InputError
+from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 from refusal_lens.prompts.protocol import Protocol
+from refusal_lens.prompts.thinking import constant_first_token
 from refusal_lens.prompts.tokenize import (
-    LLAMA3_CHAT_TEMPLATE,
     build_inputs_with_chat_template,
     check_prompts,
     encode_prompts,
@@ -359,10 +361,128 @@ def test_a_system_prompt_that_a_template_joins_to_the_prompt_is_encoded_with_it(
     assert tokens == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_tomorrow():
-    dated = "{{ date_string }} {{ messages[0]['content'] }}"
-    [tokens] = encode_prompts(byte_tokenizer(), ["hi"], protocol=Protocol(chat_template=dated))
-    assert byte_tokenizer().decode(tokens).endswith("26 Jul 2024 hi")
+# Templates that read the clock, think, read lists of parts, or are several or none
+
+CLOCKS = {  # as Llama-3.2's, gpt-oss's and Granite's templates read it
+    "Llama-3.2": (
+        "{{ bos_token }}\n    {% if strftime_now is defined %}\n"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n"
+    ),
+    "gpt-oss": (
+        "\n{%- macro today() %}{{ 'Date: ' + strftime_now('%Y-%m-%d') + '\\n' }}{% endmacro %}\n"
+        "{% for m in messages %}\n  {% if loop.first %}\n{{- today() }}{% endif %}{% endfor %}"
+    ),
+    "Granite": "  {% set day = strftime_now('%A, %B %-d, %Y') %}\n100%of {{ day | upper }}\n",
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_template_that_reads_the_clock_is_rendered_on_the_protocols_date(name):
+    tokenizer = byte_tokenizer(chat_template=CLOCKS[name] + PLAIN_TEMPLATE)
+    [july] = encode_prompts(tokenizer, ["hi"])
+    assert "2024" in tokenizer.decode(july)
+    today = Protocol(date=f"{datetime.now():%Y-%m-%d}")
+    [now] = encode_prompts(tokenizer, ["hi"], protocol=today)
+    assert now != july
+    messages = [{"role": "user", "content": "hi"}]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    assert now == tokenizer.apply_chat_template(messages, tokenize=True, **options)
+
+
+def test_a_template_that_is_handed_the_date_gets_the_protocols():
+    tokenizer = byte_tokenizer(chat_template="{{ date_string }} {{ messages[0]['content'] }}")
+    for date, written in (("2024-07-26", "26 Jul 2024 hi"), ("2030-01-02", "02 Jan 2030 hi")):
+        [tokens] = encode_prompts(tokenizer, ["hi"], protocol=Protocol(date=date))
+        assert tokenizer.decode(tokens) == written
+    with pytest.raises(InputError, match="write it as 2024-07-26"):
+        Protocol(date="26 Jul 2024")
+
+
+@pytest.mark.parametrize("adds", ["", "{{ '<think>\n' if add_generation_prompt }}"])
+def test_thinking_is_closed_where_the_template_has_no_switch_for_it(adds):
+    tokenizer = byte_tokenizer(chat_template=QWEN_TEMPLATE + adds)
+    chats = [
+        tokenizer.decode(encode_prompts(tokenizer, ["hi"], protocol=protocol)[0])
+        for protocol in (Protocol(), Protocol(thinking=False))
+    ]
+    assert chats[1] == chats[0].removesuffix("<think>\n") + "<think>\n\n</think>\n\n"
+    silent = [Protocol(thinking=on, generation_prompt=False) for on in (True, False)]
+    assert len({str(encode_prompts(tokenizer, ["hi"], protocol=each)) for each in silent}) == 1
+
+
+def test_thinking_is_switched_off_by_the_templates_own_switch():
+    switch = "{% if enable_thinking is defined and not enable_thinking %}/no_think\n{% endif %}"
+    tokenizer = byte_tokenizer(chat_template=QWEN_TEMPLATE + switch)
+    messages, options = [{"role": "user", "content": "hi"}], {"add_generation_prompt": True}
+    for thinking in (True, False):
+        if not thinking:
+            options["enable_thinking"] = False
+        itself = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+        assert encode_prompts(tokenizer, ["hi"], protocol=Protocol(thinking=thinking)) == [itself]
+    assert tokenizer.decode(itself).endswith("/no_think\n")
+
+
+def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_enough():
+    logits = torch.randn(200, 11, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = 20
+    assert constant_first_token(logits) == 3
+    logits[100, 7] = 30
+    assert constant_first_token(logits) is None
+
+
+def test_a_template_that_reads_lists_of_parts_is_given_lists_of_parts():
+    template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "<{{ m['role'] }}>{{ part['text'] }}\n{% endif %}{% endfor %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(chat_template=template)
+    protocol = Protocol(system_prompt="Be kind.")
+    [tokens] = encode_prompts(tokenizer, ["hi"], protocol=protocol)
+    assert tokenizer.decode(tokens) == "<system>Be kind.\n<user>hi\n"
+    # A template that takes text alone is not given a list of parts, which it would spell out.
+    spells = "{{ messages[0]['content'] if messages[0]['content'] is not string }}"
+    with pytest.raises(InputError, match="writes a prompt 0 times"):
+        encode_prompts(tokenizer, ["hi"], protocol=Protocol(chat_template=spells))
+
+
+def test_one_of_several_named_templates_is_taken_by_its_name():
+    named = {"chat": PLAIN_TEMPLATE, "tool_use": QWEN_TEMPLATE}
+    tokenizer = byte_tokenizer(chat_template=named)
+    [chat] = encode_prompts(tokenizer, ["hi"], protocol=Protocol(chat_template="chat"))
+    assert tokenizer.decode(chat) == "Q: hi\nA:"
+    for missing in (Protocol(), Protocol(chat_template="chatt")):
+        with pytest.raises(
+            InputError, match=r"no chat template named '\w+', but 'chat', 'tool_use'"
+        ):
+            encode_prompts(tokenizer, ["hi"], protocol=missing)
+    with_default = byte_tokenizer(chat_template=named | {"default": PLAIN_TEMPLATE})
+    assert encode_prompts(with_default, ["hi"]) == [chat]
+
+
+def test_the_plain_template_serves_models_without_any_with_bos_where_texts_have_it():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(chat_template=None)
+    protocol = Protocol(chat_template="plain", system_prompt="Be kind.")
+    [without] = encode_prompts(tokenizer, ["hi"], protocol=protocol)
+    assert tokenizer.decode(without) == "System: Be kind.\n\nUser: hi\n\nAssistant:"
+    bos = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert encode_prompts(tokenizer, ["hi"], protocol=protocol) == [[bos[1], *without]]
+
+
+def test_a_padding_token_that_the_model_has_no_row_for_is_never_used():
+    tokenizer = byte_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == rows
+    for padding in ("left", "right_in_twos"):
+        protocol = Protocol(padding=padding, allow_bugs=True)
+        inputs = build_inputs_with_chat_template(tokenizer, ["a", "longer"], protocol=protocol)
+        assert (inputs.mask == 0).any()
+        assert inputs.tokens.max() < rows
 
 
 @pytest.mark.parametrize(
