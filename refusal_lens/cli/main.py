@@ -19,7 +19,7 @@ from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
 from .directions import Compare, Convert
-from .options import Folder, ModelOptions, Number, Text, token_position
+from .options import Folder, ModelOptions, Number, ProtocolOptions, Text
 from .results import Multiverse, Report, Select, StoredWork
 
 ORGANISMS = ("specific", "entangled", "oblivious")
@@ -77,7 +77,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(ModelOptions):
+class Run(ProtocolOptions, ModelOptions):
     """Run the experiment on a model, by default Meta-Llama-3-8B-Instruct.
 
     Compares the refusal direction with the negativity direction at every layer, prints the published
@@ -96,7 +96,6 @@ class Run(ModelOptions):
     against_baseline: Text = None  # Their baseline; required with --against-target.
     keep_duplicates: bool = False  # Count your own prompts as often as they stand on their side.
     controls: tuple[str, ...] = ("positivity", "alarm")  # Bundled contrasts to compare as well.
-    system_prompt: Text = None  # System prompt before every prompt. Default: none.
     position: str = "-1"  # Token to read: -1 is the last one; or last_prompt_token.
     revision: Text = None  # Branch, tag or commit on the hub.
     dtype: Text = None  # bfloat16, float32, ... Default: bfloat16 on a GPU.
@@ -129,23 +128,21 @@ class Run(ModelOptions):
         keep = self.keep_duplicates
         refusal = _contrast("target", self.target, self.baseline, keep)
         against = _contrast("against-target", self.against_target, self.against_baseline, keep)
-        positions = (token_position(self.position),)
         different = {
             "refusal": refusal or self.refusal,
             "negativity": against or self.against,
-            "protocol": rl.Protocol(system_prompt=self.system_prompt, positions=positions),
+            "protocol": self.protocol(self.position),
             "n_resamples": self.resamples,
         }
         return rl.Config(**(same | different))
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(ProtocolOptions):
     """Show every token of a formatted prompt, and the tokens whose activations are extracted."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional]  # One prompt or several.
     model: str = "organism:specific"  # Hub name, directory or organism; only tokenizes.
-    system_prompt: Text = None  # System prompt before every prompt.
     generation_prompt: bool = True  # End with the header of the assistant's reply.
     position: tuple[str, ...] = ("-1",)  # Positions to read, as in `run --position`.
     revision: Text = None  # Branch, tag or commit on the hub.
@@ -154,11 +151,7 @@ class Tokens:
         """Run the command."""
         from ..models.load import load_tokenizer
 
-        protocol = rl.Protocol(
-            system_prompt=self.system_prompt,
-            generation_prompt=self.generation_prompt,
-            positions=tuple(map(token_position, self.position)),
-        )
+        protocol = self.protocol(*self.position, generation_prompt=self.generation_prompt)
         tokenizer = load_tokenizer(self.model, revision=self.revision)
         print(rl.show_tokens(tokenizer, list(self.prompt), protocol=protocol))
 

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from ..errors import InputError
+from ..prompts.protocol import Protocol
+
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 # Without these annotations tyro shows "{None}|STR" for an optional value.
@@ -29,6 +32,33 @@ class ModelOptions:
         """Return the folder for the results; the default name ends with `suffix`."""
         return self.out or Path("runs") / (
             re.sub(r"[^\w.-]+", "-", self.model).strip("-.") + suffix
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolOptions:
+    """Options of every command that formats prompts."""
+
+    system_prompt: Text = None  # System prompt before every prompt. Default: none.
+    chat_template: Text = None  # Jinja file, or a name: the tokenizer has it, or plain.
+    thinking: bool = True  # Close the block of thought that opens a thinking model's reply.
+    date: str = Protocol.date  # Today, for chat templates that read the clock.
+
+    def protocol(self, *positions: str, generation_prompt: bool = True) -> Protocol:
+        """Return the protocol that reads these positions."""
+        template = self.chat_template
+        if template is not None and re.search(r"[./\\]", template):
+            try:
+                template = Path(template).read_text("utf-8")
+            except (OSError, UnicodeError) as error:
+                raise InputError(f"--chat-template {template} can't be read: {error}") from error
+        return Protocol(
+            system_prompt=self.system_prompt,
+            generation_prompt=generation_prompt,
+            positions=tuple(map(token_position, positions)),
+            chat_template=template,
+            thinking=self.thinking,
+            date=self.date,
         )
 
 

@@ -58,9 +58,9 @@ def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Pro
     role_of = {placeholder: role for role, placeholder in placed.items()}
     roles = [role_of.get(piece, "template") for piece in frame]
     if system:
-        text = render(placed | system, content)
+        [text] = render([placed | system], content)
         frame = _filled(frame, roles.index("system"), text, "the system prompt")
-    texts = [render(system | {"prompt": prompt}, content) for prompt in prompts]
+    texts = render([system | {"prompt": prompt} for prompt in prompts], content)
     at = roles.index("prompt")
     filled = [_filled(frame, at, text, f"prompts[{row}]") for row, text in enumerate(texts)]
     return Chats(roles, filled)
@@ -97,8 +97,8 @@ def chat_template_of(tokenizer: "Tokenizer", protocol: Protocol) -> str:
 
 def _renderer(
     tokenizer: "Tokenizer", protocol: Protocol
-) -> Callable[[dict[str, str], Callable[[str], Content]], str]:
-    """Return a function from the text of each role, and the form of contents, to the chat."""
+) -> Callable[[list[dict[str, str]], Callable[[str], Content]], list[str]]:
+    """Return a function from the texts of each chat by role, and the form of contents, to chats."""
     from jinja2 import TemplateError
 
     template = chat_template_of(tokenizer, protocol)
@@ -114,14 +114,17 @@ def _renderer(
         options["enable_thinking"], closes = False, False
     names = {"system": "system", "prompt": "user"}
 
-    def render(texts: dict[str, str], content: Callable[[str], Content]) -> str:
-        messages: Any = [{"role": names[i], "content": content(text)} for i, text in texts.items()]
+    def render(chats: list[dict[str, str]], content: Callable[[str], Content]) -> list[str]:
+        messages: Any = [
+            [{"role": names[role], "content": content(text)} for role, text in chat.items()]
+            for chat in chats
+        ]
         try:
-            chat = str(tokenizer.apply_chat_template(messages, **options))
+            texts: Any = tokenizer.apply_chat_template(messages, **options)
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            what = " with a system prompt (some models take none)" if "system" in texts else ""
+            what = " with a system prompt (some models take none)" if "system" in chats[0] else ""
             raise InputError(f"the chat template fails{what}: {error}") from error
-        return with_closed_thinking(chat) if closes else chat
+        return [*map(with_closed_thinking, texts)] if closes else texts
 
     return render
 
@@ -131,16 +134,17 @@ def _in_parts(text: str) -> Content:
 
 
 def _frame(
-    render: Callable[..., str], placed: dict[str, str]
+    render: Callable[..., list[str]], placed: dict[str, str]
 ) -> tuple[list[str], Callable[[str], Content]]:
     """The chat of placeholders cut around them, and the form of contents that the template reads."""
     problems: list[InputError] = []
     for content in (str, _in_parts):
         try:
-            frame = re.split(f"({'|'.join(placed.values())})", render(placed, content))
+            [text] = render([placed], content)
         except InputError as error:
             problems.append(error)
             continue
+        frame = re.split(f"({'|'.join(placed.values())})", text)
         counts = {role: frame.count(placeholder) for role, placeholder in placed.items()}
         wrong = next((role for role, count in counts.items() if count != 1), None)
         # A template that takes text alone writes a list of parts as Python spells it.
@@ -154,7 +158,8 @@ def _frame(
 
 def _filled(frame: list[str], at: int, text: str, what: str) -> list[str]:
     """Replace the frame's piece `at` with the text that the template wrote there."""
-    pattern = "(.*)".join(re.escape("".join(part)) for part in (frame[:at], frame[at + 1 :]))
-    if not (match := re.fullmatch(pattern, text, re.DOTALL)):
+    before, after = "".join(frame[:at]), "".join(frame[at + 1 :])
+    written = text.removeprefix(before).removesuffix(after)
+    if before + written + after != text:
         raise InputError(f"the chat template writes other text around {what} than around others")
-    return [*frame[:at], match[1], *frame[at + 1 :]]
+    return [*frame[:at], written, *frame[at + 1 :]]

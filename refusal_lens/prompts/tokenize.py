@@ -221,8 +221,9 @@ def _padded(
     ends = lengths = [len(one.ids) for one in formatted]
     if protocol.padding == "right_in_twos":
         ends = [max(lengths[i - i % 2 :][:2]) for i in range(len(lengths))]
+    longest = max(ends)
     for row, (one, end) in enumerate(zip(formatted, ends, strict=True)):
-        before, after = max(ends) - end, end - len(one.ids)
+        before, after = longest - end, end - len(one.ids)
         roles = ["pad"] * before + one.roles + ["pad"] * after
         name = f"prompts[{row}] ({quoted(prompts[row])})"
         read_at = [_index(position, roles, before, name) for position in protocol.positions]
