@@ -6,14 +6,18 @@ A hook returns a new tensor and never writes into its input.
         logits = model(tokens, attention_mask=mask)
 """
 
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
 from ..errors import InputError, check_tensors
+from ..models.forward import input_device, undisturbed
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -21,30 +25,43 @@ if TYPE_CHECKING:
 
 Hook = tuple[str, Callable[..., Tensor | None]]  # hook point and `fn(x, hook) -> new x`, or None
 EMBEDDING = -1  # layer number of the embedding's output, before block 0
+# Where a block reads the stream between its writes; `per_layer_input_gate` is Gemma 4's.
+INSIDE_BLOCK = ("hook_resid_mid", "per_layer_input_gate.hook_in")
+
+_checked: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models that passed `check_interventions`
 
 
 def ablate_direction(
-    model: "HookedTransformer | TransformerBridge", direction: Float[Tensor, "*batch d_model"]
+    model: "HookedTransformer | TransformerBridge",
+    direction: Float[Tensor, "*batch d_model"],
+    reference: Float[Tensor, "*directions"] | float | None = None,
 ) -> list[Hook]:
-    r"""Hooks that remove the component along a direction from every write to the residual stream.
+    r"""Hooks that set the component of the residual stream along a direction to a constant.
 
-        x <- x - (x . u) u,    u = direction / |direction|
+        x <- x - (x . u) u + reference u,    u = direction / |direction|
 
-    applies to the outputs of the embedding, attention layers and MLPs, after any norm that follows
-    the layer (Gemma 2), at all positions, in float32. The effect is the same as that of projecting
-    `u` out of all weights that write to the residual stream (Arditi et al. 2024, arXiv:2406.11717,
-    section 2.4). Two successive ablations remove both directions only if these are orthogonal.
+    applies at all positions, in float32, wherever the stream is read: after the embedding, inside
+    each block and after each block, whatever the block writes. Without a reference the component
+    is removed, with the same effect as projecting `u` out of all weights that write to the stream
+    (directional ablation; Arditi et al. 2024, arXiv:2406.11717, section 2.4). With the mean
+    component of harmless prompts as reference the ablation is affine (Marshall et al. 2024,
+    arXiv:2411.09003). Two successive ablations hold for both directions only if these are
+    orthogonal.
 
     Args:
-        model: InputError if the model lacks the hook point of a write.
-        direction: of any norm, for all rows, or one for each row (`[batch d_model]`). InputError if
-            zero, not finite, or not of the model's width.
+        model: the model.
+        direction: of any norm, for all rows, or one for each row of the batch (`[batch d_model]`).
+            InputError if zero, not finite, or not of the model's width; a batch of another number
+            of rows raises InputError when it runs.
+        reference: the constant, in units of the stream: one for all, one for each direction, or
+            one for each direction and layer (the embedding's output then stays); `None` is 0.
+            InputError if not finite or of another shape.
     """
     check_directions(model, direction)
     norm = direction.float().norm(dim=-1, keepdim=True)
     if (norm == 0).any():
         raise InputError("the direction to ablate is zero: there is nothing to remove")
-    return projection_hooks(model, direction.float() / norm)
+    return projection_hooks(model, direction.float() / norm, reference)
 
 
 def add_direction(
@@ -56,8 +73,9 @@ def add_direction(
 
     Args:
         model: the model.
-        direction: added with its norm to all rows, or one for each row (`[batch d_model]`).
-            InputError if zero, not finite, or not of the model's width.
+        direction: added with its norm to all rows, or one for each row of the batch
+            (`[batch d_model]`). InputError if zero, not finite, or not of the model's width; a
+            batch of another number of rows raises InputError when it runs.
         layer: the block whose `hook_resid_post` is changed; -1 is the embedding's output. Arditi et
             al. (2024, arXiv:2406.11717, section 2.4) add at block inputs, so `l` is `l - 1` here.
     """
@@ -66,35 +84,50 @@ def add_direction(
         raise InputError("the direction to add is zero: there is nothing to add")
 
     def add(x: Tensor, hook: object) -> Tensor:
-        return (x + direction.float().to(x.device).unsqueeze(-2)).to(x.dtype)
+        return (x + _for_rows(direction.float(), x)).to(x.dtype)
 
     return [(stream_after(model, layer), add)]
 
 
 def projection_hooks(
-    model: "HookedTransformer | TransformerBridge", units: Float[Tensor, "*batch d_model"]
+    model: "HookedTransformer | TransformerBridge",
+    units: Float[Tensor, "*batch d_model"],
+    reference: Float[Tensor, "*directions"] | float | None = None,
 ) -> list[Hook]:
-    """Hooks that project unit directions out of every write; a zero vector changes nothing."""
+    """Hooks that set the components along unit directions; a zero vector changes nothing."""
+    constant = torch.as_tensor(0.0 if reference is None else reference, dtype=torch.float32)
+    if not constant.isfinite().all():
+        raise InputError("the reference holds NaN or infinite values: give the component to set")
+    n_layers, points = model.cfg.n_layers, stream_points(model)
+    if constant.shape == (*units.shape[:-1], n_layers):
+        points = points[1:]  # the embedding's output, before layer 0, stays
+    elif constant.ndim and constant.shape != units.shape[:-1]:
+        raise InputError(
+            f"references of shape {list(constant.shape)} for directions of shape "
+            f"{list(units.shape)}: hand over one number, one for each direction, or one for each "
+            f"direction and layer [*batch {n_layers}]"
+        )
+    else:
+        constant = constant.expand(units.shape[:-1])[..., None].expand(*units.shape[:-1], n_layers)
+    constant = constant.to(units.device)
 
-    def project(x: Tensor, hook: object) -> Tensor:
-        unit, wide = units.to(x.device).unsqueeze(-2), x.float()
-        along = torch.linalg.vecdot(wide, unit).unsqueeze(-1)
+    def project(x: Tensor, hook: object, *, layer: int) -> Tensor:
+        unit, wide = _for_rows(units, x), x.float()
+        component = _for_rows(constant[..., layer, None], x)
+        along = torch.linalg.vecdot(wide, unit).unsqueeze(-1) - component
         return torch.addcmul(wide, along, unit, value=-1).to(x.dtype)
 
-    return [(name, project) for name in writes(model)]
+    return [(name, partial(project, layer=int(name.split(".")[1]))) for name in points]
 
 
-def writes(model: "HookedTransformer | TransformerBridge") -> list[str]:
-    """The hook points of all writes to the residual stream, first the embedding's."""
-    layers = range(model.cfg.n_layers)
-    outputs = ["attn_out"] if getattr(model.cfg, "attn_only", False) else ["attn_out", "mlp_out"]
-    names = [f"blocks.{layer}.hook_{output}" for layer in layers for output in outputs]
-    if missing := [name for name in names if name not in model.hook_dict]:
-        raise InputError(
-            f"this model has no {missing[0]}, so the output of that layer can't be changed: "
-            "directions can be added to its residual stream, not ablated from it"
-        )
-    return [stream_after(model, EMBEDDING), *names]
+def stream_points(model: "HookedTransformer | TransformerBridge") -> list[str]:
+    """The hook points between which a block reads or writes the residual stream, in order."""
+    names = [stream_after(model, EMBEDDING)]
+    for layer in range(model.cfg.n_layers):
+        inside = [f"blocks.{layer}.{point}" for point in INSIDE_BLOCK]
+        names += [name for name in inside if name in model.hook_dict]
+        names.append(stream_after(model, layer))
+    return names
 
 
 def stream_after(model: "HookedTransformer | TransformerBridge", layer: int) -> str:
@@ -118,3 +151,108 @@ def check_directions(
         )
     if not directions.isfinite().all():
         raise InputError("the direction holds NaN or infinite values: choose another layer")
+
+
+def _for_rows(values: Float[Tensor, "*batch width"], x: Tensor) -> Tensor:
+    """Values for all rows of a batch, or one for each row, as they broadcast over positions."""
+    if values.ndim > 1 and values.shape[:-1] != x.shape[:1]:
+        raise InputError(
+            f"directions of shape {list(values.shape)} met a batch of {len(x)} rows: hand over one "
+            "direction [d_model], such as directions[layer], or one for each row [batch d_model]"
+        )
+    return values.to(x.device).unsqueeze(-2)
+
+
+def check_interventions(model: "HookedTransformer | TransformerBridge") -> None:
+    """Raise InputError unless additions and ablations are measured to be complete.
+
+    Three passes over four tokens, once for each model, measure that
+
+    - a direction added to the stream is there at the next hook point of the stream;
+    - an ablated direction is absent at the next block and in whatever a block's modules read;
+    - the logits follow from the stream after the last block.
+    """
+    if model in _checked:
+        return
+    unit = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    unit = normalize(unit, dim=-1).to(input_device(model))
+    with undisturbed(model):
+        for name, share in _shares_added(model, unit).items():
+            if not share > 0.5:
+                raise _incomplete(name, "a direction added to the stream before it is not found")
+        for name, share in _shares_left(model, unit).items():
+            if not share < (1e-2 if name.endswith("hook_resid_pre") else 0.5):
+                raise _incomplete(name, "an ablated direction is found again")
+        last = stream_after(model, model.cfg.n_layers - 1)
+        logits = _short_pass(model, [(last, lambda x, hook: x[:, :1].expand_as(x))])
+        if not (logits - logits[:, :1]).abs().max() <= 1e-2 * logits.std():
+            raise _incomplete(last, "a change of the stream does not reach the logits")
+    _checked.add(model)
+
+
+def _shares_added(model: Any, unit: Tensor) -> dict[str, float]:
+    """Cosines, at each point of the stream, with what was added at the point before."""
+    shares = {}
+
+    def flip(x: Tensor, hook: Any, *, sign: int, measured: str) -> Tensor:
+        if measured:
+            cosine = -sign * cosine_similarity(x.float(), unit.to(x.device), dim=-1)
+            shares[measured] = cosine.min().item()
+        return _flooded(x, sign * unit.to(x.device))
+
+    hooks: list[Hook] = []
+    for layer in range(model.cfg.n_layers):
+        for end in ("pre", "post"):
+            name, sign = f"blocks.{layer}.hook_resid_{end}", 1 if end == "pre" else -1
+            hooks.append((name, partial(flip, sign=sign, measured=name if hooks else "")))
+    _short_pass(model, hooks)
+    return shares
+
+
+def _shares_left(model: Any, unit: Tensor) -> dict[str, float]:
+    """Share of an ablated component that is left at each block's input and in its modules."""
+    shares, starts = {}, {}
+
+    def start(x: Tensor, hook: Any, *, name: str) -> Tensor:
+        cosine = cosine_similarity(x.float(), unit.to(x.device), dim=-1)
+        shares[name] = cosine.abs().max().item()
+        starts[name.split(".")[1]] = flooded = _flooded(x, unit.to(x.device))
+        return flooded
+
+    def inside(x: Any, hook: Any, *, name: str) -> None:
+        whole = starts[name.split(".")[1]].float()
+        # The first modules of a block read its unmodified input, and a norm's output is small.
+        if isinstance(x, Tensor) and x.shape == whole.shape and not torch.equal(x.float(), whole):
+            shares[name] = 1 - ((x.float() - whole).norm() / whole.norm()).item()
+
+    inputs = [name for name in model.hook_dict if name.startswith("blocks.")]
+    inputs = [name for name in inputs if name.endswith((".hook_in", ".hook_resid_mid"))]
+    hooks = projection_hooks(model, unit)
+    for layer in range(model.cfg.n_layers):
+        name = f"blocks.{layer}.hook_resid_pre"
+        hooks.append((name, partial(start, name=name)))
+    hooks += [(name, partial(inside, name=name)) for name in inputs]
+    _short_pass(model, hooks)
+    return shares
+
+
+def _flooded(x: Tensor, unit: Tensor) -> Tensor:
+    """A stream whose component along a unit vector is 100 times as large as all of the rest."""
+    wide = x.float()
+    rest = wide - (wide @ unit)[..., None] * unit
+    size = rest.norm(dim=-1).max().clamp(min=len(unit) ** 0.5)  # the output of a norm, at least
+    return (rest + 100 * size * unit).to(x.dtype)
+
+
+def _short_pass(model: Any, hooks: list[Hook]) -> Tensor:
+    """Logits of four tokens."""
+    tokens = torch.arange(10, 14, device=input_device(model))[None]
+    with model.hooks(fwd_hooks=hooks):
+        return model(tokens, attention_mask=torch.ones_like(tokens)).float()
+
+
+def _incomplete(name: str, what: str) -> InputError:
+    return InputError(
+        f"{what} at {name}: TransformerLens can't intervene in layer {name.split('.')[1]} of this "
+        "model; its directions can be read and compared"
+    )

@@ -23,7 +23,7 @@ from refusal_lens.interventions import (
     refusal_log_odds,
 )
 from refusal_lens.interventions.cross_ablation import held_out_scores, random_directions
-from refusal_lens.interventions.hooks import writes
+from refusal_lens.interventions.hooks import stream_points
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import Contrast
 from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
@@ -79,9 +79,9 @@ def last_logits(model, hooks, prompts=PROMPTS) -> Tensor:
 
 
 @torch.no_grad()
-def every_write(model, hooks) -> dict[str, Tensor]:
+def every_stream_point(model, hooks) -> dict[str, Tensor]:
     inputs = build_inputs_with_chat_template(model.tokenizer, PROMPTS)
-    names = [*writes(model), *(f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers))]
+    names = stream_points(model)
     with model.hooks(fwd_hooks=hooks):
         _, cache = model.run_with_cache(
             inputs.tokens,
@@ -126,10 +126,10 @@ def project_outputs(u: Tensor, hf) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_after_ablation_nothing_that_is_written_has_a_component_along_the_direction(loaded, family):
+def test_after_ablation_the_stream_has_no_component_along_the_direction(loaded, family):
     model, direction = loaded(family), drawn(32)
     unit = direction / direction.norm()
-    before, after = (every_write(model, h) for h in ([], ablate_direction(model, direction)))
+    before, after = (every_stream_point(model, h) for h in ([], ablate_direction(model, direction)))
     assert min((x @ unit).abs().max() for x in before.values()) > 0.05
     for name, x in after.items():
         assert (x @ unit).abs().max() < 1e-5 * max(1.0, x.norm(dim=-1).max()), name
