@@ -66,7 +66,7 @@ def start(cache: Path, out: Path) -> int:
 
 
 def stored(cache: Path) -> int:
-    return sum(holding.n_prompts for holding in Cache(cache).holdings())
+    return sum(n_prompts for _, n_prompts, _ in Cache(cache).holdings().values())
 
 
 def main(folder: Path, n: int, seed: int) -> None:

@@ -1,7 +1,7 @@
-"""One process of several, as torchrun starts them: `one_of_several.py RANK ARGUMENTS`.
+"""One process of several, as torchrun starts them: `one_of_several.py RANK HOW ARGUMENTS`.
 
-Runs `refusal-lens` with the arguments. The process of that rank, if there is one, ends without a
-word after its first batch, as a process does whose machine fails.
+Runs `refusal-lens` with the arguments. After its first batch the process of that rank, if there is
+one, ends without a word, as a process does whose machine fails (`dies`), or raises (`errs`).
 """
 
 import os
@@ -9,17 +9,21 @@ import sys
 
 from refusal_lens.activations import extract as extraction
 from refusal_lens.cli import main as cli
+from refusal_lens.errors import InputError
 
 run_batch, n_batches = extraction._run_batch, 0
+_, rank, how, *arguments = sys.argv
 
 
-def counted(*arguments, **options):
+def counted(*batch, **options):
     global n_batches
     n_batches += 1
-    if n_batches > 1 and os.environ.get("RANK") == sys.argv[1]:
-        os._exit(17)
-    return run_batch(*arguments, **options)
+    if n_batches > 1 and os.environ.get("RANK") == rank:
+        if how == "dies":
+            os._exit(17)
+        raise InputError("this GPU is full")
+    return run_batch(*batch, **options)
 
 
 extraction._run_batch = counted
-cli.main(sys.argv[2:])
+cli.main(arguments)

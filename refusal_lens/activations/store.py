@@ -1,6 +1,6 @@
 """Activations and other results on disk, without lock or index, so a crash leaves no damage.
 
-    FOLDER/{activations,results}/KEY/CONTENT.safetensors    one batch of prompts, or one result
+    FOLDER/KEY/CONTENT.safetensors    the activations of one batch of prompts, or one result
 
 `KEY` hashes everything that determines the numbers. `CONTENT` hashes the file, so a damaged file does
 not match its name; the cache removes the file. Concurrent processes write different or equal files.
@@ -10,16 +10,14 @@ import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -27,11 +25,7 @@ from ..errors import InputError
 from .disk import packed_tensors
 
 FOLDER_VARIABLE = "REFUSAL_LENS_CACHE"
-SUFFIX, PARTIAL = ".safetensors", ".partial-"
-ABOUT = "refusal_lens"  # the metadata field whose JSON describes a file's tensors
-ABANDONED = 3600.0  # seconds after which an unfinished file counts as left by a dead process
-
-Kind = Literal["activations", "results"]
+HASH = 64 * "[0-9a-f]"  # pattern of a SHA-256
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +36,9 @@ def default_folder() -> Path:
     return Path(own).expanduser() if own else user_cache_path("refusal_lens", appauthor=False)
 
 
-def digest(key: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a key, independent of the order of its items."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Holding:
-    """Size of the cache for one model in one dtype, or for all other results together."""
-
-    what: str
-    n_files: int
-    n_prompts: int
-    n_bytes: int
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a value in JSON's types, independent of the order of mappings."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class Cache:
@@ -72,45 +56,35 @@ class Cache:
             raise InputError(f"the cache {self.folder} is a file: name a folder")
         self._storing = self.folder is not None
 
-    def load(
-        self, kind: Kind, key: Mapping[str, Any], rows: Collection[str] = ()
-    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Yield the tensors and the description of each file under a key.
-
-        Args:
-            kind, key: the arguments of `store`.
-            rows: names of rows; files without any of these rows are skipped.
-        """
-        for path in self._files(f"{kind}/{digest(key)}/*"):
+    def load(self, key: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return the tensors under a key, or only those of files that hold any of the names."""
+        found: dict[str, Tensor] = {}
+        for path in self._files(digest(key)):
+            header = _header(path)
+            if names and header and header[1].isdisjoint(names):
+                continue
             with suppress(OSError):
-                if path.name.startswith(PARTIAL) and time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
-            elsewhere = set(_about(path).get("rows", rows)).isdisjoint(rows) if rows else False
-            if path.suffix == SUFFIX and not elsewhere and (found := self._verified(path)):
-                yield found
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() == path.stem:
+                    found |= load(content)
+                    continue
+                logger.warning("a damaged file in the cache is removed: %s", path)
+                path.unlink()
+        return found
 
-    def store(
-        self,
-        kind: Kind,
-        key: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        about: Mapping[str, Any],
-    ) -> None:
-        """Store tensors and their description in one complete file.
+    def store(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Store named tensors in one complete file.
 
-        Args:
-            kind, key: kind of result, and everything that determines its numbers, in JSON's types.
-            tensors, about: the numbers by name, and their description in JSON's types.
+        `key` holds everything that determines the numbers, in JSON's types.
         """
         if self.folder is None or not self._storing:
             return
-        content = packed_tensors(tensors, {ABOUT: json.dumps(about, sort_keys=True)})
-        shelf = self.folder / kind / digest(key)
-        partial = shelf / f"{PARTIAL}{uuid4().hex}"
+        content = packed_tensors(tensors, {"key": json.dumps(key)})
+        partial = self.folder / digest(key) / f"{uuid4()}.partial"
         try:
-            shelf.mkdir(parents=True, exist_ok=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content)
-            partial.replace(shelf / f"{hashlib.sha256(content).hexdigest()}{SUFFIX}")
+            partial.replace(partial.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors"))
         except OSError as error:
             self._storing = False
             reason = f"can't write to the cache {self.folder} ({error.strerror or error})"
@@ -118,64 +92,35 @@ class Cache:
             with suppress(OSError):
                 partial.unlink()
 
-    def holdings(self) -> list[Holding]:
-        """Return the sizes of the cache by model and dtype, then of all other results."""
-        files: dict[str, list[tuple[int, int]]] = {}
-        for path in self._files(f"activations/*/*{SUFFIX}"):
-            about = _about(path)
-            key, rows = about.get("key", {}), about.get("rows", [])
-            what = f"{key.get('model', 'unknown')}, {key.get('dtype', 'unknown')}"
-            files.setdefault(what, []).append((len(rows), _size(path)))
-        if self.folder is not None:
-            results = self._files(f"results/*/*{SUFFIX}")
-            files["other results"] = [(0, _size(path)) for path in results]
-        return [
-            Holding(what, len(sizes), sum(n for n, _ in sizes), sum(size for _, size in sizes))
-            for what, sizes in files.items()
-        ]
+    def holdings(self) -> dict[str, tuple[int, int, int]]:
+        """Return the files, tensors (one a prompt) and bytes of each model and of "other results"."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for path in self._files():
+            key, names = _header(path) or ({}, set())
+            what = "{model}, {dtype}".format(**key) if "dtype" in key else "other results"
+            n_files, n_tensors, n_bytes = found.get(what, (0, 0, 0))
+            found[what] = n_files + 1, n_tensors + len(names), n_bytes + path.stat().st_size
+        return found
 
     def clear(self) -> int:
         """Remove the files of the cache and return their bytes; raise InputError if this fails."""
         removed = 0
-        for path in self._files("activations/*/*") + self._files("results/*/*"):
-            if path.suffix != SUFFIX and not path.name.startswith(PARTIAL):
-                continue
-            size = _size(path)
+        for path in (*self._files(), *self._files(file="*.partial")):
+            removed += path.stat().st_size
             try:
-                path.unlink(missing_ok=True)
+                path.unlink()
             except OSError as error:
                 raise InputError(f"can't remove {path}: {error.strerror}") from error
-            removed += size
             with suppress(OSError):  # a folder that is not empty stays
                 path.parent.rmdir()
-                path.parent.parent.rmdir()
         return removed
 
-    def _files(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(pattern)) if self.folder else []
-
-    def _verified(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors and the description of a file if its bytes match its name."""
-        with suppress(OSError):
-            content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == path.stem:
-                return load(content), _about(path)
-            logger.warning("a damaged file in the cache is removed and computed again: %s", path)
-            path.unlink()
-        return None
+    def _files(self, key: str = HASH, file: str = f"{HASH}.safetensors") -> list[Path]:
+        return sorted(self.folder.glob(f"{key}/{file}")) if self.folder else []
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """Return the description in a file's header; empty if the header is damaged."""
-    damage = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError)
-    with suppress(*damage, RecursionError), safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()[ABOUT])
-        if isinstance(about.get("key", {}), dict) and isinstance(about.get("rows", []), list):
-            return about
-    return {}
-
-
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
+def _header(path: Path) -> tuple[dict[str, Any], set[str]] | None:
+    """Return the key and the names of the tensors in a file; None if the header is damaged."""
+    with suppress(Exception), safe_open(path, "pt") as file:  # damage raises anything
+        return json.loads(file.metadata()["key"]), {*file.keys()}
+    return None

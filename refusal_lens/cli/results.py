@@ -108,6 +108,5 @@ class StoredWork:
             print(f"removed {cache.clear() / 1e6:.1f} MB from {cache.folder}")
             return
         print(cache.folder)
-        for holding in cache.holdings():
-            size = f"{holding.n_files} files, {holding.n_bytes / 1e6:.1f} MB"
-            print(f"{holding.what}: {holding.n_prompts} prompts, {size}")
+        for what, (n_files, n_tensors, n_bytes) in cache.holdings().items():
+            print(f"{what}: {n_tensors} tensors in {n_files} files, {n_bytes / 1e6:.1f} MB")

@@ -1,12 +1,10 @@
 """A model that is loaded only when the cache lacks a result."""
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,23 +13,21 @@ from torch import Tensor
 
 from ..activations.batching import plan_batches
 from ..activations.extract import read_residual_stream
-from ..activations.store import Cache
+from ..activations.store import Cache, digest
 from ..errors import InputError
 from ..models.hub import find_checkpoint
 from ..models.load import load_model, load_tokenizer, placement
 from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template, refuse_padding
 from .config import Config
-from .distributed import divide, is_main, own_device, shares
+from .distributed import divide, is_main, own_device, rank_and_count
 from .serialise import pack, unpack
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import PreTrainedTokenizerBase
 
 ALGORITHM = 1  # increase when a change of this package changes cached numbers
 PACKAGES = ("transformer_lens", "transformers", "torch")
-SMALL = 2**26  # bytes; a larger file is identified by its modification time
 
 Answer = TypeVar("Answer")
 
@@ -53,50 +49,35 @@ class CachedModel:
         model: "HookedTransformer | TransformerBridge | None" = None,
     ):
         self.config, self.cache = config, cache
+        self.identity: dict[str, Any] = {}
         if model is not None:
-            self.cache = Cache(None)
-            tokenizer: Any = model.tokenizer
-            self.model, self.tokenizer, self.identity = model, tokenizer, {}
+            self.model, self.cache = model, Cache(None)
+            self.tokenizer: Any = model.tokenizer
             return
-        device, dtype = own_device(config.device), config.torch_dtype()
-        self._device, self._dtype = placement(config.model, device, dtype)
-        self._checkpoint = find_checkpoint(config.model, revision=config.revision)
-
-    @cached_property
-    def model(self) -> "HookedTransformer | TransformerBridge":
-        """The model, loaded on first use."""
-        return load_model(
-            self.config.model,
-            device=self._device,
-            dtype=self._dtype,
-            revision=self._checkpoint.revision,
-        )
-
-    @cached_property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's tokenizer, loaded without the model."""
-        return load_tokenizer(self.config.model, revision=self._checkpoint.revision)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Everything about the model and the software that can change a number."""
-        return {
+        device = own_device(config.device)
+        self._device, self._dtype = placement(config.model, device, config.torch_dtype())
+        checkpoint = find_checkpoint(config.model, revision=config.revision)
+        self._revision = checkpoint.revision
+        self.tokenizer = load_tokenizer(config.model, revision=self._revision)
+        local_files = [
+            (path.name, path.stat().st_mtime_ns) for path in checkpoint.directory.iterdir()
+        ]
+        # Everything about the model and the software that can change a number.
+        self.identity = {
             "algorithm": ALGORITHM,
-            "model": self.config.model,
-            "files": self._checkpoint.revision or self._local_files(),
+            "model": config.model,
+            "files": self._revision or [checkpoint.fingerprint(), sorted(local_files)],
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": self._device.type,
             "matmul precision": torch.get_float32_matmul_precision(),
             "versions": {package: version(package) for package in ("refusal_lens", *PACKAGES)},
         }
 
-    def _local_files(self) -> dict[str, str]:
-        files = {"sampled weights": self._checkpoint.fingerprint()}
-        for path in filter(Path.is_file, self._checkpoint.directory.iterdir()):
-            small = path.stat().st_size <= SMALL
-            content = path.read_bytes() if small else str(path.stat().st_mtime_ns).encode()
-            files[path.name] = hashlib.sha256(content).hexdigest()
-        return files
+    @cached_property
+    def model(self) -> "HookedTransformer | TransformerBridge":
+        """The model, loaded on first use."""
+        options: Any = {"device": self._device, "dtype": self._dtype, "revision": self._revision}
+        return load_model(self.config.model, **options)
 
     def remember(
         self,
@@ -116,19 +97,17 @@ class CachedModel:
         key = {"what": what, "model": self.identity, "decided by": dict(decided_by)}
 
         def stored() -> list[Answer]:
-            for tensors, about in self.cache.load("results", key):
-                with suppress(InputError):
-                    return [unpack(about["tree"], tensors, types)]
+            tensors = self.cache.load(key)
+            with suppress(InputError, KeyError):
+                return [unpack(json.loads(bytes(tensors["tree"].tolist())), tensors, types)]
             return []
 
-        # The processes must agree whether to compute, so the main process decides.
-        [found] = divide([stored])
-        if found:
-            return found[0]
-        answer = compute()
-        if is_main():
+        [found] = divide([stored])  # the processes must agree whether to compute
+        answer = found[0] if found else compute()
+        if not found and is_main():
             tree, tensors = pack(answer)
-            self.cache.store("results", key, tensors, {"tree": tree})
+            text = json.dumps(tree).encode()
+            self.cache.store(key, tensors | {"tree": torch.tensor([*text], dtype=torch.uint8)})
         return answer
 
     def prompt_activations(
@@ -147,36 +126,29 @@ class CachedModel:
         refuse_padding(protocol)
         inputs = build_inputs_with_chat_template(self.tokenizer, prompts, protocol=protocol)
         names = _row_names(inputs)
-        first = {name: row for row, name in reversed([*enumerate(names)])}
-        [found] = divide([lambda: self._stored(first)])
-        if missing := sorted(row for name, row in first.items() if name not in found):
-            model = self.model
-            options: dict[str, Any] = {"batch_size": self.config.batch_size, "labels": labels}
+        rows = dict(zip(names, range(len(names)), strict=True))
+        [found] = divide([lambda: self.cache.load(self.identity, rows)])
+        if missing := [row for name, row in rows.items() if name not in found]:
+            model, (_, count) = self.model, rank_and_count()
+            options: Any = {"batch_size": self.config.batch_size, "labels": labels}
             [plan] = divide([lambda: plan_batches(model, inputs, only=missing, **options)])
             options["progress"] = progress and is_main()
 
             def run(share: list[list[int]]) -> dict[str, Float[Tensor, "pos layer d_model"]]:
                 computed: dict[str, Tensor] = {}
                 only = [row for batch in share for row in batch]
-                for rows, batch in read_residual_stream(model, inputs, only=only, **options):
-                    about = {"key": self.identity, "rows": [names[row] for row in rows.tolist()]}
-                    self.cache.store("activations", self.identity, {"activations": batch}, about)
-                    computed.update(zip(about["rows"], batch, strict=True))
+                for batch, values in read_residual_stream(model, inputs, only=only, **options):
+                    finished = {names[row]: value for row, value in zip(batch, values, strict=True)}
+                    self.cache.store(self.identity, finished)
+                    computed |= finished
                 return computed
 
-            for computed in divide([partial(run, share) for share in shares(plan)]):
+            for computed in divide([partial(run, plan[rank::count]) for rank in range(count)]):
                 found |= computed
         activations = torch.empty(len(names), *found[names[0]].shape)
         for row, name in enumerate(names):
             activations[row] = found[name]
         return activations
-
-    def _stored(self, names: Collection[str]) -> dict[str, Float[Tensor, "pos layer d_model"]]:
-        return {
-            name: values
-            for tensors, about in self.cache.load("activations", self.identity, names)
-            for name, values in zip(about["rows"], tensors["activations"], strict=True)
-        }
 
 
 def _row_names(inputs: ChatInputs) -> list[str]:
@@ -184,6 +156,5 @@ def _row_names(inputs: ChatInputs) -> list[str]:
     names = []
     for tokens, mask, read_at in zip(inputs.tokens, inputs.mask, inputs.read_at, strict=True):
         start = len(mask) - int(mask.sum())
-        row = [tokens[start:].tolist(), (read_at - start).tolist(), inputs.hook]
-        names.append(hashlib.sha256(json.dumps(row).encode()).hexdigest())
+        names.append(digest([tokens[start:].tolist(), (read_at - start).tolist(), inputs.hook]))
     return names

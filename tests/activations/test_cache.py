@@ -57,8 +57,8 @@ def is_loaded(model: CachedModel) -> bool:
     return "model" in vars(model)
 
 
-def files(cache: Cache, kind: str = "activations") -> list[Path]:
-    return sorted(cache.folder.glob(f"{kind}/*/*"))
+def files(cache: Cache) -> list[Path]:
+    return sorted(cache.folder.glob("*/*"))
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -157,8 +157,6 @@ def test_other_weights_template_dtype_or_versions_are_another_model(tmp_path, mo
     template.write_text(template.read_text().replace("user", "human") + "{# mine #}")
     seen.append(identity())
     write_checkpoint(folder, seed=1)
-    seen.append(identity())
-    monkeypatch.setattr(cached_model, "SMALL", 0)  # as if the weights were large
     seen.append(identity())
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
@@ -319,7 +317,7 @@ def test_without_a_folder_nothing_is_remembered(checkpoint, tmp_path, computed, 
     read(checkpoint, nothing)
     read(checkpoint, nothing)
     assert sum(computed) == 2 * len(PROMPTS)
-    assert nothing.holdings() == []
+    assert nothing.holdings() == {}
     assert nothing.clear() == 0
     assert [*tmp_path.iterdir()] == []
 
@@ -340,17 +338,21 @@ def test_the_default_folder_is_where_the_system_keeps_caches(tmp_path, monkeypat
 def test_a_cache_tells_what_it_holds_and_clears_nothing_else(checkpoint, cache):
     read(checkpoint, cache)
     cached(checkpoint, cache).remember("it", {"a": 1}, lambda: ANSWER, (Answer,))
-    strangers = [cache.folder / "mine.txt", cache.folder / "activations" / "notes" / "mine.txt"]
+    shelf = files(cache)[0].parent
+    (shelf / "by-a-dead-process.partial").write_bytes(b"half")
+    strangers = [cache.folder / "mine.txt", cache.folder / "a" / "b" / "mine.safetensors"]
+    strangers += [shelf / "mine.txt", shelf / "mine.safetensors", cache.folder / "a" / "x.partial"]
     for stranger in strangers:
-        stranger.parent.mkdir(exist_ok=True)
+        stranger.parent.mkdir(exist_ok=True, parents=True)
         stranger.write_text("keep")
-    model, others = cache.holdings()
-    assert model.what == f"{checkpoint}, float32"
-    assert (model.n_files, model.n_prompts) == (3, len(PROMPTS))
-    assert (others.what, others.n_files, others.n_prompts) == ("other results", 1, 0)
-    assert cache.clear() == model.n_bytes + others.n_bytes > 0
+    held = cache.holdings()
+    assert held.keys() == {f"{checkpoint}, float32", "other results"}
+    n_files, n_prompts, n_bytes = held[f"{checkpoint}, float32"]
+    assert (n_files, n_prompts) == (3, len(PROMPTS))
+    assert held["other results"][0] == 1
+    assert cache.clear() == n_bytes + held["other results"][2] + len(b"half")
     assert {path for path in cache.folder.rglob("*") if path.is_file()} == {*strangers}
-    assert cache.holdings() == [storing.Holding("other results", 0, 0, 0)]
+    assert cache.holdings() == {}
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
@@ -362,7 +364,7 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
 def test_what_a_file_is_keyed_by_can_be_read_in_it(checkpoint, cache):
     read(checkpoint, cache)
     with safe_open(files(cache)[0], "pt") as file:
-        key = json.loads(file.metadata()[storing.ABOUT])["key"]
+        key = json.loads(file.metadata()["key"])
     assert key["model"] == str(checkpoint)
     assert key["dtype"] == "float32"
     assert {"refusal_lens", "transformer_lens", "torch", "transformers"} == set(key["versions"])
@@ -377,7 +379,7 @@ def test_a_run_beside_another_that_writes_the_same_reads_whole_files_alone(
     finished = {path.name: path.read_bytes() for path in shelf.iterdir()}
     for path in shelf.iterdir():
         path.unlink()
-    half = shelf / f"{storing.PARTIAL}other"
+    half = shelf / "other.partial"
     run_batch = extraction._run_batch
 
     def meanwhile(*arguments, **options):
@@ -393,15 +395,3 @@ def test_a_run_beside_another_that_writes_the_same_reads_whole_files_alone(
     assert [record for record in caplog.records if record.name == storing.__name__] == []
     assert {path.name for path in shelf.iterdir()} == {half.name, *finished}
     assert half.stat().st_size == 100
-
-
-def test_what_a_dead_process_left_unfinished_goes_in_time(checkpoint, cache):
-    read(checkpoint, cache)
-    shelf = files(cache)[0].parent
-    young, old = shelf / f"{storing.PARTIAL}young", shelf / f"{storing.PARTIAL}old"
-    for path in (young, old):
-        path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    read(checkpoint, cache, MORE)
-    assert young.exists()
-    assert not old.exists()

@@ -87,13 +87,13 @@ class Benchmark:
                 later = self.cached(name, cache)
                 warm.append(extract(later, contrasts))
                 assert "model" not in vars(later)
-                held = cache.holdings()[0]
+                ((n_files, n_prompts, n_bytes),) = cache.holdings().values()
         gain = statistics.median(cold) / statistics.median(warm)
         cost = statistics.median(c / p for c, p in zip(cold, plain, strict=True))
         holds = gain >= LEAST_GAIN and cost <= MOST_COST
         times = " | ".join(f"{statistics.median(seconds):.3f}" for seconds in (plain, cold, warm))
         return (
-            f"| {name} | {held.n_prompts} | {held.n_bytes / 1e6:.1f} MB in {held.n_files} files | "
+            f"| {name} | {n_prompts} | {n_bytes / 1e6:.1f} MB in {n_files} files | "
             f"{times} | {gain:.0f} | {cost:.3f} | {'holds' if holds else 'FAILS'} |"
         )
 
