@@ -1,9 +1,9 @@
 """Types and options that several commands share."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -46,20 +46,14 @@ class ProtocolOptions:
 
     def protocol(self, *positions: str, generation_prompt: bool = True) -> Protocol:
         """Return the protocol that reads these positions."""
-        template = self.chat_template
-        if template is not None and re.search(r"[./\\]", template):
+        chosen: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(ProtocolOptions)}
+        if (template := self.chat_template) and re.search(r"[./\\]", template):
             try:
-                template = Path(template).read_text("utf-8")
+                chosen["chat_template"] = Path(template).read_text("utf-8")
             except (OSError, UnicodeError) as error:
                 raise InputError(f"--chat-template {template} can't be read: {error}") from error
-        return Protocol(
-            system_prompt=self.system_prompt,
-            generation_prompt=generation_prompt,
-            positions=tuple(map(token_position, positions)),
-            chat_template=template,
-            thinking=self.thinking,
-            date=self.date,
-        )
+        read = tuple(map(token_position, positions))
+        return Protocol(**chosen, positions=read, generation_prompt=generation_prompt)
 
 
 def token_position(text: str) -> int | str:

@@ -34,7 +34,7 @@ FIXED_CLOCK = (
 
 _PLACEHOLDERS = {"system": "sys3e7c1f90a2d4b586", "prompt": "usr8b41d65c7f0e92a3"}
 
-Content = str | list[dict[str, str]]  # of a message: text, or a list of parts
+Content = Callable[[str], Any]  # from a message's text to its content: text, or a list of parts
 
 
 class Chats(NamedTuple):
@@ -95,9 +95,7 @@ def chat_template_of(tokenizer: "Tokenizer", protocol: Protocol) -> str:
     raise InputError(f"{problem}: {advice}; {PLAIN!r} is one for models without any")
 
 
-def _renderer(
-    tokenizer: "Tokenizer", protocol: Protocol
-) -> Callable[[list[dict[str, str]], Callable[[str], Content]], list[str]]:
+def _renderer(tokenizer: "Tokenizer", protocol: Protocol) -> Callable[..., list[str]]:
     """Return a function from the texts of each chat by role, and the form of contents, to chats."""
     from jinja2 import TemplateError
 
@@ -114,7 +112,7 @@ def _renderer(
         options["enable_thinking"], closes = False, False
     names = {"system": "system", "prompt": "user"}
 
-    def render(chats: list[dict[str, str]], content: Callable[[str], Content]) -> list[str]:
+    def render(chats: list[dict[str, str]], content: Content) -> list[str]:
         messages: Any = [
             [{"role": names[role], "content": content(text)} for role, text in chat.items()]
             for chat in chats
@@ -129,16 +127,11 @@ def _renderer(
     return render
 
 
-def _in_parts(text: str) -> Content:
-    return [{"type": "text", "text": text}]
-
-
-def _frame(
-    render: Callable[..., list[str]], placed: dict[str, str]
-) -> tuple[list[str], Callable[[str], Content]]:
+def _frame(render: Callable[..., list[str]], placed: dict[str, str]) -> tuple[list[str], Content]:
     """The chat of placeholders cut around them, and the form of contents that the template reads."""
     problems: list[InputError] = []
-    for content in (str, _in_parts):
+    forms: list[Content] = [str, lambda text: [{"type": "text", "text": text}]]
+    for content in forms:
         try:
             [text] = render([placed], content)
         except InputError as error:

@@ -5,15 +5,13 @@ import re
 from jaxtyping import Float
 from torch import Tensor
 
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # as Qwen3's template closes the block
-
 
 def with_closed_thinking(chat: str) -> str:
-    """Return the chat with a closed, empty block of thought at its end.
+    """Return the chat with a closed, empty block of thought at its end, as Qwen3's template has it.
 
     Closes a `<think>` that the template has opened.
     """
-    return re.sub(r"<think>\s*\Z", "", chat) + EMPTY_THOUGHT
+    return re.sub(r"<think>\s*\Z", "", chat) + "<think>\n\n</think>\n\n"
 
 
 def constant_first_token(
