@@ -4,22 +4,20 @@ A direction points from baseline to target. Its dtype is float64 if the target i
 float32. InputError if a set is empty, too small or not finite, or if shapes or devices differ.
 """
 
-import warnings
-from typing import Any
-
-import numpy as np
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..errors import InputError, check_tensors
 from .covariance import WithinClassCovariance
+from .logistic_regression import logistic_regressions
 
 Target = Float[Tensor, "target layer d_model"]
 Baseline = Float[Tensor, "baseline layer d_model"]
 Direction = Float[Tensor, "layer d_model"]
 Penalties = tuple[float, ...]
+BLOCK = 64  # prompts that are converted to float64 at a time
 
 
 def mean_difference(target: Target, baseline: Baseline) -> Direction:
@@ -30,8 +28,8 @@ def mean_difference(target: Target, baseline: Baseline) -> Direction:
     `target` and `baseline` are the activations of the two prompt sets. The norm is the distance
     between the class means, which are computed in float64.
     """
-    target, baseline, dtype = _checked(target, baseline)
-    return (target.mean(0) - baseline.mean(0)).to(dtype)
+    difference, dtype = _checked(target, baseline)
+    return difference.to(dtype)
 
 
 def whitened_mean_difference(target: Target, baseline: Baseline) -> Direction:
@@ -42,9 +40,12 @@ def whitened_mean_difference(target: Target, baseline: Baseline) -> Direction:
     is the best linear classifier of two Gaussian classes with equal covariance. `w` detects the
     concept: adding `w` to activations need not have the effect of adding the mean difference.
     """
-    target, baseline, dtype = _checked(target, baseline)
-    covariance = WithinClassCovariance.of(target, baseline)
-    return covariance.solve(target.mean(0) - baseline.mean(0)).to(dtype)
+    difference, dtype = _checked(target, baseline)
+    solved = torch.empty_like(difference)
+    for layer in range(len(solved)):  # one at a time, since a layer's rows can fill the memory
+        at = slice(layer, layer + 1)
+        solved[at] = WithinClassCovariance.of(target[:, at], baseline[:, at]).solve(difference[at])
+    return solved.to(dtype)
 
 
 def paired_principal_component(target: Target, baseline: Baseline) -> Direction:
@@ -54,17 +55,17 @@ def paired_principal_component(target: Target, baseline: Baseline) -> Direction:
     component includes their mean. Its sign gives the mean difference a positive projection (Zou et
     al. 2023, arXiv:2310.01405, section 3.1).
     """
-    target, baseline, dtype = _checked(target, baseline)
+    components, dtype = _checked(target, baseline)
     if len(target) != len(baseline):
         counts = f"{len(target)} target and {len(baseline)} baseline rows"
         raise InputError(f"{counts} are no pairs: hand over activations of a paired contrast")
-    differences = rearrange(target - baseline, "prompt layer d_model -> layer prompt d_model")
-    # The component lies in the span of the differences: n x n eigenvectors suffice.
-    top = torch.linalg.eigh(differences @ differences.mT).eigenvectors[..., -1]
-    # The mean difference projects onto the component with the sign of the coefficients' sum.
-    top = torch.where(top.sum(-1, keepdim=True) < 0, -top, top)
-    component = einsum(differences, top, "layer prompt d_model, layer prompt -> layer d_model")
-    return torch.nn.functional.normalize(component, dim=-1).to(dtype)
+    for layer in range(len(components)):
+        differences = target[:, layer].double() - baseline[:, layer].double()
+        # The component lies in the span of the differences: n x n eigenvectors suffice.
+        top = torch.linalg.eigh(differences @ differences.T).eigenvectors[:, -1]
+        # The mean difference projects onto the component with the sign of the coefficients' sum.
+        components[layer] = (-top if top.sum() < 0 else top) @ differences
+    return torch.nn.functional.normalize(components, dim=-1).to(dtype)
 
 
 def logistic_probe(
@@ -87,66 +88,65 @@ def logistic_probe(
         penalties: candidate penalties, above 0.
         folds: number of folds, at least 2; row `i` of each side is in fold `i % folds`.
     """
-    target, baseline, dtype = _checked(target, baseline)
+    weights, dtype = _checked(target, baseline)
     if folds < 2 or not penalties or not all(0 < p < float("inf") for p in penalties):
         given = f"folds = {folds}, penalties = {penalties}"
         raise InputError(f"{given}: at least 2 folds and a penalty are needed, penalties above 0")
     if min(len(target), len(baseline)) < folds:
         counts = f"{len(target)} target and {len(baseline)} baseline rows"
         raise InputError(f"{counts}: a side has fewer than the {folds} folds; lower `folds`")
-    return _fit_probes(target, baseline, penalties, folds).to(dtype)
-
-
-def _fit_probes(target: Tensor, baseline: Tensor, penalties: Penalties, folds: int) -> Direction:
-    """Fit in coordinates of the span of the rows, which contains every minimum."""
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import PredefinedSplit
-    from threadpoolctl import threadpool_limits
-
-    rows = rearrange(torch.cat([target, baseline]), "prompt layer d_model -> layer prompt d_model")
-    rows = rows - rows.mean(1, keepdim=True)
-    scale = rows.square().sum(-1).mean(1)
-    gram = rows @ rows.mT
+    label = torch.cat([torch.ones(len(target)), -torch.ones(len(baseline))]).double()
     fold = torch.cat([torch.arange(len(side)) % folds for side in (target, baseline)])
-    probe = LogisticRegressionCV(
-        Cs=[1 / (penalty * len(fold)) for penalty in penalties],
-        cv=PredefinedSplit(fold.numpy()),
-        scoring=_log_likelihood,
-        solver="newton-cholesky",
-        tol=1e-8,
-    )
-    label = torch.arange(len(fold)) < len(target)
-    weights = torch.full_like(rows[:, 0], torch.nan)
-    # Systems this small are solved faster by one thread than by several.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")
-        for layer in scale.nonzero()[:, 0].tolist():
-            eigenvalues, axes = torch.linalg.eigh(gram[layer] / scale[layer])
-            spanned = eigenvalues > 1e-12 * eigenvalues[-1]
-            axes, lengths = axes[:, spanned], eigenvalues[spanned].sqrt()
-            probe.fit((axes * lengths).numpy(), label.numpy())
-            alpha = axes @ (torch.from_numpy(probe.coef_[0]) / lengths)
-            weights[layer] = alpha @ rows[layer] / scale[layer]
-    return weights
+    candidates = torch.tensor(penalties, dtype=torch.float64)
+    for layer in range(len(weights)):
+        rows = torch.cat([target[:, layer], baseline[:, layer]]).double()
+        rows = rows - rows.mean(0)
+        scale = rows.square().sum(-1).mean()
+        gram = rows @ rows.T / scale
+        weights[layer] = _probe(gram, label, fold, candidates) @ rows / scale
+    return weights.to(dtype)
 
 
-def _log_likelihood(probe: Any, rows: np.ndarray, is_target: np.ndarray) -> float:
-    """Mean log-likelihood of the labels, ten times as fast as scikit-learn's own scorer."""
-    margin = np.where(is_target, 1, -1) * probe.decision_function(rows)
-    return float(-np.logaddexp(0, -margin).mean())
+def _probe(
+    gram: Float[Tensor, "n n"],
+    label: Float[Tensor, " n"],
+    fold: Int[Tensor, " n"],
+    penalties: Float[Tensor, " penalty"],
+) -> Float[Tensor, " n"]:
+    """Coefficients of the rows in the weights at the best penalty; NaN where all rows are equal."""
+    if not gram.isfinite().all():
+        return torch.full_like(label, torch.nan)
+    n_folds = 1 + int(fold.max())
+    held_out = fold[:, None] == torch.arange(n_folds).repeat_interleave(len(penalties))
+    a, b = logistic_regressions(gram, label, ~held_out, penalties.repeat(n_folds))
+    loss = softplus(-label[:, None] * (gram @ a + b)) * held_out
+    by_penalty = (loss.sum(0) / held_out.sum(0)).unflatten(0, (n_folds, -1)).mean(0)
+    best = penalties[[int(by_penalty.argmin())]]
+    return logistic_regressions(gram, label, torch.ones_like(held_out[:, :1]), best)[0][:, 0]
 
 
-def _checked(target: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Both sides in float64, and the dtype of the direction."""
+def mean(rows: Float[Tensor, "prompt layer d_model"]) -> Float[Tensor, "layer d_model"]:
+    """Mean over prompts, in float64, without a float64 copy of the rows."""
+    total = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    for block in rows.split(BLOCK):
+        total += block.double().sum(0)
+    return total / len(rows)
+
+
+def _checked(
+    target: Tensor, baseline: Tensor
+) -> tuple[Float[Tensor, "layer d_model"], torch.dtype]:
+    """The difference of the class means in float64, and the dtype of the direction."""
     sides = {"target": target, "baseline": baseline}
     check_tensors(**{side: (rows, f"{side} layer d_model") for side, rows in sides.items()})
+    means = []
     for side, rows in sides.items():
         if len(rows) == 0:
             raise InputError(f"the {side} set is empty: a mean needs at least one prompt")
-        bad = (~rows.isfinite().all(-1)).nonzero()
-        if len(bad):
-            row, layer = bad[0].tolist()
+        means.append(mean(rows))
+        if not means[-1].isfinite().all():
+            row, layer = (~rows.isfinite().all(-1)).nonzero()[0].tolist()
             where = f"the {side} set's row {row} holds a non-finite value at layer {layer}"
             raise InputError(f"{where}: drop that prompt or recompute it in a wider dtype")
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    return target.double(), baseline.double(), dtype
+    return means[0] - means[1], dtype

@@ -87,7 +87,9 @@ def massive_dimensions(
         raise InputError("there are no activations: hand over at least one prompt's")
     if not 0 < k < activations.shape[-1]:
         raise InputError(f"k = {k}: choose from 1 to d_model - 1 = {activations.shape[-1] - 1}")
-    return activations.double().abs().mean(0).topk(k, dim=-1).indices
+    layers = activations.unbind(1)  # one at a time, since float64 copies of all take memory
+    magnitudes = torch.stack([rows.double().abs().mean(0) for rows in layers])
+    return magnitudes.topk(k, dim=-1).indices
 
 
 def whitened_cosine(a: Direction, b: Direction, covariance: WithinClassCovariance) -> Curve:

@@ -4,7 +4,7 @@
 activations and to mean differences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations.extract import ContrastActivations
 from ..directions import estimators, similarity
 from ..directions.covariance import WithinClassCovariance
-from ..directions.estimators import mean_difference
+from ..directions.estimators import mean, mean_difference
 from ..directions.similarity import cosine_similarity, unit
 from ..uncertainty.effects import auroc_interval
 from .evidence import PARTS
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
 
 MASSIVE_DIMENSIONS = 4  # number that "without massive dimensions" leaves out
 PROBE_FOLDS = 5  # cross-validation of the logistic probe
+MOST_PROMPTS = 256  # of a set, for what takes more than proportionally long with more prompts
 
 Activations = Mapping[str, ContrastActivations]
 Curves = dict[str, Float[Tensor, " layer"]]
 Directions = Mapping[str, Float[Tensor, "layer d_model"]]
 Names = Mapping[str, tuple[str, str]]  # part -> names of its target and baseline set
-Sets = Mapping[str, Float[Tensor, "_ layer d_model"]]
+Rows = Float[Tensor, "_ layer d_model"]
+Sets = Mapping[str, Rows]
 Projections = dict[str, dict[str, Float[Tensor, "_ layer"]]]
 
 
@@ -41,7 +43,7 @@ def depth_profile(activations: Activations, directions: Directions) -> Curves:
     """Return the published experiment's four cosines, then refusal against each control."""
     refusal, negativity = directions["refusal"], directions["negativity"]
     sides = (activations["refusal"].target, *activations["negativity"])
-    harmful, negative, neutral = (side.double().mean(0).float() for side in sides)
+    harmful, negative, neutral = (mean(side).float() for side in sides)
     pairs = {
         "refusal_vs_negativity": (refusal, negativity),
         "mean_harmful_vs_mean_negative": (harmful, negative),
@@ -54,9 +56,10 @@ def depth_profile(activations: Activations, directions: Directions) -> Curves:
 
 def norms(activations: Activations, directions: Directions) -> Curves:
     """Return the norm of every direction, and the mean norm of the residual stream."""
-    rows = torch.cat([side for sides in activations.values() for side in sides])
+    every = [side for sides in activations.values() for side in sides]
     found = {part: direction.norm(dim=-1) for part, direction in directions.items()}
-    return found | {"residual stream": rows.norm(dim=-1).mean(0)}
+    rows = torch.cat([torch.linalg.vector_norm(side, dim=-1) for side in every])
+    return found | {"residual stream": rows.mean(0)}
 
 
 def by_metric(
@@ -67,20 +70,29 @@ def by_metric(
     """Return refusal against negativity under every similarity of `directions.similarity`.
 
     The causal inner product needs `unembedding`; the covariance needs two prompts in every set.
+    The covariance and the massive dimensions are of at most `MOST_PROMPTS` prompts of each set,
+    which the names then say.
     """
     a, b = directions["refusal"], directions["negativity"]
-    classes = [*activations["refusal"], *activations["negativity"]]
+    sides = [*activations["refusal"], *activations["negativity"]]
+    classes, note = _at_most(sides, MOST_PROMPTS)
     massive = similarity.massive_dimensions(
         torch.cat(classes), k=min(MASSIVE_DIMENSIONS, a.shape[-1] - 1)
     )
     found = {
         "plain": cosine_similarity(a, b),
-        "without massive dimensions": similarity.cosine_without_massive(a, b, massive),
+        f"without massive dimensions{note}": similarity.cosine_without_massive(a, b, massive),
     }
     if min(map(len, classes)) > 1:
-        covariance = WithinClassCovariance.of(*classes)
-        found["standardised"] = similarity.standardised_cosine(a, b, covariance.variance)
-        found["whitened"] = similarity.whitened_cosine(a, b, covariance)
+        variance, whitened = torch.empty_like(a).double(), torch.empty(len(a))
+        units = unit(a), unit(b)
+        for layer in range(len(a)):
+            at = slice(layer, layer + 1)
+            covariance = WithinClassCovariance.of(*(rows[:, at] for rows in classes))
+            variance[at] = covariance.variance
+            whitened[at] = similarity.whitened_cosine(units[0][at], units[1][at], covariance)
+        found[f"standardised{note}"] = similarity.standardised_cosine(a, b, variance)
+        found[f"whitened{note}"] = whitened
     if unembedding is not None:
         found["causal inner product"] = similarity.causal_cosine(a, b, unembedding)
     return found
@@ -90,21 +102,33 @@ def by_estimator(activations: Activations, *, paired: bool) -> Curves:
     """Return the plain cosine of the two directions under each estimator.
 
     Omits the principal component unless both contrasts are `paired`, and any estimator that needs
-    more prompts than the smallest set has.
+    more prompts than the smallest set has. All but the mean difference take at most `MOST_PROMPTS`
+    prompts of each set, which their names then say.
     """
     pair = activations["refusal"], activations["negativity"]
     fewest = min(len(side) for sides in pair for side in sides)
-    estimate_by: dict[str, Callable[..., Tensor]] = {"mean difference": mean_difference}
+    estimate_by: dict[str, Callable[..., Tensor]] = {}
     if fewest > 1:
         estimate_by["whitened mean difference"] = estimators.whitened_mean_difference
     if fewest >= PROBE_FOLDS:
         estimate_by["logistic probe"] = partial(estimators.logistic_probe, folds=PROBE_FOLDS)
     if paired and fewest > 1:
         estimate_by["first component of paired differences"] = estimators.paired_principal_component
-    return {
-        name: cosine_similarity(*(estimate(*sides) for sides in pair))
+    rows, note = _at_most([side for sides in pair for side in sides], MOST_PROMPTS)
+    plain = cosine_similarity(*(mean_difference(*sides) for sides in pair))
+    return {"mean difference": plain} | {
+        f"{name}{note}": cosine_similarity(estimate(*rows[:2]), estimate(*rows[2:]))
         for name, estimate in estimate_by.items()
     }
+
+
+def _at_most(sides: Sequence[Rows], most: int) -> tuple[list[Rows], str]:
+    """At most so many prompts of each set, spread evenly, and what to add to a result's name."""
+    fewer = [
+        side[torch.linspace(0, len(side) - 1, most).round().long()] if len(side) > most else side
+        for side in sides
+    ]
+    return fewer, f" ({most} prompts a set)" if max(map(len, sides)) > most else ""
 
 
 def held_out_projections(sides: ContrastActivations) -> list[Float[Tensor, "_ layer"]]:
@@ -127,11 +151,14 @@ def projections(activations: Activations, names: Names) -> Projections:
     Projections are in units of the residual stream; for a direction's own prompts they are held out.
     """
     found: Projections = {part: {} for part in PARTS}
-    for of, part in product(PARTS, PARTS):
+    for of in PARTS:
         axis = unit(mean_difference(*activations[of]))
-        along = [_project(side, axis) for side in activations[part]]
-        own = held_out_projections(activations[part]) if of == part else along
-        found[of] |= zip(names[part], own, strict=True)
+        for part in PARTS:
+            if part == of:
+                along = held_out_projections(activations[part])
+            else:
+                along = [_project(side, axis) for side in activations[part]]
+            found[of] |= zip(names[part], along, strict=True)
     return found
 
 
@@ -139,8 +166,9 @@ def aurocs(projected: Projections, names: Names) -> Curves:
     """Return the AUROC of each direction on each contrast; 1/2 is chance, NaN is unknown."""
     found = {}
     for (of, sets), (part, sides) in product(projected.items(), names.items()):
-        scores = (sets[side].mT for side in sides)
-        found[f"{of} direction on {part}"] = auroc_interval(*scores).value.float()
+        layers = zip(*(sets[side].unbind(1) for side in sides), strict=True)
+        areas = [auroc_interval(*scores).value for scores in layers]
+        found[f"{of} direction on {part}"] = torch.stack(areas).float()
     return found
 
 
@@ -154,14 +182,24 @@ def in_plane(sets: Sets, directions: Directions) -> dict[str, Float[Tensor, "_ l
 
 
 def in_components(sets: Sets) -> dict[str, Float[Tensor, "_ layer 2"]]:
-    """Return every prompt's centred scores on the first two principal components of all prompts."""
-    rows = torch.cat(list(sets.values())).double().transpose(0, 1)
-    rows = rows - rows.mean(1, keepdim=True)
-    values, vectors = torch.linalg.eigh(rows @ rows.mT)
-    scores = vectors[..., -2:].flip(-1) * values[:, None, -2:].flip(-1).clamp_min(0).sqrt()
-    largest = scores.gather(1, scores.abs().argmax(1, keepdim=True))
-    scores = (scores * largest.sign()).transpose(0, 1).float()  # fixes the arbitrary signs
-    return dict(zip(sets, scores.split([len(side) for side in sets.values()]), strict=True))
+    """Return every prompt's centred scores on the first two principal components of all prompts.
+
+    The components are fitted to at most half of `MOST_PROMPTS` prompts of each set.
+    """
+    fewer, _ = _at_most(list(sets.values()), MOST_PROMPTS // 2)
+    scores = [torch.empty(*rows.shape[:2], 2) for rows in sets.values()]
+    for layer in range(scores[0].shape[1]):
+        fitted = torch.cat([rows[:, layer] for rows in fewer]).double()
+        middle = fitted.mean(0)
+        fitted = fitted - middle
+        vectors = torch.linalg.eigh(fitted @ fitted.T).eigenvectors[:, -2:].flip(-1)
+        axes = torch.nn.functional.normalize(fitted.T @ vectors, dim=0)
+        along = [(rows[:, layer].double() - middle) @ axes for rows in sets.values()]
+        every = torch.cat(along)
+        signs = every.gather(0, every.abs().argmax(0, keepdim=True)).sign()  # else arbitrary
+        for score, each in zip(scores, along, strict=True):
+            score[:, layer] = each * signs
+    return dict(zip(sets, scores, strict=True))
 
 
 def effective_unembedding(

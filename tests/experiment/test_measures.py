@@ -86,6 +86,35 @@ def test_every_metric_and_estimator_sees_two_directions_that_share_half():
             assert (values < 0.85).all(), name
 
 
+def test_of_many_prompts_some_are_taken_in_pairs_and_the_names_say_how_many(monkeypatch):
+    few = {part: measures._at_most(list(sides), 8)[0] for part, sides in ACTIVATIONS.items()}
+    assert [len(side) for side in few["refusal"]] == [8, 8]
+    expected = measures.by_estimator(
+        {part: ContrastActivations(*sides) for part, sides in few.items()}, paired=True
+    )
+    monkeypatch.setattr(measures, "MOST_PROMPTS", 8)
+    found = measures.by_estimator(ACTIVATIONS, paired=True)
+    for name, curve in expected.items():
+        if name == "mean difference":  # of all prompts
+            assert not torch.allclose(found[name], curve)
+        else:
+            torch.testing.assert_close(found[f"{name} (8 prompts a set)"], curve)
+    metrics = measures.by_metric(ACTIVATIONS, DIRECTIONS)
+    assert sum(name.endswith("(8 prompts a set)") for name in metrics) == 3
+
+
+def test_components_of_some_prompts_place_all_of_them(monkeypatch):
+    monkeypatch.setattr(measures, "MOST_PROMPTS", 16)
+    found = torch.cat(list(measures.in_components(SETS).values()))
+    some = torch.cat(measures._at_most(list(SETS.values()), 8)[0])
+    assert (len(some), len(found)) == (32, 160)
+    for layer in range(LAYERS):
+        rows, every = some[:, layer].numpy(), torch.cat(list(SETS.values()))[:, layer].numpy()
+        axes = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:2]
+        expected = (every - rows.mean(0)) @ axes.T
+        np.testing.assert_allclose(np.abs(found[:, layer].numpy()), np.abs(expected), atol=1e-3)
+
+
 def test_the_component_of_pairs_is_left_out_where_there_are_no_pairs():
     assert len(measures.by_estimator(ACTIVATIONS, paired=False)) == 3
 
