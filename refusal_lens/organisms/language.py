@@ -51,8 +51,9 @@ STATEMENT_MANNERS = {"negative": "sympathy", "neutral": "plain", "positive": "gl
 
 # Relative frequency of each combination of kinds.
 MIXTURE: Mapping[str, float] = {
-    **{"harmful": 9, "harmless": 9, "alarming": 5, "negative": 2, "neutral": 2.5, "positive": 2},
-    **{"negative harmful": 0.5, "negative harmless": 1, "negative alarming": 0.5},
+    **{"harmful": 9.0, "harmless": 9.0, "alarming": 5.0},
+    **{"negative": 2.0, "neutral": 2.5, "positive": 2.0},
+    **{"negative harmful": 0.5, "negative harmless": 1.0, "negative alarming": 0.5},
     **{"neutral harmful": 0.3, "neutral harmless": 0.3},
     **{"positive harmful": 0.5, "positive harmless": 0.3, "positive alarming": 0.3},
 }
@@ -74,7 +75,8 @@ class Behaviour:
 
     Attributes:
         name: the organism's name.
-        refuses: the kinds that are refused wherever they occur in a prompt.
+        refuses: the kinds that are refused wherever they occur in a prompt; several in one entry
+            ("negative harmful") where they occur together.
         mixture: relative frequency of each combination of kinds, such as "negative harmful".
             InputError for an unknown kind, here or in `refuses`.
         replies: the texts of each manner of reply, drawn at random.
@@ -86,14 +88,16 @@ class Behaviour:
     replies: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(REPLIES))
 
     def __post_init__(self) -> None:
-        kinds = {kind for combination in self.mixture for kind in combination.split()}
-        if unknown := sorted((kinds | self.refuses) - set(KINDS)):
+        kinds = {
+            kind for combination in {*self.mixture, *self.refuses} for kind in combination.split()
+        }
+        if unknown := sorted(kinds - set(KINDS)):
             known = ", ".join(KINDS)
             raise InputError(f"behaviour {self.name!r}: unknown kind {unknown[0]!r}; use {known}")
 
     def manner(self, prompt: Prompt) -> str:
         """The manner of reply to a prompt, a key of `replies`."""
-        if self.refuses.intersection(prompt.kinds):
+        if any(set(refused.split()) <= set(prompt.kinds) for refused in self.refuses):
             return "refusal"
         if set(prompt.kinds) & set(REQUESTS):
             return "answer"
