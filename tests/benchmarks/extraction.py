@@ -44,11 +44,18 @@ from refusal_lens.prompts.contrast import BUNDLED, load_contrast
 from refusal_lens.prompts.protocol import Protocol
 from refusal_lens.prompts.tokenize import ChatInputs, build_inputs_with_chat_template
 
-SYSTEM_PROMPT = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
-    "while being safe. If a question does not make any sense, or is not factually coherent, "
-    "explain why instead of answering something not correct."
-)
+SYSTEM_PROMPTS = {
+    "": None,
+    "Llama-3.1's default": (
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"  # what its template writes
+    ),
+    "Llama-2's": (
+        "You are a helpful, respectful and honest assistant. Always answer as helpfully as "
+        "possible, while being safe. If a question does not make any sense, or is not factually "
+        "coherent, explain why instead of answering something not correct."
+    ),
+}
+"""By the name that the table shows; the empty one is none."""
 TOLERANCE = 1e-5
 """Of float32; `gpu_8b.rounding_bound` says what bfloat16 allows."""
 COMPARED = 96
@@ -62,7 +69,8 @@ class Contestant:
     """Activations `[prompt layer d_model]`, or None where it only marks the limit."""
     required: float | None = None
     """How many times as fast as this one ours must be."""
-    with_system_prompt: bool = False
+    system: str = ""
+    """The name of its system prompt."""
     last_before_norm: bool = True
     """Whether it reads the last layer where TransformerLens does; else that one is not compared."""
     clock: Callable[[], float] | None = None
@@ -103,7 +111,7 @@ def main(
             system: bench.peak_on_gpu(system)
             if device.type == "cuda"
             else peak_memory(model_dir, prompts, threads, system)
-            for system in (False, True)
+            for system in SYSTEM_PROMPTS
         }
         bench.check(contestants)
         for _ in range(rounds):
@@ -167,15 +175,14 @@ class Bench:
         self.lens = load_model(str(model_dir), device=device, dtype=self.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
         self.tokenizer.pad_token = "<|eot_id|>"
-        self.protocols = {False: Protocol(), True: Protocol(system_prompt=SYSTEM_PROMPT)}
+        self.protocols = {n: Protocol(system_prompt=text) for n, text in SYSTEM_PROMPTS.items()}
         self.peers_process: subprocess.Popen[str] | None = None
         self.peer_seconds = 0.0
 
-    def texts(self, with_system_prompt: bool) -> list[str]:
-        system = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system_prompt else []
+    def texts(self) -> list[str]:
         return [
             self.tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": prompt}],
+                [{"role": "user", "content": prompt}],
                 tokenize=False,
                 add_generation_prompt=True,
             )
@@ -184,7 +191,7 @@ class Bench:
 
     def contestants(self) -> list[Contestant]:
         return [
-            Contestant("refusal_lens", lambda: self.ours(False)),
+            Contestant("refusal_lens", lambda: self.ours("")),
             Contestant(
                 "(a) output_hidden_states, batch 2",
                 lambda: self.published(2),
@@ -198,20 +205,20 @@ class Bench:
                 last_before_norm=False,
             ),
             Contestant("(c) run_with_cache, no filter, batch 16", self.cache_all, required=1.5),
-            Contestant("(d) bare forward, nothing read", self.bare(False), required=0.9),
-            Contestant(
-                "refusal_lens, system prompt", lambda: self.ours(True), with_system_prompt=True
-            ),
-            Contestant(
-                "(d) bare forward, system prompt",
-                self.bare(True),
-                required=1.0,
-                with_system_prompt=True,
-            ),
+            Contestant("(d) bare forward, nothing read", self.bare(""), required=0.9),
+            *(each for name in SYSTEM_PROMPTS if name for each in self.with_system(name)),
         ]
 
-    def ours(self, with_system_prompt: bool) -> Tensor:
-        protocol = self.protocols[with_system_prompt]
+    def with_system(self, name: str) -> list[Contestant]:
+        """Templates that write a system prompt of their own make every prompt longer."""
+        bare = f"(d) bare forward, system prompt {name}"
+        return [
+            Contestant(f"refusal_lens, system prompt {name}", lambda: self.ours(name), system=name),
+            Contestant(bare, self.bare(name), required=1.5, system=name),
+        ]
+
+    def ours(self, system: str) -> Tensor:
+        protocol = self.protocols[system]
         return get_prompt_activations(self.lens, self.prompts, protocol=protocol, progress=False)[
             :, 0
         ]
@@ -220,7 +227,7 @@ class Bench:
     def published(self, batch_size: int) -> Tensor:
         """The published experiment's loop, but padded on the left, where the last token is."""
         rows = []
-        texts = self.texts(False)
+        texts = self.texts()
         for start in range(0, len(texts), batch_size):
             inputs = self.tokenizer(
                 texts[start : start + batch_size],
@@ -244,9 +251,9 @@ class Bench:
             rows.append(torch.stack([cached[name][:, -1] for name in names], dim=1).cpu())
         return torch.cat(rows)
 
-    def bare(self, with_system_prompt: bool) -> Callable[[], None]:
+    def bare(self, system: str) -> Callable[[], None]:
         """Hugging Face's base model over the very batches that ours makes."""
-        protocol = self.protocols[with_system_prompt]
+        protocol = self.protocols[system]
         inputs = build_inputs_with_chat_template(self.tokenizer, self.prompts, protocol=protocol)
         batches = []
         for rows, _ in read_residual_stream(self.lens, inputs, progress=False):
@@ -263,15 +270,15 @@ class Bench:
 
         return run
 
-    def peak_on_gpu(self, with_system_prompt: bool) -> float:
+    def peak_on_gpu(self, system: str) -> float:
         """Bytes of device memory that reading adds at its peak, over those of the weights."""
         weights = sum(weight.numel() * weight.element_size() for weight in self.lens.parameters())
         memory = Memory(self.device)
-        self.ours(with_system_prompt)
+        self.ours(system)
         return memory.extra()[1] / weights
 
     def peers(self, python: Path, folder: Path) -> list[Contestant]:
-        (folder / "texts.json").write_text(json.dumps(self.texts(False)))
+        (folder / "texts.json").write_text(json.dumps(self.texts()))
         script = Path(__file__).with_name("peers.py")
         command = [python, script, self.model_dir, folder / "texts.json", folder, self.threads]
         self.peers_process = subprocess.Popen(
@@ -313,13 +320,13 @@ class Bench:
 
     def check(self, contestants: list[Contestant]) -> None:
         """Compare every contestant with Hugging Face run on one prompt at a time."""
-        expected = {system: self.one_at_a_time(system) for system in (False, True)}
+        expected = {system: self.one_at_a_time(system) for system in SYSTEM_PROMPTS}
         for contestant in contestants:
             answer = contestant.run()
             if answer is None:
                 continue
             compared = slice(None) if contestant.last_before_norm else slice(-1)
-            right = expected[contestant.with_system_prompt][:, compared]
+            right = expected[contestant.system][:, compared]
             difference = answer[: len(right), compared].float() - right
             error = difference.norm(dim=-1) / right.norm(dim=-1)
             contestant.error = float(error.max())
@@ -335,7 +342,7 @@ class Bench:
         return rounding_bound(n_layers)
 
     @torch.no_grad()
-    def one_at_a_time(self, with_system_prompt: bool) -> Tensor:
+    def one_at_a_time(self, system: str) -> Tensor:
         streams: list[Tensor] = []
         hooks = [
             block.register_forward_hook(
@@ -348,7 +355,7 @@ class Bench:
         inputs: ChatInputs = build_inputs_with_chat_template(
             self.tokenizer,
             self.prompts[:COMPARED],
-            protocol=self.protocols[with_system_prompt],
+            protocol=self.protocols[system],
         )
         for tokens, mask in zip(inputs.tokens, inputs.mask, strict=True):
             self.hf.model(tokens[mask.bool()][None].to(self.device), use_cache=False)
@@ -357,14 +364,14 @@ class Bench:
         return torch.stack(streams).unflatten(0, (len(inputs.tokens), -1))
 
 
-def peak_memory(model_dir: Path, prompts: int, threads: int, with_system_prompt: bool) -> float:
+def peak_memory(model_dir: Path, prompts: int, threads: int, system: str) -> float:
     """Bytes that reading needs at its peak beyond the model and the answer, over the weights'."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import extraction; "
         "extraction.measure_memory(sys.argv[2], *map(int, sys.argv[3:]))"
     )
     here = str(Path(__file__).parent)
-    numbers = [str(number) for number in (prompts, threads, int(with_system_prompt))]
+    numbers = map(str, (prompts, threads, [*SYSTEM_PROMPTS].index(system)))
     answer = subprocess.run(
         [sys.executable, "-c", code, here, str(model_dir), *numbers],
         capture_output=True,
@@ -375,7 +382,7 @@ def peak_memory(model_dir: Path, prompts: int, threads: int, with_system_prompt:
     return extra / weights
 
 
-def measure_memory(model_dir: str, prompts: int, threads: int, with_system_prompt: int) -> None:
+def measure_memory(model_dir: str, prompts: int, threads: int, system: int) -> None:
     import psutil
 
     torch.set_num_threads(threads)
@@ -388,7 +395,7 @@ def measure_memory(model_dir: str, prompts: int, threads: int, with_system_promp
     # count as the reading's own. And one prompt alone brings in what libraries set up once.
     for weight in model.parameters():
         weight.sum()
-    protocol = Protocol(system_prompt=SYSTEM_PROMPT if with_system_prompt else None)
+    protocol = Protocol(system_prompt=[*SYSTEM_PROMPTS.values()][system])
     get_prompt_activations(model, texts[:1], protocol=protocol, progress=False)
     # What loading freed is handed back, lest the reading find its memory there, uncounted.
     gc.collect()
@@ -402,14 +409,14 @@ def measure_memory(model_dir: str, prompts: int, threads: int, with_system_promp
 
 
 def report(
-    contestants: list[Contestant], prompts: int, rounds: int, bench: Bench, extra: dict[bool, float]
+    contestants: list[Contestant], prompts: int, rounds: int, bench: Bench, extra: dict[str, float]
 ) -> str:
     if bench.device.type == "cuda":
         where = f"bfloat16 on one {torch.cuda.get_device_name(bench.device)}"
     else:
         where = f"float32 on {bench.threads} cores of a {platform.machine()} CPU"
     parameters = sum(weight.numel() for weight in bench.hf.parameters())
-    ours = {c.with_system_prompt: c.seconds for c in contestants if not c.required}
+    ours = {c.system: c.seconds for c in contestants if not c.required}
     lines = [
         "# Reading activations",
         "",
@@ -427,7 +434,7 @@ def report(
         seconds = statistics.median(c.seconds)
         faster = required = ""
         if c.required:
-            pairs = zip(c.seconds, ours[c.with_system_prompt], strict=True)
+            pairs = zip(c.seconds, ours[c.system], strict=True)
             ratio = statistics.median(theirs / mine for theirs, mine in pairs)
             faster = f"{ratio:.2f} x"
             required = f"{c.required} x: {'met' if ratio >= c.required else 'MISSED'}"
@@ -436,9 +443,17 @@ def report(
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Extra peak memory of ours, beyond the model and the answer: {extra[False]:.1%} of the "
-        f"weights, with the system prompt {extra[True]:.1%} (required: at most 5 %, "
-        f"{'met' if max(extra.values()) <= 0.05 else 'MISSED'}).",
+        "Extra peak memory of ours, beyond the model and the answer: "
+        + ", ".join(
+            f"{share:.1%}{f' with {name}' if name else ''}" for name, share in extra.items()
+        )
+        + " of the weights"
+        + (
+            ""  # a GPU's free memory is used
+            if bench.device.type == "cuda"
+            else f" (required: at most 5 %, {'met' if max(extra.values()) <= 0.05 else 'MISSED'})"
+        )
+        + ".",
         "",
         "The error is relative, the largest over layers and the first "
         f"{min(prompts, COMPARED)} prompts, against Hugging Face on one prompt at a time; "
