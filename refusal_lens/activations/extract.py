@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import forward
+from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template, refuse_padding
@@ -123,7 +124,7 @@ def get_prompt_activations(
         InputError: without prompts, or if one exceeds context or memory or overflows the dtype.
     """
     refuse_padding(protocol)
-    tokenizer: Any = model.tokenizer  # where a model has none, the next line says so
+    tokenizer: Any = tokenizer_of(model)  # where a model has none, the next line says so
     inputs = build_inputs_with_chat_template(tokenizer, prompts, protocol=protocol)
     labels = labels or [f"prompt {i}" for i in range(len(prompts))]
     n_layers = len(forward.hook_points(model, inputs.hook))

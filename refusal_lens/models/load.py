@@ -18,6 +18,7 @@ from . import gguf, hooked_transformer, hub
 from .forward import free_memory
 from .hooked_transformer import FAMILIES
 from .hub import ORGANISM, Checkpoint, find_checkpoint
+from .parity import check_parity, hugging_face_pass
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -37,7 +38,7 @@ def load_model(
     name: str = DEFAULT_MODEL,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     n_devices: int = 1,
 ) -> "HookedTransformer | TransformerBridge":
@@ -52,13 +53,14 @@ def load_model(
     Args:
         name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
         device: `None` takes the GPU or else the CPU, never MPS, whose results are known to differ.
-        dtype: `None` takes bfloat16 on a GPU, and float32 on the CPU and for organisms.
+        dtype: also by name, "float32"; `None` takes bfloat16 on a GPU, and float32 on the CPU and
+            for organisms.
         revision: the hub's branch, tag or commit; `None` takes the newest.
         n_devices: number of GPUs over which the blocks are spread, beginning with `device`.
 
     Raises:
-        InputError: if the model or device is not found, the weights exceed the free memory, or
-            TransformerLens does not run the architecture.
+        InputError: if the model or device is not found, the weights exceed the free memory,
+            TransformerLens does not run the architecture, or computes it unlike Hugging Face.
     """
     place, dtype = placement(name, device, dtype, n_devices)
     devices = [place, *(torch.device("cuda", place.index + i) for i in range(1, n_devices))]
@@ -71,7 +73,9 @@ def load_model(
     logger.info("loading %s from %s in %s on %s", name, checkpoint.directory, dtype, place)
     hf_model = _hf_model(checkpoint, config, dtype, _device_map(config, devices))
     tokenizer = _tokenizer(checkpoint, type(hf_model).__name__)
+    theirs = hugging_face_pass(hf_model)
     model = _lens().from_hugging_face(hf_model, tokenizer, name=name, n_devices=n_devices)
+    check_parity(model, theirs, name=name)
     sampled = checkpoint.fingerprint() if checkpoint.revision is None else None
     _origins[model] = {"model": name, "revision": checkpoint.revision, "weights_sha256": sampled}
     return model
@@ -94,12 +98,15 @@ def from_hugging_face(
 
     Raises:
         InputError: if `hf_model` is no causal language model, does not lie on one device, is
-            quantised (TransformerLens 3), or has an architecture that TransformerLens does not run.
+            quantised (TransformerLens 3), has an unmerged adapter or an architecture that
+            TransformerLens does not run, or computes unlike Hugging Face.
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    kind = type(hf_model).__name__
+    if hasattr(hf_model, "merge_and_unload"):
+        raise InputError(f"{kind} is an adapter around a model: use its merge_and_unload()")
     if not isinstance(hf_model, PreTrainedModel) or hf_model.get_output_embeddings() is None:
-        kind = type(hf_model).__name__
         raise InputError(f"{kind} is no language model of transformers: use AutoModelForCausalLM")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"{type(tokenizer).__name__} is no tokenizer of transformers: use its own")
@@ -113,8 +120,11 @@ def from_hugging_face(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         own_tokenizer = _tokenizer(Checkpoint(name, Path(folder)), type(hf_model).__name__)
+        own_model = _sharing_weights(hf_model)
+        theirs = hugging_face_pass(own_model)
         # TransformerLens 3 may load the tokenizer once more, so the folder must still exist.
-        model = _lens().from_hugging_face(_sharing_weights(hf_model), own_tokenizer, name=name)
+        model = _lens().from_hugging_face(own_model, own_tokenizer, name=name)
+    check_parity(model, theirs, name=name)
     revision = getattr(hf_model.config, "_commit_hash", None)
     _origins[model] = {"model": name, "revision": revision, "weights_sha256": None}
     return model
@@ -148,7 +158,10 @@ def model_provenance(model: "HookedTransformer | TransformerBridge") -> dict[str
 
 
 def placement(
-    name: str, device: str | torch.device | None, dtype: torch.dtype | None, n_devices: int = 1
+    name: str,
+    device: str | torch.device | None,
+    dtype: torch.dtype | str | None,
+    n_devices: int = 1,
 ) -> tuple[torch.device, torch.dtype]:
     """Return the first device and the dtype that `load_model` uses for these arguments."""
     try:
@@ -167,16 +180,28 @@ def placement(
     if dtype is None:
         on_gpu = place.type != "cpu" and not name.startswith(ORGANISM)
         dtype = torch.bfloat16 if on_gpu else torch.float32
-    if not dtype.is_floating_point:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype}: give a floating-point one, such as torch.bfloat16")
-    return place, dtype
+    return place, found
+
+
+def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> "Tokenizer | None":
+    """The tokenizer of a model with hooks; InputError for a model of Hugging Face."""
+    if not hasattr(model, "run_with_cache"):
+        kind = type(model).__name__
+        raise InputError(
+            f"{kind} has no hooks: use refusal_lens.from_hugging_face(model, tokenizer)"
+        )
+    return model.tokenizer
 
 
 def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(**checkpoint.source)
+        with gguf.without_words():
+            config = AutoConfig.from_pretrained(**checkpoint.source)
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise _unreadable("configuration", checkpoint, error) from error
     if checkpoint.header:
@@ -235,7 +260,8 @@ def _hf_model(
     if checkpoint.header:
         options |= gguf.loading_options() | {"config": config}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
+        with gguf.without_words():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _unreadable("weights", checkpoint, error) from error
     hf_model, found = loaded
