@@ -3,12 +3,19 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+import refusal_lens as rl
+
 from ..errors import InputError
+from ..experiment.distributed import own_device
 from ..prompts.protocol import Protocol
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -25,8 +32,14 @@ class ModelOptions:
     model: str = MODEL  # Hub name, directory, or organism:specific, :entangled or :oblivious.
     out: Folder = None  # Folder for the results. Default: a folder in runs/ named after the model.
     device: Text = None  # cuda, cpu, ... Default: the GPU where there is one.
+    n_devices: int = 1  # GPUs over which to spread the layers of a model that exceeds one.
     quiet: bool = False  # Print nothing but the results.
     verbose: bool = False  # Log progress and problems on stderr.
+
+    def load(self) -> "HookedTransformer | TransformerBridge":
+        """Return the model, on the device of this process."""
+        device = own_device(self.device, self.n_devices)
+        return rl.load_model(self.model, device=device, n_devices=self.n_devices)
 
     def folder(self, suffix: str = "") -> Path:
         """Return the folder for the results; the default name ends with `suffix`."""

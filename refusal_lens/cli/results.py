@@ -47,13 +47,12 @@ class Multiverse(ModelOptions):
         contrasts = rl.load_contrast(self.refusal), rl.load_contrast(self.against)
         disk.check_writable(out)
         found = rl.run_sensitivity(
-            rl.load_model(self.model, device=distributed.own_device(self.device)),
+            self.load(),
             contrasts,
             layer=self.layer,
             causal_prompts=self.causal_prompts,
             seed=self.seed,
             progress=distributed.is_main() and not self.quiet,
-            divide=distributed.divide,
         )
         if distributed.is_main():
             found.save(out)
@@ -74,8 +73,19 @@ class Select(ModelOptions):
         """Run the command."""
         out, contrast = self.folder("-select"), rl.load_contrast(self.contrast)
         disk.check_writable(out)
-        model = rl.load_model(self.model, device=self.device)
-        found = rl.select_direction(model, contrast, folder=out, progress=not self.quiet)
+        writes = distributed.is_main()
+        found = rl.select_direction(
+            self.load(),
+            contrast,
+            folder=out if writes else None,
+            progress=writes and not self.quiet,
+            divide=distributed.in_shares,
+        )
+        if writes:
+            self._write(found, out)
+        print(found, f"Written to {out}", sep="\n\n")
+
+    def _write(self, found: "rl.Selection", out: Path) -> None:
         if found.chosen is not None:
             direction = rl.formats.Directions(
                 found.direction[None],
@@ -91,7 +101,6 @@ class Select(ModelOptions):
             for name, figure in found.figures().items():
                 page = figure.to_html(include_plotlyjs=True, full_html=True)
                 (staging / f"{name}.html").write_text(page, "utf-8")
-        print(found, f"Written to {out}", sep="\n\n")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,10 +16,10 @@ from ..activations.extract import read_residual_stream
 from ..activations.store import Cache, digest
 from ..errors import InputError
 from ..models.hub import find_checkpoint
-from ..models.load import load_model, load_tokenizer, placement
+from ..models.load import load_model, load_tokenizer, placement, tokenizer_of
 from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template, refuse_padding
 from .config import Config
-from .distributed import divide, is_main, own_device, rank_and_count
+from .distributed import divide, in_shares, is_main, own_device
 from .serialise import pack, unpack
 
 if TYPE_CHECKING:
@@ -52,21 +52,19 @@ class CachedModel:
         self.identity: dict[str, Any] = {}
         if model is not None:
             self.model, self.cache = model, Cache(None)
-            self.tokenizer: Any = model.tokenizer
+            self.tokenizer: Any = tokenizer_of(model)
             return
-        device = own_device(config.device)
-        self._device, self._dtype = placement(config.model, device, config.torch_dtype())
+        n_devices, device = config.n_devices, own_device(config.device, config.n_devices)
+        self._device, self._dtype = placement(config.model, device, config.torch_dtype(), n_devices)
         checkpoint = find_checkpoint(config.model, revision=config.revision)
         self._revision = checkpoint.revision
         self.tokenizer = load_tokenizer(config.model, revision=self._revision)
-        local_files = [
-            (path.name, path.stat().st_mtime_ns) for path in checkpoint.directory.iterdir()
-        ]
+        local_files = [(path.name, path.stat().st_mtime_ns) for path in checkpoint.files()]
         # Everything about the model and the software that can change a number.
         self.identity = {
             "algorithm": ALGORITHM,
             "model": config.model,
-            "files": self._revision or [checkpoint.fingerprint(), sorted(local_files)],
+            "files": self._revision or [checkpoint.fingerprint(), local_files],
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": self._device.type,
             "matmul precision": torch.get_float32_matmul_precision(),
@@ -77,7 +75,7 @@ class CachedModel:
     def model(self) -> "HookedTransformer | TransformerBridge":
         """The model, loaded on first use."""
         options: Any = {"device": self._device, "dtype": self._dtype, "revision": self._revision}
-        return load_model(self.config.model, **options)
+        return load_model(self.config.model, n_devices=self.config.n_devices, **options)
 
     def remember(
         self,
@@ -129,21 +127,21 @@ class CachedModel:
         rows = dict(zip(names, range(len(names)), strict=True))
         [found] = divide([lambda: self.cache.load(self.identity, rows)])
         if missing := [row for name, row in rows.items() if name not in found]:
-            model, (_, count) = self.model, rank_and_count()
+            model = self.model
             options: Any = {"batch_size": self.config.batch_size, "labels": labels}
             [plan] = divide([lambda: plan_batches(model, inputs, only=missing, **options)])
             options["progress"] = progress and is_main()
 
-            def run(share: list[list[int]]) -> dict[str, Float[Tensor, "pos layer d_model"]]:
+            def run(share: slice) -> dict[str, Float[Tensor, "pos layer d_model"]]:
                 computed: dict[str, Tensor] = {}
-                only = [row for batch in share for row in batch]
+                only = [row for batch in plan[share] for row in batch]
                 for batch, values in read_residual_stream(model, inputs, only=only, **options):
                     finished = {names[row]: value for row, value in zip(batch, values, strict=True)}
                     self.cache.store(self.identity, finished)
                     computed |= finished
                 return computed
 
-            for computed in divide([partial(run, plan[rank::count]) for rank in range(count)]):
+            for computed in in_shares(run):
                 found |= computed
         activations = torch.empty(len(names), *found[names[0]].shape)
         for row, name in enumerate(names):

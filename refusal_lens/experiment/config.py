@@ -25,6 +25,7 @@ class Config:
         protocol: how a prompt becomes a vector; exactly one position.
         revision: branch, tag or commit on the hub.
         device, dtype: such as "cuda" and "bfloat16"; None is a GPU, if any, and bfloat16 on a GPU.
+        n_devices: GPUs over which the model's layers are spread, beginning with `device`.
         batch_size: prompts in a forward pass; None derives the number from the free memory.
         seed: seed of everything random.
         max_prompts: most prompts of every set, spread from first to last; None uses all.
@@ -42,6 +43,7 @@ class Config:
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    n_devices: int = 1
     batch_size: int | None = None
     seed: int = 0
     max_prompts: int | None = None

@@ -1,7 +1,7 @@
 """One run over several processes, as `torchrun` or `accelerate launch` starts them.
 
-Every process runs the same program with the whole model in memory. `divide` divides independent
-tasks over the processes and returns all results in every process, through CPU memory.
+Every process runs the same program with the whole model in memory. `in_shares` and `divide` divide
+independent work over the processes and return all results in every process, through CPU memory.
 """
 
 import logging
@@ -37,32 +37,40 @@ def is_main() -> bool:
     return rank_and_count()[0] == 0
 
 
-def own_device(device: str | None) -> str | None:
-    """Return the device of this process: `device`, or a GPU of its own by default."""
+def own_device(device: str | None, n_devices: int = 1) -> str | None:
+    """Return the device of this process: `device`, or the first of `n_devices` GPUs of its own."""
     local_rank = os.environ.get("LOCAL_RANK")
     if local_rank and device in (None, "cuda") and torch.cuda.is_available():
-        return f"cuda:{local_rank}"
+        return f"cuda:{int(local_rank) * n_devices}"
     return device
 
 
-def divide(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Divide independent tasks over the processes and return all results, in order, in each.
+def in_shares(run: Callable[[slice], Result]) -> list[Result]:
+    """Run `run(share)` in every process, and return the results of all, by rank, in each.
 
-    Every process must call this function with the same tasks: functions without arguments whose
-    results can be pickled. The main process runs a single task. Inside a task, `divide` runs its
-    tasks in the same process. Raises InputError if another process has ended.
+    Every process must call this function with the same work. `items[share]` is this process's share
+    of any list: all items in a single process, every n-th item in one of n. Inside `run`, the
+    process is alone. `run` returns what can be pickled. InputError if another process has ended.
     """
     global _in_task
     rank, count = rank_and_count()
     if count == 1:
-        return [task() for task in tasks]
+        return [run(slice(None))]
     _in_task = True
     try:
-        own = [task() for task in tasks[rank::count]]
+        own = run(slice(rank, None, count))
     finally:
         _in_task = False
-    shares = _gather(own)
-    return [shares[i % count][i // count] for i in range(len(tasks))]
+    return _gather(own)
+
+
+def divide(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Divide tasks over the processes as `in_shares` does; return all results, in order, in each.
+
+    The main process runs a single task.
+    """
+    shares = in_shares(lambda share: [task() for task in tasks[share]])
+    return [shares[i % len(shares)][i // len(shares)] for i in range(len(tasks))]
 
 
 @contextmanager

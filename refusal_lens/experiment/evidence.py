@@ -1,7 +1,7 @@
 """The effects of ablating and adding the two directions, on which the verdict rests."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
+from .distributed import divide, in_shares
 from .verdict import Estimate, Evidence
 
 if TYPE_CHECKING:
@@ -36,14 +37,6 @@ TOKEN_PROMPTS = 64  # prompts of each side that determine the refusal tokens
 FEWEST_PROMPTS = 4  # smallest set on which interventions run
 N_RANDOM = 8  # random directions, ablated and added for comparison
 PARTS = ("refusal", "negativity")
-
-Divide = Callable[[Sequence[Callable[[], Any]]], list[Any]]
-"""A function that runs independent tasks, in any order or process, and returns results in order."""
-
-
-def run_in_order(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Return the results of the tasks, run in turn: the `Divide` of a single process."""
-    return [task() for task in tasks]
 
 
 @dataclass(frozen=True)
@@ -87,9 +80,10 @@ def intervene(
     protocol: Protocol,
     batch_size: int | None,
     progress: bool,
-    divide: Divide,
 ) -> Causal:
     """Measure refusal scores while the refusal and negativity directions are ablated and added.
+
+    Processes divide the layers of the sweeps, and the two cross-effects.
 
     Args:
         model: the model.
@@ -97,7 +91,6 @@ def intervene(
         layer: the layer whose directions are cross-ablated and added.
         generator: generator of the random directions, on the CPU.
         protocol, batch_size, progress: options of `ablation_effects` and `cross_effects`.
-        divide: runs the two sweeps and the two cross-effects, which are independent.
     """
     pair = contrasts["refusal"], contrasts["negativity"]
     sides = activations["refusal"], activations["negativity"]
@@ -109,9 +102,9 @@ def intervene(
     cross = partial(cross_effects, model, pair, sides, layer=layer, **options)
     classes = [side[:, layer] for both in sides for side in both]
     ablated, added = (random_directions(*classes, n=N_RANDOM, generator=generator) for _ in PARTS)
-    *sweeps, ablation, addition = divide(
+    sweeps = [divide_sweep(sweep, mean_difference(*each).float()) for each in sides]
+    ablation, addition = divide(
         [
-            *(partial(sweep, mean_difference(*each).float()) for each in sides),
             partial(cross, intervention="ablation", random=ablated),
             partial(cross, intervention="addition", random=added),
         ]
@@ -119,6 +112,18 @@ def intervene(
     means = sweeps[0].log_odds.mean(-1)
     strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
     return Causal(tokens, dict(zip(PARTS, sweeps, strict=True)), strongest, ablation, addition)
+
+
+def divide_sweep(effects: Callable[..., Effects], *each: Tensor) -> Effects:
+    """Return `effects(*each)`; the processes divide the first axis of the tensors `each`."""
+    parts = in_shares(lambda share: effects(*(tensor[share] for tensor in each)))
+    n, rows = len(parts), range(len(each[0]))
+
+    def together(name: str) -> Tensor:
+        return torch.stack([getattr(parts[i % n], name)[i // n] for i in rows])
+
+    names = [field.name for field in fields(Effects) if field.name != "unchanged"]
+    return replace(parts[0], **{name: together(name) for name in names})
 
 
 def smallest_set(contrasts: Mapping[str, Contrast]) -> int:

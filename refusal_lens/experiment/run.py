@@ -25,7 +25,7 @@ from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
 from .config import Config
-from .distributed import divide, is_main
+from .distributed import is_main
 from .evidence import PARTS, Causal, can_intervene, evidence, intervene
 from .results import Results
 from .verdict import judge
@@ -114,7 +114,6 @@ def _interventions(
             protocol=config.protocol,
             batch_size=config.batch_size,
             progress=progress and is_main(),
-            divide=divide,
         ),
         (Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects, Intervention),
     )

@@ -8,7 +8,9 @@ sections 2.3 and C.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,14 @@ if TYPE_CHECKING:
 FILE = "candidates.json"
 HELD_OUT = 4  # without validation prompts, every fourth prompt of the contrast is held out
 LAYERS_AT_ONCE = 16  # candidates of these layers run together and are saved together
+
+Divide = Callable[[Callable[[slice], Any]], list[Any]]
+"""A function that returns the results of `run(share)`, for shares that together are everything."""
+
+
+def undivided(run: Callable[[slice], Any]) -> list[Any]:
+    """Run all in this process."""
+    return [run(slice(None))]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ def select_direction(
     folder: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    divide: Divide = undivided,
 ) -> Selection:
     """Select a direction of a contrast as Arditi et al. do, over positions and layers.
 
@@ -130,6 +141,8 @@ def select_direction(
         folder: of the scores so far, to resume a run; InputError if it holds another run's scores.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
         progress: whether to show progress bars.
+        divide: divides the candidates over processes, as `experiment.distributed.in_shares` does;
+            one process alone is given a `folder`, and its scores are the ones to resume from.
     """
     tokenizer: Any = model.tokenizer
     protocol = protocol or arditi(tokenizer)
@@ -152,8 +165,8 @@ def select_direction(
         "refusal_tokens": list(tokens.ids),
     }
     options |= {"refusal_tokens": tokens}
-    saved = _saved(folder, disk.plain(identity))
-    _measure(model, directions, positions, held_out, saved, folder, options, progress)
+    saved = divide(lambda _: _saved(folder, disk.plain(identity)))[0]
+    _measure(model, directions, positions, held_out, saved, folder, options, progress, divide)
     scores = CandidateScores.from_records(saved["candidates"])
     order = [scores.positions.index(position) for position in positions]
     maps = (each[order] for each in (scores.ablation, scores.addition, scores.kl))
@@ -216,12 +229,33 @@ def _measure(
     folder: str | Path | None,
     options: dict[str, Any],
     progress: bool,
+    divide: Divide,
 ) -> None:
     """Score the candidates that are not in `saved`, a few layers at a time, and save the scores."""
     from tqdm.auto import tqdm
 
     n_layers, n = directions.shape[1], len(prompts.target)
     shift = int(options["protocol"].hook == "resid_pre")
+
+    def score(
+        all_cells: list[tuple[int, int]], share: slice
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """The records of a share of the candidates, and the unmodified model's mean scores."""
+        cells = all_cells[share]
+        rows, columns = torch.tensor(cells).reshape(-1, 2).long().T
+        these, every = directions[rows, columns], [*prompts.target, *prompts.baseline]
+        ablated = ablation_effects(model, every, these, progress=False, **options)
+        added = addition_effects(
+            model, prompts.baseline, these, columns - shift, progress=False, **options
+        )
+        scores = (ablated.log_odds[:, :n], added.log_odds, ablated.kl[:, n:])
+        means = torch.stack([each.double().mean(-1) for each in scores], dim=-1).tolist()
+        values = [
+            (positions[row], layer, *each) for (row, layer), each in zip(cells, means, strict=True)
+        ]
+        unchanged = [each.mean().item() for each in ablated.unchanged.double().tensor_split([n])]
+        return [dict(zip(RECORD, each, strict=True)) for each in values], unchanged
+
     done = {(record["position"], record["layer"]) for record in saved["candidates"]}
     total = len(positions) * n_layers
     with tqdm(total=total, initial=len(done), unit="candidate", disable=not progress) as bar:
@@ -231,20 +265,9 @@ def _measure(
             cells = [(row, layer) for row, layer in cells if (positions[row], layer) not in done]
             if not cells:
                 continue
-            rows, columns = torch.tensor(cells).T
-            these = directions[rows, columns]
-            every = [*prompts.target, *prompts.baseline]
-            ablated = ablation_effects(model, every, these, progress=False, **options)
-            added = addition_effects(
-                model, prompts.baseline, these, columns - shift, progress=False, **options
-            )
-            scores = (ablated.log_odds[:, :n], added.log_odds, ablated.kl[:, n:])
-            means = torch.stack([each.double().mean(-1) for each in scores], dim=-1).tolist()
-            for (row, layer), each in zip(cells, means, strict=True):
-                record = zip(RECORD, (positions[row], layer, *each), strict=True)
-                saved["candidates"].append(dict(record))
-            unchanged = ablated.unchanged.double().tensor_split([n])
-            saved["unchanged"] = [side.mean().item() for side in unchanged]
+            shares = divide(partial(score, cells))
+            saved["candidates"] += [record for records, _ in shares for record in records]
+            saved["unchanged"] = shares[0][1]
             if folder is not None:
                 with disk.whole_directory(folder) as staging:
                     disk.write_json(staging / FILE, disk.plain(saved))

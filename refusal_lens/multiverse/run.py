@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..directions.estimators import mean_difference
 from ..errors import InputError
-from ..experiment.evidence import FEWEST_PROMPTS, Divide, run_in_order
+from ..experiment.evidence import FEWEST_PROMPTS
 from ..experiment.run import highlighted_layer
 from ..experiment.verdict import Estimate, Evidence, Thresholds
 from ..experiment.wording import Names
@@ -51,7 +51,6 @@ def run_sensitivity(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
-    divide: Divide = run_in_order,
 ) -> Sensitivity:
     """Return the cosine and the verdict of two contrasts under every specification.
 
@@ -66,7 +65,6 @@ def run_sensitivity(
         seed: seed of subsets, resamples and random directions.
         batch_size: prompts in a forward pass; None derives the number from the free memory.
         progress: whether to show progress bars.
-        divide: runs the independent sweeps of interventions.
 
     Raises:
         InputError: if there are too few prompts, the layer does not exist, or the default protocol
@@ -83,7 +81,7 @@ def run_sensitivity(
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
     default = next(each for each in specifications if each.is_default)
-    options |= {"activations": rows_of(default), "generator": generator, "divide": divide}
+    options |= {"activations": rows_of(default), "generator": generator}
     responses = measure_responses(model, contrasts, measured, n_prompts=causal_prompts, **options)
     settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
     hashes = {contrast.name: contrast.sha256 for contrast in contrasts}

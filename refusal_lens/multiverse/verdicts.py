@@ -10,9 +10,9 @@ from torch import Tensor
 from ..experiment.evidence import (
     N_RANDOM,
     TOKEN_PROMPTS,
-    Divide,
     Responses,
     compute_evidence,
+    divide_sweep,
     spread,
 )
 from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
@@ -47,7 +47,6 @@ def measure_responses(
     n_prompts: int,
     batch_size: int | None,
     progress: bool,
-    divide: Divide,
 ) -> list[list[Responses]] | None:
     """Return the responses to each specification's directions at each layer, if measurable.
 
@@ -71,16 +70,11 @@ def measure_responses(
     options: dict[str, Any] = {"refusal_tokens": tokens, "batch_size": batch_size}
     ablate = partial(ablation_effects, model, progress=progress, **options)
     add = partial(addition_effects, model, harmless, progress=progress, **options)
-    refusal, negativity, chance, unmodified, *added = divide(
-        [
-            partial(ablate, requests + negative, by_refusal),
-            partial(ablate, requests, by_negativity),
-            partial(ablate, requests, torch.stack(random)),
-            partial(ablate, neutral, torch.zeros(1, model.cfg.d_model)),
-            partial(add, by_refusal, layers),
-            partial(add, by_negativity, layers),
-        ]
-    )
+    refusal = divide_sweep(partial(ablate, requests + negative), by_refusal)
+    negativity = divide_sweep(partial(ablate, requests), by_negativity)
+    chance = divide_sweep(partial(ablate, requests), torch.stack(random))
+    unmodified = divide_sweep(partial(ablate, neutral), torch.zeros(1, model.cfg.d_model))
+    added = [divide_sweep(add, each, layers) for each in (by_refusal, by_negativity)]
 
     def responses(row: int, layer: int) -> Responses:
         own, clean = refusal.log_odds[row, layer], refusal.unchanged

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import write_checkpoint
+from safetensors.torch import load_file
 
 import refusal_lens as rl
 from refusal_lens.activations.store import Cache
-from refusal_lens.experiment import distributed
+from refusal_lens.experiment import distributed, evidence
+from refusal_lens.experiment.evidence import divide_sweep
+from refusal_lens.interventions import ablation_effects
 
 pytest.importorskip("accelerate")
 PROGRAM = Path(__file__).parents[1] / "one_of_several.py"
@@ -45,8 +50,17 @@ def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("refusal-lens:")]
 
 
-def numbers(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())["by_layer"]
+def same_numbers(folder: Path, other: Path) -> None:
+    """Every tensor and every number that two runs saved is the same, up to rounding."""
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+    for file in (file for file in files if file.suffix == ".safetensors"):
+        tensors = load_file(other / file)
+        for name, tensor in load_file(folder / file).items():
+            torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-4, equal_nan=True)
+    for file in (file for file in files if file.suffix == ".json"):
+        a, b = (json.loads((path / file).read_text()) for path in (folder, other))
+        assert close(a, b), file
 
 
 def close(a, b) -> bool:
@@ -54,7 +68,7 @@ def close(a, b) -> bool:
         return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(close, a, b))
-    return a == b or abs(a - b) <= 1e-6 * max(abs(a), abs(b))
+    return a == b or abs(a - b) <= 1e-4 * max(1, abs(a), abs(b))
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -63,18 +77,9 @@ def test_several_processes_give_the_numbers_of_one_and_one_of_them_speaks(n, che
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("verdict:") == 1
     assert done.stdout.count("Written to") == 1
-    alone = rl.run_experiment(
-        rl.Config(
-            model=str(checkpoint),
-            max_prompts=12,
-            n_resamples=400,
-            batch_size=6,
-            controls=("alarm",),
-        ),
-        progress=False,
-    )
-    alone.save(tmp_path / "alone")
-    assert close(numbers(tmp_path / "several"), numbers(tmp_path / "alone"))
+    alone = run(1, checkpoint, tmp_path / "alone", tmp_path / "another cache")
+    assert alone.returncode == 0, alone.stderr
+    same_numbers(tmp_path / "several", tmp_path / "alone")
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -110,19 +115,45 @@ def test_a_mistake_ends_the_run_with_one_line(options, fails, message, checkpoin
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize(
     "arguments",
     [
         ["demo", "--prompts", "6"],
         ["sensitivity", "--model", "organism:oblivious", "--causal-prompts", "4"],
+        ["select", "--model", "organism:oblivious"],
     ],
-    ids=["demo", "sensitivity"],
+    ids=lambda arguments: arguments[0],
 )
-def test_several_processes_divide_experiments_and_specifications(arguments, tmp_path):
-    done = launch(2, [*arguments, "--quiet", "--out", str(tmp_path / "out")])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
-    assert any((tmp_path / "out").rglob("*.json"))
+def test_several_processes_divide_models_specifications_and_candidates(n, arguments, tmp_path):
+    for processes, out in ((n, tmp_path / "several"), (1, tmp_path / "alone")):
+        done = launch(processes, [*arguments, "--quiet", "--out", str(out)])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written to") == 1
+    same_numbers(tmp_path / "several", tmp_path / "alone")
+
+
+def one_of(processes: int):
+    """`in_shares` with the results of all processes, which run in turn."""
+    shares = [slice(rank, None, processes) for rank in range(processes)]
+    return lambda run: [run(share) for share in shares]
+
+
+def test_divided_candidates_and_layers_have_the_scores_of_undivided_ones(checkpoint, monkeypatch):
+    model, refusal = rl.load_model(str(checkpoint)), rl.load_contrast("refusal")
+    few = rl.Contrast("few", refusal.target[:8], refusal.baseline[:8])
+    select = partial(rl.select_direction, model, few, progress=False)
+    alone, divided = select(), select(divide=one_of(3))
+    for name in ("ablation", "addition", "kl"):
+        scores, others = (getattr(each.scores, name) for each in (alone, divided))
+        torch.testing.assert_close(scores, others, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(evidence, "in_shares", one_of(3))
+    options = {"refusal_tokens": alone.refusal_tokens, "progress": False}
+    ablate = partial(ablation_effects, model, few.target, **options)
+    whole, swept = ablate(alone.directions[0]), divide_sweep(ablate, alone.directions[0])
+    for name, values in vars(whole).items():
+        torch.testing.assert_close(getattr(swept, name), values, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole.log_odds[0], whole.log_odds[1], rtol=1e-4, atol=1e-4)
 
 
 def as_the_second_of_three(monkeypatch, first: list, third: list):
@@ -160,3 +191,12 @@ def test_alone_tasks_run_in_order():
     assert distributed.divide([lambda: 1, lambda: 2]) == [1, 2]
     with pytest.raises(ZeroDivisionError):
         distributed.divide([lambda: 1 / 0])
+
+
+def test_a_process_takes_as_many_gpus_as_its_model_is_spread_over(monkeypatch, checkpoint):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [distributed.own_device(None, n) for n in (1, 2)] == ["cuda:3", "cuda:6"]
+    assert distributed.own_device("cuda:1", 2) == "cuda:1"
+    with pytest.raises(rl.InputError, match="n_devices=2 spreads a model over GPUs"):
+        rl.run_experiment(rl.Config(model=str(checkpoint), device="cpu", n_devices=2))
