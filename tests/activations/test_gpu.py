@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from refusal_lens.activations import batching
 from refusal_lens.activations import extract as extraction
 from refusal_lens.activations.batching import checked_rows
 from refusal_lens.activations.extract import get_prompt_activations, read_residual_stream
@@ -90,7 +91,8 @@ def test_on_the_gpu_any_batch_gives_what_each_prompt_gives_alone(folder, prompts
 
 
 @on_gpu
-def test_a_batch_never_waits_for_the_gpu(folder, prompts):
+def test_a_batch_never_waits_for_the_gpu(folder, prompts, monkeypatch):
+    monkeypatch.setattr(batching, "OPERATIONS_IN_A_BLOCK", 0)  # so that a shared prefix pays
     model = load_model(str(folder), device="cuda", dtype=torch.bfloat16)
     if hasattr(model, "original_model"):
         pytest.skip("a TransformerBridge runs Hugging Face's own forward pass, which may wait")
