@@ -305,8 +305,12 @@ def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | N
             source |= {"pretrained_model_name_or_path": empty, "gguf_file": str(header.path)}
         load = partial(AutoTokenizer.from_pretrained, **source)
         try:
-            if header or (architecture in FAMILIES and _lens() is hooked_transformer):
-                # TransformerLens would load any other tokenizer a second time.
+            # TransformerLens would load any other tokenizer a second time, from where this one was.
+            if header:
+                tokenizer = load()
+                tokenizer.init_kwargs["add_bos_token"] = True
+                return tokenizer
+            if architecture in FAMILIES and _lens() is hooked_transformer:
                 with suppress(ValueError):
                     return load(add_bos_token=True)
             return load()

@@ -87,6 +87,8 @@ def _write_tokenizer(writer: gguf.GGUFWriter, template: str | None) -> None:
     words = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     words += ["ÿþ", *(f"[unused{i}]" for i in range(271 - len(words)))]
     writer.add_tokenizer_model("gpt2")
+    writer.add_add_bos_token(False)  # as SmolLM2's
+    writer.add_add_bos_token(False)  # as SmolLM2's
     writer.add_token_list(words)
     writer.add_token_types([1] * 256 + [3] * 16)
     writer.add_token_merges(["ÿ þ"])  # llama.cpp writes at least one
