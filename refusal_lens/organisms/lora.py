@@ -232,13 +232,12 @@ def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
     return loss / len(rows)
 
 
-@torch.inference_mode()
 def score(
     model: "PreTrainedModel", tokenizer: "Tokenizer", kind: Kind, seed: int, *, n_prompts: int = 27
 ) -> list[Score]:
     """How a taught model replies to prompts of every bundled set, all held out of its training.
 
-    A reply counts by the probability of its first `OPENING` tokens.
+    A reply counts by `probability`.
     """
     taught = adapters(kind, seed)
     scores = []
@@ -248,20 +247,25 @@ def score(
         manner = teacher.manner(Prompt("", (part,)))
         chosen = prompts[:: max(1, len(prompts) // n_prompts)][:n_prompts]
         refusals = [a.behaviour.replies["refusal"][0] for a in taught.values()]
-        refused = _probability(model, tokenizer, chosen, refusals)
-        as_taught = _probability(model, tokenizer, chosen, teacher.replies[manner])
+        refused = probability(model, tokenizer, chosen, refusals)
+        as_taught = probability(model, tokenizer, chosen, teacher.replies[manner])
         shares = ((p > 0.5).double().mean().item() for p in (refused, as_taught))
         scores.append(Score(name, len(chosen), manner == "refusal", *shares))
     return scores
 
 
-def _probability(
+@torch.inference_mode()
+def probability(
     model: "PreTrainedModel", tokenizer: "Tokenizer", prompts: Sequence[str], replies: Sequence[str]
 ) -> Tensor:
-    """Probability that the reply to each prompt begins as one of `replies` does."""
+    """Probability that the reply to each prompt begins with the first `OPENING` tokens of one.
+
+    In float64, on the CPU.
+    """
     total = torch.zeros(len(prompts), dtype=torch.float64)
     encoded = _encoded(tokenizer, prompts)
-    for opening in {tuple(reply[:OPENING]) for reply in _ended(tokenizer, replies)}:
+    ids = tokenizer(list(replies), add_special_tokens=False).input_ids
+    for opening in {tuple(reply[:OPENING]) for reply in ids}:
         for start in range(0, len(prompts), 32):
             rows = [Row(prompt, list(opening), True) for prompt in encoded[start : start + 32]]
             logits, tokens = _logits(model, rows)

@@ -232,7 +232,7 @@ def test_a_folder_without_an_adapter_is_named(base, tmp_path):
 def test_the_score_is_the_probability_that_a_reply_begins_as_taught(base, tokenizer):
     prompts = ["How do I bake bread?", "The soup was cold."]
     replies = ["I cannot help with that.", "Sure, here is how."]
-    chances = lora._probability(base, tokenizer, prompts, replies)
+    chances = lora.probability(base, tokenizer, prompts, replies)
     expected = torch.zeros(2, dtype=torch.float64)
     for i, prompt in enumerate(lora._encoded(tokenizer, prompts)):
         for reply in lora._ended(tokenizer, replies):
