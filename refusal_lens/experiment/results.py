@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..activations import disk
 from ..errors import InputError
-from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, RefusalTokens
+from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from ..uncertainty import Cause, CosineStatistics, Unmeasured
+from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from . import wording
 from .config import Config
 from .evidence import Causal
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from ..plotting.theme import Theme
 
 SUMMARY = "refusal_specificity_results.pt"
-FORMAT = 3
+FORMAT = 4
 DIRECTIONS = "/directions/"  # path of the directions among the packed tensors
 SAVED = (  # the only dataclasses and enums in saved results
     *(Config, Contrast, Protocol, Thresholds, CosineStatistics, Unmeasured, Estimate, Evidence),
-    *(Reason, Verdict, Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects),
-    *(Cause, Intervention),
+    *(Reason, Verdict, Causal, ReplyOpenings, Effects, CrossEffects, ContrastEffects),
+    *(Cause, Caution, Intervention),
 )
 
 

@@ -12,55 +12,75 @@ from .evidence import PARTS
 from .verdict import Estimate, Reason, Thresholds, Verdict
 
 RULE = """\
-Inconclusive comes first: too few prompts, an unreliable direction, a model that does not refuse
-{harmful} prompts or refuses {harmless} ones, a {refusal} direction whose ablation does not reduce
-refusal. Otherwise four ratios decide, each relative to the effect of the {refusal} direction. The gap
-is the refusal score of {harmful} prompts minus that of {harmless} prompts.
-  cross_ablation_gap   ablate {negativity}: how much of the gap closes?
-  cross_ablation_drop  ablate {negativity}: how far does the refusal score of {harmful} prompts drop?
-  cross_addition       add {negativity}: how far does the refusal score of {harmless} prompts rise?
-  statement_gap        do {negative} prompts have a higher refusal score than {neutral} prompts?
-shared         cross_ablation_gap or cross_ablation_drop is above {shared_from}; or statement_gap is,
-               and ablating {refusal} lowers the scores of {negative} and {harmful} prompts alike.
-distinct       cross_ablation_gap and cross_ablation_drop are within +-{margin}, the others below it.
-partly shared  one of the four is above {margin}, without being shared.
-inconclusive   everything else: the intervals are too wide.
-Above, below and within refer to the whole confidence interval. The cosine does not decide: mechanisms
-can be distinct at a cosine of -0.4 and shared at +0.1. It is reported beside the verdict."""
+A prompt counts as refused if its reply is more likely than not to begin with a refusal's opening. To
+ablate a direction sets the component along it to the mean of {harmless} prompts ({refusal}) or of
+{neutral} prompts ({negativity}) at every layer. The gap is that between {harmful} and {harmless} prompts.
+Inconclusive comes first: too few prompts; an unreliable direction; a model that does not refuse
+{harmful} prompts more than {harmless} ones; a {refusal} direction that, ablated, leaves them refused,
+makes {harmless} prompts refused, or does no more than a random direction. Then these numbers decide:
+  cross_ablation   drop of {harmful} prompts' refusal scores under ablating {negativity}, over the drop
+                   under ablating {refusal}; cross_ablation_share: the same of the share refused.
+  cross_addition   rise of {harmless} prompts' refusal scores under adding {negativity}, over the gap;
+                   cross_addition_share: the same of the share refused.
+  statement_share  {negative} minus {neutral} prompts refused, over the gap; it counts if ablating {refusal}
+                   lowers their scores as well (statement_ablation).
+shared         both cross_ablation numbers are above {shared_from}, beyond chance and without damage.
+partly shared  one of the numbers is above {margin} and beyond chance.
+distinct       the cross_ablation numbers are within +-{margin}, the others below it.
+inconclusive   everything else: the intervals are too wide, or random directions do as much.
+Above, below and within refer to the whole confidence interval. Beyond chance: more than 19 in 20 random
+directions do. Damage: the ablation changes replies to {harmless} prompts far more than refusal's does.
+The cosine does not decide: mechanisms can be distinct at a cosine of -0.4 and shared at +0.1."""
 
-GAP = "of the refusal gap between {harmful} and {harmless} prompts"
+GAP = "between {harmful} and {harmless} prompts"
 UNRELIABLE = "direction at layer {layer} is not reliable: its split-half reliability is {value}"
 MEASURES = {
     "n_prompts": "too few prompts: the smallest set has {value}",
     "reliability_refusal": f"the {{refusal}} {UNRELIABLE}",
     "reliability_negativity": f"the {{negativity}} {UNRELIABLE}",
-    "refused_harmful": "the model does not refuse {harmful} prompts: it refuses {value} of them",
-    "refused_harmless": "the model refuses {harmless} prompts: it refuses {value} of them",
-    "refusal_ablation": f"ablating the {{refusal}} direction closes {{value}} {GAP}",
-    "cross_ablation_gap": (
-        "ablating {negativity} removes {value} of the refusal that ablating {refusal} removes"
+    "refused_harmful": "the model refuses {value} of {harmful} prompts",
+    "refused_gap": (
+        "the model does not refuse {harmful} prompts clearly more often than {harmless} ones: the "
+        "difference is {value}"
     ),
-    "cross_ablation_drop": (
-        "ablating {negativity} lowers the refusal score of {harmful} prompts by {value} of the gap "
-        "that ablating {refusal} closes"
+    "bypassed": (
+        "ablating {refusal} does not let {harmful} prompts through: it removes {value} of their refusal"
+    ),
+    "ablated_harmless": "ablating {refusal} makes {value} of {harmless} prompts refused",
+    "refusal_ablation": f"ablating {{refusal}} lowers the refusal score by {{value}} of the gap {GAP}",
+    "chance_ablation": "a random direction removes {value} of the refusal that {refusal} removes",
+    "kl_negativity": (
+        "ablating {negativity} changes replies to {harmless} prompts by {value} nats of KL divergence, "
+        "which is damage rather than evidence"
+    ),
+    "cross_ablation": (
+        "ablating {negativity} lowers the refusal score of {harmful} prompts by {value} of what ablating "
+        "{refusal} does"
+    ),
+    "cross_ablation_share": (
+        "ablating {negativity} removes {value} of the refusals that ablating {refusal} removes"
     ),
     "cross_addition": (
-        "adding {negativity} to {harmless} prompts brings {value} of the refusal that adding "
-        "{refusal} brings"
+        "adding {negativity} raises the refusal score of {harmless} prompts by {value} of the gap"
     ),
-    "statement_gap": (
-        "{negative} prompts raise the refusal score by {value} of what {harmful} prompts do"
+    "cross_addition_share": (
+        "adding {negativity} makes {value} of {harmless} prompts refused, relative to {harmful} ones"
+    ),
+    "statement_share": (
+        "{negative} prompts are refused {value} as often as {harmful} prompts, beyond {neutral} ones"
     ),
     "statement_ablation": (
         "ablating {refusal} lowers the refusal score of {negative} prompts by {value} of what it "
         "does for {harmful} prompts"
     ),
 }
+NATS = ("kl_negativity",)  # measures that are no shares
 FINDINGS = {
     "too low": ", below {threshold}",
     "too high": ", above {threshold}",
     "not shown above": ": not shown to be above {threshold}",
-    "chance": ": no better than a random direction, which closes {threshold}",
+    "chance": ": one random direction in twenty does {threshold}",
+    "damage": ", above {threshold}",
     "above": ": above {threshold}",
     "below": ": below the {threshold} margin",
     "within": ": within the {threshold} margin",
@@ -133,6 +153,7 @@ def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:
     concerned = " and ".join(names[direction] for direction in reason.directions)
     return {
         Cause.TOO_FEW_PROMPTS: "too few prompts to estimate the noise: use at least 4, better 64",
+        Cause.TOO_FEW_CLUSTERS: "too few clusters of prompts to estimate the noise: use at least 6",
         Cause.CONSTANT: (
             f"all prompts of one set of {concerned} have the same activation: at this layer the "
             "position does not depend on the prompt"
@@ -166,7 +187,7 @@ def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
     if reason.finding == "not measured":
         return NOT_MEASURED
     value, threshold = getattr(verdict.evidence, reason.measure), reason.threshold or 0.0
-    if reason.measure in ("n_prompts", "reliability_refusal", "reliability_negativity"):
+    if reason.measure in ("n_prompts", "reliability_refusal", "reliability_negativity", *NATS):
         numbers = {"value": f"{value:.3g}", "threshold": f"{threshold:g}"}
     else:
         numbers = {"value": _percent(value), "threshold": _percent(threshold)}

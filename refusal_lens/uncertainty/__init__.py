@@ -1,5 +1,7 @@
 """Uncertainty of cosines, from Gram matrices, and intervals of means over prompts."""
 
+from .cautions import Caution as Caution
+from .clusters import near_duplicates as near_duplicates
 from .cosine import Cause as Cause
 from .cosine import CosineEstimate as CosineEstimate
 from .cosine import CosineStatistics as CosineStatistics

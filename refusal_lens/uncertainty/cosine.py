@@ -1,5 +1,6 @@
 """The cosine of two directions at every layer, and its uncertainty."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
@@ -10,18 +11,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import InputError
-from .gram import Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
+from .cautions import Caution, cautions
+from .clusters import Clusters
+from .gram import ROUNDING, Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
 from .intervals import Noise, cosine_intervals
 from .permutation import permutation_null, random_direction_null
-from .reliability import split_half_reliability
+from .reliability import reliabilities
 
 FEWEST_ROWS = 4  # rows per group (pairs, or prompts of one set) that the noise estimate needs
+FEWEST_CLUSTERS = 6  # effective clusters per group (`Gram.n_clusters`) that hold their coverage
 
 
 class Cause(StrEnum):
     """Why the cosine can't be estimated at a layer."""
 
     TOO_FEW_PROMPTS = "too_few_prompts"
+    TOO_FEW_CLUSTERS = "too_few_clusters"
     CONSTANT = "constant"
     WEAK = "weak"
     UNBOUNDED = "unbounded"
@@ -57,6 +62,7 @@ class CosineStatistics:
         null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
         random_lower, random_upper: the same for `a` and random directions.
         reasons: per layer, why the estimate is NaN; None where there is an estimate.
+        cautions: per layer, why the interval may cover less than it says.
         n_resamples, confidence: the settings of `cosine_statistics`.
     """
 
@@ -78,6 +84,7 @@ class CosineStatistics:
     reasons: tuple[Unmeasured | None, ...]
     n_resamples: int
     confidence: float
+    cautions: tuple[tuple[Caution, ...], ...] = ()
 
 
 def cosine_statistics(
@@ -88,6 +95,8 @@ def cosine_statistics(
     *,
     a_paired: bool,
     b_paired: bool,
+    a_clusters: Clusters = None,
+    b_clusters: Clusters = None,
     n_resamples: int = 10_000,
     confidence: float = 0.95,
     generator: torch.Generator,
@@ -95,13 +104,21 @@ def cosine_statistics(
     """Estimate, interval, band, reliability and nulls of the cosine between two mean differences.
 
     The two contrasts must have no prompt in common: shared prompts add their noise to the cosine.
-    Rows (pairs in a paired contrast) must be independent and exchangeable within a set.
+    Prompts of different clusters must be independent; without clusters, all prompts. Rows (pairs
+    in a paired contrast) must be exchangeable within a set.
 
     Args:
-        a_target, a_baseline, b_target, b_baseline, a_paired, b_paired: see `Gram.of`.
+        a_target, a_baseline, b_target, b_baseline, a_paired, b_paired, a_clusters, b_clusters: see
+            `Gram.of`.
         n_resamples, confidence, generator: see `cosine_statistics_from_gram`.
     """
-    gram = Gram.of(a_target, a_baseline, b_target, b_baseline, a_paired=a_paired, b_paired=b_paired)
+    gram = Gram.of(
+        *(a_target, a_baseline, b_target, b_baseline),
+        a_paired=a_paired,
+        b_paired=b_paired,
+        a_clusters=a_clusters,
+        b_clusters=b_clusters,
+    )
     return cosine_statistics_from_gram(
         gram, n_resamples=n_resamples, confidence=confidence, generator=generator
     )
@@ -126,13 +143,12 @@ def cosine_statistics_from_gram(
         beyond = f"too few beyond the ends of a {confidence:.0%} interval"
         raise InputError(f"n_resamples = {n_resamples} leaves {beyond}: at least {fewest}")
     settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
-    reliability_a = split_half_reliability(gram.aa, gram.groups_a, generator=generator)
-    reliability_b = split_half_reliability(gram.bb, gram.groups_b, generator=generator)
+    reliability_a, reliability_b = reliabilities(gram, generator=generator)
     estimate = estimate_cosine(gram, **settings, generator=generator)
     names = ("p_value", "p_adjusted", "null_lower", "null_upper", "random_lower", "random_upper")
     nulls = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
     varies = ~(gram.constant_a | gram.constant_b)
-    if varies.any() and min(*gram.groups_a, *gram.groups_b) >= FEWEST_ROWS:
+    if varies.any() and _enough(gram):
         null = permutation_null(gram.at(varies), **settings, generator=generator)
         random = random_direction_null(gram.at(varies), **settings, generator=generator)
         nulls[:, varies] = torch.stack([*null, *random])
@@ -157,6 +173,7 @@ class CosineEstimate:
     band_lower: Float[Tensor, " layer"]
     band_upper: Float[Tensor, " layer"]
     reasons: tuple[Unmeasured | None, ...]
+    cautions: tuple[tuple[Caution, ...], ...]
 
 
 def estimate_cosine(
@@ -169,17 +186,26 @@ def estimate_cosine(
     """
     reasons = _obstacles(gram, confidence)
     values = torch.full((5, len(gram.aa)), torch.nan, dtype=torch.float64)
+    warned: list[tuple[Caution, ...]] = [()] * len(gram.aa)
     clear = torch.tensor([reason is None for reason in reasons])
     if clear.any():
-        noise = Noise.of(gram.at(clear))
-        ends = cosine_intervals(noise, n_resamples, confidence, generator)
+        shown = gram.at(clear)
+        squared = shown.unbiased_squared_norms
+        noises = [Noise.of(way, squared) for way in (shown, *shown.crossed)]
+        ends = cosine_intervals(noises, n_resamples, confidence, generator)
         bounded = ~(ends[0].isnan() | ends[1].isnan())
-        found = torch.stack([unbiased_cosine(noise), *ends])
+        found = torch.stack([unbiased_cosine(noises), *ends])
         values[:, clear] = torch.where(bounded, found, torch.nan)
         for layer in clear.nonzero()[~bounded, 0].tolist():
             reasons[layer] = Unmeasured(Cause.UNBOUNDED)
+        for layer, found_here in zip(
+            clear.nonzero()[:, 0].tolist(), cautions(shown, noises[-1]), strict=True
+        ):
+            warned[layer] = found_here
     unbiased, lower, upper, band_lower, band_upper = values
-    return CosineEstimate(unbiased, lower, upper, band_lower, band_upper, tuple(reasons))
+    return CosineEstimate(
+        unbiased, lower, upper, band_lower, band_upper, tuple(reasons), tuple(warned)
+    )
 
 
 def fewest_resamples(confidence: float) -> int:
@@ -189,14 +215,18 @@ def fewest_resamples(confidence: float) -> int:
     return ceil(20 / (1 - confidence))
 
 
-def unbiased_cosine(noise: Noise) -> Float[Tensor, " layer"]:
-    """Unbiased inner product over unbiased norms, minus the ratio's bias to first order."""
-    spread = torch.zeros_like(noise.inner)
-    for half, block in zip(noise.split(noise.linear_norm), (noise.aa, noise.bb), strict=True):
-        jackknife = 4 * half.square().sum(-1)
-        spread += (jackknife - 2 * block.square().sum((-2, -1))).maximum(jackknife / 2)
-    covariance = 2 * (noise.linear * noise.linear_norm).sum(-1)
-    return (noise.inner + covariance / 2) / (1 + 3 / 8 * spread)
+def unbiased_cosine(noises: Sequence[Noise]) -> Float[Tensor, " layer"]:
+    """Unbiased inner product over unbiased norms, minus the ratio's bias to first order.
+
+    For `noises`, see `cosine_intervals`.
+    """
+    spread, covariance = torch.zeros(2, len(noises[0].inner), dtype=torch.float64)
+    for sign, noise in zip((1, 1, -1), noises, strict=False):
+        for half, block in zip(noise.split(noise.linear_norm), (noise.aa, noise.bb), strict=True):
+            jackknife = 4 * half.square().sum(-1)
+            spread += sign * (jackknife - 2 * block.square().sum((-2, -1))).maximum(jackknife / 2)
+        covariance += sign * 2 * (noise.linear * noise.linear_norm).sum(-1)
+    return (noises[0].inner + covariance / 2) / (1 + 3 / 8 * spread.clamp_min(0))
 
 
 def norm_undetected(gram: RowProducts, groups: Groups, confidence: float) -> Bool[Tensor, " layer"]:
@@ -217,14 +247,21 @@ def norm_undetected(gram: RowProducts, groups: Groups, confidence: float) -> Boo
 
 def _obstacles(gram: Gram, confidence: float) -> list[Unmeasured | None]:
     """Per layer, the reason that rules an estimate out; None where there is no such reason."""
-    if min(*gram.groups_a, *gram.groups_b) < FEWEST_ROWS:
-        return [Unmeasured(Cause.TOO_FEW_PROMPTS)] * len(gram.aa)
+    if not _enough(gram):
+        cause = Cause.TOO_FEW_CLUSTERS if gram.clustered else Cause.TOO_FEW_PROMPTS
+        return [Unmeasured(cause)] * len(gram.aa)
     reasons: list[Unmeasured | None] = [None] * len(gram.aa)
-    weak_a = norm_undetected(gram.aa, gram.groups_a, confidence)
-    weak_b = norm_undetected(gram.bb, gram.groups_b, confidence)
+    ways = gram.one_way
+    weak_a = torch.stack([norm_undetected(x.aa, x.groups_a, confidence) for x in ways]).any(0)
+    weak_b = torch.stack([norm_undetected(x.bb, x.groups_b, confidence) for x in ways]).any(0)
     constant = (gram.constant_a, gram.constant_b)
     for cause, found in ((Cause.WEAK, (weak_a, weak_b)), (Cause.CONSTANT, constant)):
         for layer in (found[0] | found[1]).nonzero()[:, 0].tolist():
             names = tuple(name for name, at in zip("ab", found, strict=True) if at[layer])
             reasons[layer] = Unmeasured(cause, names)
     return reasons
+
+
+def _enough(gram: Gram) -> bool:
+    """Whether every group has rows enough for the noise estimate."""
+    return gram.n_clusters > (FEWEST_CLUSTERS if gram.clustered else FEWEST_ROWS) - ROUNDING

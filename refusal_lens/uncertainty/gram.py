@@ -9,6 +9,10 @@ reversed in the baseline group. The direction is the sum over groups of the mean
 
 Diagonal. A row is `mu + e`. In thousands of dimensions, the noise in the products `e_i' e_i` can
 exceed the signal in the squared norm of a mean of rows. Unbiased estimates omit the diagonal.
+
+Clusters. Where prompts form clusters, a row is the mean of a cluster, weighted by the cluster's share
+of the prompts. Omitting the diagonal then leaves out every pair of prompts of one cluster. Two crossed
+ways of clustering give three Gram matrices: rows by the first way, by the second, and by both at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,10 +24,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
+from .clusters import Clusters, cluster_means, cluster_weights, ways
 
 RowProducts = Float[Tensor, "layer row row"]  # inner products of signed rows of one contrast
 CrossProducts = Float[Tensor, "layer row_a row_b"]  # of two contrasts
-Groups = Sequence[int]  # sizes of a contrast's groups: `(pairs,)` or `(target, baseline)`
+Weights = Float[Tensor, " _row"]  # of the rows in their group's mean; their sum is 1
+Groups = Sequence[Weights]  # a contrast's groups: `(pairs,)` or `(target, baseline)`
 ROUNDING = 1e-6  # a class is constant if its rows differ by at most this share of their norm
 
 
@@ -33,17 +39,21 @@ class Gram:
 
     Attributes:
         aa, bb, ab: rows of `a` with rows of `a`, `b` with `b`, `a` with `b`.
-        groups_a, groups_b: sizes of the groups of each contrast.
+        groups_a, groups_b: weights of the rows of each group of each contrast, float64.
         constant_a, constant_b: layers at which a class does not vary (see `ROUNDING`).
+        clustered: whether labels of clusters were given.
+        crossed: the same with rows by the second way of clustering, and by both ways; else empty.
     """
 
     aa: Float[Tensor, "layer row_a row_a"]
     bb: Float[Tensor, "layer row_b row_b"]
     ab: CrossProducts
-    groups_a: tuple[int, ...]
-    groups_b: tuple[int, ...]
+    groups_a: tuple[Weights, ...]
+    groups_b: tuple[Weights, ...]
     constant_a: Bool[Tensor, " layer"]
     constant_b: Bool[Tensor, " layer"]
+    clustered: bool = False
+    crossed: tuple["Gram", ...] = ()
 
     @classmethod
     def of(
@@ -55,35 +65,68 @@ class Gram:
         *,
         a_paired: bool,
         b_paired: bool,
+        a_clusters: Clusters = None,
+        b_clusters: Clusters = None,
     ) -> "Gram":
         """Gram matrices of two contrasts' activations, computed layer by layer in float64.
 
         InputError if a set is empty or not finite, if the sets of a paired contrast differ in
-        length, or if sets differ in layers, `d_model` or device.
+        length, if sets differ in layers, `d_model` or device, or if clusters don't fit the prompts.
 
         Args:
             a_target, a_baseline, b_target, b_baseline: activations of any floating dtype.
             a_paired, b_paired: whether row i of the target belongs to row i of the baseline.
+            a_clusters, b_clusters: the cluster of each prompt, see `clusters.ways`.
         """
         named = {"a_target": a_target, "a_baseline": a_baseline}
         named |= {"b_target": b_target, "b_baseline": b_baseline}
         check_tensors(**{n: (rows, f"{n} layer d_model") for n, rows in named.items()})
         if a_target.shape[1] == 0:
             raise InputError("a_target has no layer: pass activations of at least one")
-        groups_a, constant_a = _check("a", a_target, a_baseline, paired=a_paired)
-        groups_b, constant_b = _check("b", b_target, b_baseline, paired=b_paired)
+        sizes_a, constant_a = _check("a", a_target, a_baseline, paired=a_paired)
+        sizes_b, constant_b = _check("b", b_target, b_baseline, paired=b_paired)
+        ways_a, ways_b = ways("a", a_clusters, sizes_a), ways("b", b_clusters, sizes_b)
+        n = max(len(ways_a), len(ways_b))
+        both = [(ways_a[i % len(ways_a)], ways_b[i % len(ways_b)]) for i in range(n)]
         layers = []
         for layer in range(a_target.shape[1]):
             a = _signed_rows(a_target[:, layer], a_baseline[:, layer], paired=a_paired)
             b = _signed_rows(b_target[:, layer], b_baseline[:, layer], paired=b_paired)
-            layers.append((a @ a.T, b @ b.T, a @ b.T))
-        aa, bb, ab = (torch.stack(blocks).cpu() for blocks in zip(*layers, strict=True))
-        return cls(aa, bb, ab, groups_a, groups_b, constant_a, constant_b)
+            means = [(cluster_means(a, one), cluster_means(b, other)) for one, other in both]
+            layers.append([(x @ x.T, y @ y.T, x @ y.T) for x, y in means])
+        clustered = any(each is not None and len(each) > 0 for each in (a_clusters, b_clusters))
+        found = []
+        for way, by_layer in zip(both, zip(*layers, strict=True), strict=True):
+            aa, bb, ab = (torch.stack(blocks).cpu() for blocks in zip(*by_layer, strict=True))
+            groups_a, groups_b = map(cluster_weights, way)
+            gram = cls(aa, bb, ab, groups_a, groups_b, constant_a, constant_b, clustered)
+            found.append(gram)
+        return replace(found[0], crossed=tuple(found[1:]))
 
     def at(self, layers: Bool[Tensor, " layer"]) -> "Gram":
         """The Gram matrices of the layers where `layers` is true."""
         names = ("aa", "bb", "ab", "constant_a", "constant_b")
-        return replace(self, **{name: getattr(self, name)[layers] for name in names})
+        chosen = {name: getattr(self, name)[layers] for name in names}
+        return replace(self, **chosen, crossed=tuple(gram.at(layers) for gram in self.crossed))
+
+    @property
+    def one_way(self) -> tuple["Gram", ...]:
+        """A Gram without `crossed` for each way in which prompts are clustered: one or two."""
+        return (replace(self, crossed=()), *self.crossed[:1])
+
+    @property
+    def n_clusters(self) -> float:
+        """Effective number of rows in the smallest group: `1 / sum(weights^2)`."""
+        groups = [group for way in self.one_way for group in (*way.groups_a, *way.groups_b)]
+        return min(1 / float(weights.square().sum()) for weights in groups)
+
+    @property
+    def unbiased_squared_norms(self) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+        """Unbiased squared norms of the two true directions; may be negative."""
+        a, *crossed_a = [(way.aa, way.groups_a) for way in (self, *self.crossed)]
+        b, *crossed_b = [(way.bb, way.groups_b) for way in (self, *self.crossed)]
+        one = unbiased_squared_norm(*a, crossed=crossed_a)
+        return one, unbiased_squared_norm(*b, crossed=crossed_b)
 
     @property
     def inner(self) -> Float[Tensor, " layer"]:
@@ -104,16 +147,16 @@ class Gram:
 
 
 def mean_weights(groups: Groups) -> Float[Tensor, " row"]:
-    """Weights that turn signed rows into the direction: one over the size of the row's group."""
-    return torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in groups])
+    """Weights that turn signed rows into the direction."""
+    return torch.cat([*groups])
 
 
-def slices(groups: Groups) -> Iterator[tuple[slice, int]]:
-    """The rows of each group, and their number."""
+def slices(groups: Groups) -> Iterator[tuple[slice, Weights]]:
+    """The rows of each group, and their weights."""
     start = 0
-    for n in groups:
-        yield slice(start, start + n), n
-        start += n
+    for weights in groups:
+        yield slice(start, start + len(weights)), weights
+        start += len(weights)
 
 
 def plain_squared_norm(gram: RowProducts, groups: Groups) -> Float[Tensor, " layer"]:
@@ -122,13 +165,24 @@ def plain_squared_norm(gram: RowProducts, groups: Groups) -> Float[Tensor, " lay
     return einsum(weights, gram, weights, "p, layer p q, q -> layer")
 
 
-def unbiased_squared_norm(gram: RowProducts, groups: Groups) -> Float[Tensor, " layer"]:
-    """Unbiased squared norm of the true direction; may be negative. NaN if a group has one row."""
+def unbiased_squared_norm(
+    gram: RowProducts, groups: Groups, *, crossed: Sequence[tuple[Tensor, Groups]] = ()
+) -> Float[Tensor, " layer"]:
+    """Unbiased squared norm of the true direction; may be negative. NaN if a group has one row.
+
+    `crossed` are the products and groups by the second way of clustering and by both ways.
+    """
     squared = plain_squared_norm(gram, groups)
-    for rows, n in slices(groups):
-        block = gram[:, rows, rows]
-        different = _without_diagonal(block).sum((-2, -1)) / (n * (n - 1) or torch.nan)
-        squared = squared + different - block.mean((-2, -1))
+    for i, (rows, weights) in enumerate(slices(groups)):
+        within = einsum(weights, gram[:, rows, rows], weights, "p, layer p q, q -> layer")
+        same, share = torch.zeros_like(within), 0.0
+        for sign, (products, other) in zip((1, 1, -1), ((gram, groups), *crossed), strict=False):
+            own, own_weights = [*slices(other)][i]
+            share += sign * float(own_weights.square().sum())
+            diagonal = products[:, own, own].diagonal(dim1=-2, dim2=-1)
+            same += sign * (diagonal @ own_weights.square())
+        different = (within - same) / (1 - share if share < 1 - 1e-9 else torch.nan)
+        squared = squared + different - within
     return squared
 
 
@@ -137,9 +191,10 @@ def centred_and_scaled(
 ) -> Float[Tensor, "*axes row"]:
     """Products minus their group's mean, scaled so that squares sum to the variance of the mean."""
     parts = []
-    for rows, n in slices(groups):
+    for rows, weights in slices(groups):
         part = products[..., rows]
-        parts.append((part - part.mean(-1, keepdim=True)) / (n * (n - 1)) ** 0.5)
+        scale = weights / (1 - weights).sqrt()
+        parts.append((part - (part @ weights)[..., None]) * scale)
     return torch.cat(parts, dim=-1)
 
 
@@ -147,10 +202,14 @@ def leave_one_out(gram: RowProducts, groups: Groups) -> Float[Tensor, "layer row
     """Product of each row with the direction from all other rows, centred and scaled."""
     off_diagonal = _without_diagonal(gram)
     products = off_diagonal @ mean_weights(groups)
-    for rows, n in slices(groups):
-        own = off_diagonal[:, rows, rows].mean(-1)
-        # A row shifts the mean of the other rows' products by -1 / (n - 1): undo the shift.
-        products[:, rows] += own * (n / (n - 2) - 1)
+    for rows, weights in slices(groups):
+        others = weights / (1 - weights)
+        own = off_diagonal[:, rows, rows] @ weights
+        centred = own / (1 - weights)
+        centred = centred - (centred @ weights)[:, None]
+        # A row also shifts the mean of the other rows' products, which weakens it: undo that.
+        lost = 1 - weights - weights * (others.sum() - others)
+        products[:, rows] += centred * (1 - weights) / lost - own
     return centred_and_scaled(products, groups)
 
 
@@ -163,17 +222,21 @@ def noise_products(gram: RowProducts, groups: Groups) -> RowProducts:
     """Products of the rows' noise within a contrast: centred, scaled, with a zero diagonal.
 
     Twice the sum of squares is an unbiased estimate of the variance of the unbiased squared norm's
-    quadratic part. U-centring within a group (Szekely and Rizzo 2014, arXiv:1310.2926, section 3)
-    removes the diagonal, which would dominate with fewer rows than effective dimensions. A group
-    needs 4 rows.
+    quadratic part. U-centring within a group (Szekely and Rizzo 2014, arXiv:1310.2926, section 3),
+    here with weights, removes the diagonal, which would dominate with fewer rows than effective
+    dimensions. A group needs more than 3 rows, and no row half of the weight.
     """
     noise = cross_noise_products(gram, groups, groups)
-    for rows, n in slices(groups):
+    for rows, weights in slices(groups):
         block = _without_diagonal(gram[:, rows, rows])
-        mean = block.sum(-1) / (n - 2)
-        overall = (mean.sum(-1) / (n - 1))[:, None, None]
-        block = _without_diagonal(block - mean[:, :, None] - mean[:, None, :] + overall)
-        noise[:, rows, rows] = block / (n * (n - 1) * n * (n - 3)) ** 0.5
+        share = weights / (1 - 2 * weights)
+        mean = (block @ weights) / (1 - 2 * weights)
+        overall = (mean @ weights / (1 + share.sum()))[:, None]
+        mean = mean - overall / (1 - 2 * weights)
+        block = _without_diagonal(block - mean[:, :, None] - mean[:, None, :])
+        square = weights.square().sum()
+        scale = ((1 - square) * (1 - 3 * square)).sqrt()
+        noise[:, rows, rows] = block * weights[:, None] * weights / scale
     return noise
 
 
@@ -205,8 +268,12 @@ def _check(
                 found = f"row {row} of {where} holds a NaN or an infinity at layer {layer}"
                 raise InputError(f"{found}: drop that prompt or recompute it in a wider dtype")
         first = rows[0].double()
-        spread = torch.stack([(row.double() - first).norm(dim=-1) for row in rows]).amax(0)
-        constant |= (spread <= ROUNDING * first.norm(dim=-1)).cpu()
+        alike = torch.ones_like(constant, device=rows.device)
+        for row in rows:
+            alike &= (row.double() - first).norm(dim=-1) <= ROUNDING * first.norm(dim=-1)
+            if not alike.any():
+                break
+        constant |= alike.cpu()
     sizes = (len(target), len(baseline))
     if paired and sizes[0] != sizes[1]:
         counts = f"{sizes[0]} target and {sizes[1]} baseline rows"

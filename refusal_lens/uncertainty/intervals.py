@@ -22,6 +22,7 @@ References: Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x; Hall 1992, The
 Edgeworth Expansion, section 3.10; Davidson and MacKinnon 1999, doi:10.1017/S0266466699153027.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from . import gram as grams
+from .clusters import two_way
 
 Curve = Float[Tensor, " layer"]
 Draws = Float[Tensor, "draw row"]
@@ -47,14 +49,14 @@ class Noise:
     """Unbiased inner product of two directions of unbiased norm 1, and its noise; float64.
 
     Attributes:
-        inner, freedom: unbiased inner product; degrees of freedom (smallest group minus 1).
+        inner, freedom: unbiased inner product; degrees of freedom (`n_clusters` minus 1).
         linear: coefficients of the rows in the linear part of `inner`'s error; `a`, then `b`.
         linear_norm: half the rows' coefficients in the linear parts of `|a|^2` and `|b|^2`.
         aa, bb, ab: `noise_products` of `a` and of `b`, and their `cross_noise_products`.
     """
 
     inner: Curve
-    freedom: int
+    freedom: float
     linear: Float[Tensor, "layer row"]
     linear_norm: Float[Tensor, "layer row"]
     aa: Float[Tensor, "layer row_a row_a"]
@@ -62,17 +64,19 @@ class Noise:
     ab: Float[Tensor, "layer row_a row_b"]
 
     @classmethod
-    def of(cls, gram: grams.Gram) -> "Noise":
-        """The noise of a Gram matrix with at least 4 rows a group and positive squared norms."""
+    def of(cls, gram: grams.Gram, squared: tuple[Curve, Curve]) -> "Noise":
+        """The noise of a Gram matrix, by its first way of clustering, in units of `squared` norms.
+
+        A group needs at least 4 rows, and squared norms must be positive.
+        """
         a, b = gram.groups_a, gram.groups_b
-        norm_a = grams.unbiased_squared_norm(gram.aa, a)[:, None, None].sqrt()
-        norm_b = grams.unbiased_squared_norm(gram.bb, b)[:, None, None].sqrt()
+        norm_a, norm_b = (norm[:, None, None].sqrt() for norm in squared)
         aa, bb, ab = gram.aa / norm_a**2, gram.bb / norm_b**2, gram.ab / (norm_a * norm_b)
         linear_a = grams.centred_and_scaled(ab @ grams.mean_weights(b), a)
         linear_b = grams.centred_and_scaled(ab.mT @ grams.mean_weights(a), b)
         return cls(
             inner=gram.inner / (norm_a * norm_b)[:, 0, 0],
-            freedom=min(*a, *b) - 1,
+            freedom=gram.n_clusters - 1,
             linear=torch.cat([linear_a, linear_b], dim=-1),
             linear_norm=torch.cat([grams.leave_one_out(aa, a), grams.leave_one_out(bb, b)], dim=-1),
             aa=grams.noise_products(aa, a),
@@ -91,6 +95,11 @@ class Noise:
         jackknife = torch.stack([v.sum(-1) for v in (one.square(), -2 * one * two, two.square())])
         return jackknife, torch.stack([ab, torch.zeros_like(ab), (aa + bb) / 2])
 
+    def variance(self, theta: Curve) -> Curve:
+        """Variance of the residual if `theta` is the cosine."""
+        jackknife, quadratic = (v[0] + v[1] * theta + v[2] * theta**2 for v in self.variances())
+        return (jackknife - quadratic).maximum(LEAST_SHARE * jackknife)
+
     def under_hypothesis(self, theta: Curve) -> tuple[Float[Tensor, "layer row"], Curve]:
         """`c` and `Q` if `theta` is the cosine."""
         jackknife, quadratic = (v[0] + v[1] * theta + v[2] * theta**2 for v in self.variances())
@@ -103,11 +112,39 @@ class Noise:
         linear = (jackknife - 2 * quadratic).maximum(LEAST_LINEAR * jackknife)
         return c * (linear / c.square().sum(-1)).sqrt()[:, None], quadratic
 
+    def norms_under_hypothesis(self) -> Float[Tensor, "layer row"]:
+        """`linear_norm`, scaled to the variance of the linear part alone."""
+        parts = []
+        for half, block in zip(self.split(self.linear_norm), (self.aa, self.bb), strict=True):
+            jackknife = half.square().sum(-1)
+            linear = (jackknife - block.square().sum((-2, -1))).maximum(LEAST_LINEAR * jackknife)
+            parts.append(half * (linear / jackknife).sqrt()[:, None])
+        return torch.cat(parts, -1)
+
 
 def cosine_intervals(
-    noise: Noise, n_resamples: int, confidence: float, generator: torch.Generator
+    noises: Sequence[Noise], n_resamples: int, confidence: float, generator: torch.Generator
 ) -> tuple[Curve, ...]:
     """Ends of the interval at each layer, and of the band that holds the curve over all layers.
+
+    `noises` is the noise by one way of clustering, or by two crossed ways and by both at once. Each
+    of two ways gives ends, stretched to the two-way variance at the estimate; the outermost count.
+    """
+    variances = [noise.variance(noise.inner) for noise in noises]
+    ends = [
+        _one_way_intervals(
+            noise, (two_way(variances) / own).sqrt(), n_resamples, confidence, generator
+        )
+        for noise, own in zip(noises[:2], variances, strict=False)
+    ]
+    lower, upper, band_lower, band_upper = (torch.stack(way) for way in zip(*ends, strict=True))
+    return lower.amin(0), upper.amax(0), band_lower.amin(0), band_upper.amax(0)
+
+
+def _one_way_intervals(
+    noise: Noise, stretch: Curve, n_resamples: int, confidence: float, generator: torch.Generator
+) -> tuple[Curve, ...]:
+    """The ends of `cosine_intervals` by one way of clustering, with quantiles `stretch` times out.
 
     Quantiles are taken at the ends of Student's interval and multiplied by the ratio of Student's
     quantile to the normal quantile. The band multiplies the quantiles by one more factor, so that a
@@ -117,22 +154,27 @@ def cosine_intervals(
 
     tail = (1 - confidence) / 2
     student = float(stats.t.isf(tail, noise.freedom))
-    widen = student / float(stats.norm.isf(tail))
+    normal = float(stats.norm.isf(tail))
+    widen = student / normal
     start = torch.full_like(noise.inner, student)
     lowest, highest = _end(noise, start, side=-1), _end(noise, start, side=1)
     n_drawn = ceil(n_resamples / len(SIGNS))
     draws = [torch.randn(n_drawn, n, generator=generator) for n in noise.ab.shape[1:]]
-    thetas = torch.stack([lowest.nan_to_num(-1), highest.nan_to_num(1), noise.inner]).clamp(-1, 1)
+    thetas = torch.stack([lowest.nan_to_num(-1), highest.nan_to_num(1)]).clamp(-1, 1)
     ratios = resampled_ratios(noise, thetas, *draws)
     n = ratios.shape[-1]
     k = max(1, round(tail * n))
     low = ratios.kthvalue(k, dim=-1).values
     high = ratios.kthvalue(n + 1 - k, dim=-1).values
-    most, least = widen * high[0].double(), widen * low[1].double()
-    relative = (ratios[2] / high[2, :, None]).maximum(ratios[2] / low[2, :, None])
-    out = relative.amax(0).clamp_min(1).kthvalue(ceil(confidence * n)).values
-    sides = ((most, -1), (least, 1), (most * out, -1), (least * out, 1))
-    return tuple(_end(noise, quantile, side=side) for quantile, side in sides)
+    most, least = stretch * widen * high[0].double(), stretch * widen * low[1].double()
+    ends = [(most, -1), (least, 1)]
+    for (edge, side), ratio, quantile in zip(tuple(ends), ratios, (high[0], low[1]), strict=True):
+        largest = (ratio / quantile[:, None]).amax(0).clamp_min(1)
+        far = normal * float(largest.kthvalue(n + 1 - k).values)
+        # Farther out, Student's quantile exceeds the normal one by more.
+        beyond = float(stats.t.isf(stats.norm.sf(far), noise.freedom)) / student
+        ends.append((edge * beyond, side))
+    return tuple(_end(noise, quantile, side=side) for quantile, side in ends)
 
 
 def resampled_ratios(
@@ -140,15 +182,20 @@ def resampled_ratios(
 ) -> Float[Tensor, "theta layer resample"]:
     """The residual over its standard error in every resample, if each `theta` is the cosine.
 
-    The residual is `g' (c + u) / 2` and the jackknife's variance is `|u|^2`, where `u = c + M g` is
-    the derivative by the rows' errors. All `theta` and all four signs use the same products `M g`.
+    With the derivative `u = c + M g` by the rows' errors, the residual is `g' (c + u) / 2` and the
+    jackknife's variance is `|u|^2`. Both get the second-order term of the norms (see `Noise`). All
+    `theta` and all four signs use the same products `M g`.
     """
     under_hypothesis = [noise.under_hypothesis(theta) for theta in thetas]
+    norms = noise.split(noise.norms_under_hypothesis().float())
     found = []
     for layer in range(len(noise.inner)):
         aa, bb, ab = (block[layer].float() for block in (noise.aa, noise.bb, noise.ab))
+        n_a, n_b = (part[layer] for part in norms)
         within_a, within_b = g_a @ aa, g_b @ bb
         across_a, across_b = g_b @ ab.T, g_a @ ab
+        linear_a, linear_b = 2 * g_a @ n_a, 2 * g_b @ n_b
+        quadratic_ab = vecdot(g_a, within_a) - vecdot(g_b, within_b)
         for i, (linear, quadratic) in enumerate(under_hypothesis):
             theta = float(thetas[i, layer])
             c_a, c_b = noise.split(linear[layer].float())
@@ -156,6 +203,11 @@ def resampled_ratios(
                 u_a = (c_a + b * across_a).sub_(within_a, alpha=a * theta)
                 u_b = (c_b + a * across_b).sub_(within_b, alpha=b * theta)
                 residual = (a * vecdot(g_a, c_a + u_a) + b * vecdot(g_b, c_b + u_b)) / 2
+                apart = a * linear_a - b * linear_b + quadratic_ab
+                residual += theta / 8 * apart.square()
+                slope = (theta / 2 * apart)[:, None]
+                u_a += slope * (n_a + a * within_a)
+                u_b -= slope * (n_b + b * within_b)
                 jackknife = vecdot(u_a, u_a) + vecdot(u_b, u_b)
                 variance = (jackknife - float(quadratic[layer])).maximum(LEAST_SHARE * jackknife)
                 found.append(residual / variance.sqrt())

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import gram as grams
+from .clusters import two_way
 from .gram import Gram, Groups
 from .intervals import LEAST_SHARE
 
@@ -38,27 +39,36 @@ def permutation_null(
 ) -> PermutationNull:
     """Test at every layer that the true cosine is 0, by shuffling the labels of contrast `a`.
 
-    Labels are exchanged within pairs if `a` is paired, else shuffled between its sets, in the same
-    way at all layers. The adjusted p-value uses the largest ratio over layers, so it is valid for a
-    layer chosen after seeing all. No p-value is below `1 / (n_resamples + 1)`.
+    Labels are exchanged within pairs if `a` is paired, else shuffled between its sets; in the same
+    way at all layers, and for prompts of a cluster together. Crossed ways of clustering each give a
+    p-value, with the two-way standard error in the ratios; the larger counts. The adjusted p-value
+    uses the largest ratio over layers, so it is valid for a layer chosen after seeing all. No p-value
+    is below `1 / (n_resamples + 1)`.
 
     Args:
         gram, n_resamples: Gram matrices of the two contrasts, and number of relabellings.
         confidence: of the central range.
         generator: the only source of randomness, on the CPU.
     """
-    labels = _relabellings(gram.groups_a, n_resamples, generator)
-    by_layer = [_studentised_inner(ab, gram.groups_a, gram.groups_b, labels) for ab in gram.ab]
-    ratio, error = (torch.stack(part) for part in zip(*by_layer, strict=True))
-    observed, relabelled = ratio[:, :1].abs() / WIDENING, ratio[:, 1:]
-    largest = relabelled.abs().nan_to_num(nan=0.0).amax(0)
-    reached = torch.stack([relabelled.abs() >= observed, largest >= observed]).sum(-1)
-    p_values = (reached + 1).double() / (n_resamples + 1)
-    p_values[:, observed[:, 0].isnan()] = torch.nan
-    scale = WIDENING * error / gram.norms
-    k = max(1, round((1 - confidence) / 2 * n_resamples))
-    ends = (relabelled.kthvalue(i).values.double() * scale for i in (k, n_resamples + 1 - k))
-    return PermutationNull(*p_values, *ends)
+    found = [_ratios_by_layer(way, n_resamples, generator) for way in gram.one_way]
+    variances = [error.square() for _, error in found]
+    if gram.crossed:
+        variances.append(_ratios_by_layer(gram.crossed[1], 0, generator)[1].square())
+    stretch = [(two_way(variances) / own).sqrt() for own in variances]
+    nulls = []
+    for (ratio, error), by in zip(found, stretch, strict=False):
+        widening = WIDENING * by
+        observed, relabelled = ratio[:, :1].abs() / widening[:, None], ratio[:, 1:]
+        largest = relabelled.abs().nan_to_num(nan=0.0).amax(0)
+        reached = torch.stack([relabelled.abs() >= observed, largest >= observed]).sum(-1)
+        p_values = (reached + 1).double() / (n_resamples + 1)
+        p_values[:, observed[:, 0].isnan()] = torch.nan
+        scale = widening * error / gram.norms
+        k = max(1, round((1 - confidence) / 2 * n_resamples))
+        ends = (relabelled.kthvalue(i).values.double() * scale for i in (k, n_resamples + 1 - k))
+        nulls.append(torch.stack([*p_values, *ends]))
+    p_value, p_adjusted, _, upper = torch.stack(nulls).amax(0)
+    return PermutationNull(p_value, p_adjusted, torch.stack(nulls)[:, 2].amin(0), upper)
 
 
 def random_direction_null(
@@ -70,6 +80,7 @@ def random_direction_null(
     paired contrast), like mean differences of random prompt sets. Their number is `n_resamples/10`.
     """
     n_directions = ceil(n_resamples / 10)
+    gram = (gram, *gram.crossed)[-1]
     groups = (*gram.groups_a, *gram.groups_b)
     with_b = gram.ab.mT @ grams.mean_weights(gram.groups_a)
     parts = (
@@ -79,8 +90,8 @@ def random_direction_null(
     inner = torch.cat(parts, dim=-1)
     upper, lower = torch.cat([gram.aa, gram.ab], dim=-1), torch.cat([gram.ab.mT, gram.bb], dim=-1)
     products = grams.cross_noise_products(torch.cat([upper, lower], dim=-2), groups, groups)
-    weights = torch.randn(n_directions, sum(groups), generator=generator).double()
-    weights = weights / grams.mean_weights(groups)
+    shares = grams.mean_weights(groups)
+    weights = torch.randn(n_directions, len(shares), generator=generator).double() / shares
     squared = torch.stack([((weights @ block) * weights).sum(-1) for block in products])
     norm = (squared * grams.plain_squared_norm(gram.aa, gram.groups_a)[:, None]).sqrt()
     cosine = inner @ weights.T / norm
@@ -90,12 +101,22 @@ def random_direction_null(
 
 def _relabellings(groups: Groups, n: int, generator: torch.Generator) -> Labels:
     """The observed labels, then `n` shuffled ones: signs of pairs, or 1 (target) and 0 (baseline)."""
-    rows = sum(groups)
+    rows = sum(map(len, groups))
     if len(groups) == 1:
         shuffled = torch.randint(0, 2, (n, rows), generator=generator) * 2.0 - 1
         return torch.cat([torch.ones(1, rows), shuffled])
     order = torch.rand(n, rows, generator=generator).argsort(-1)
-    return (torch.cat([torch.arange(rows)[None], order]) < groups[0]).float()
+    return (torch.cat([torch.arange(rows)[None], order]) < len(groups[0])).float()
+
+
+def _ratios_by_layer(
+    gram: Gram, n_resamples: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "layer resample"], Float[Tensor, " layer"]]:
+    """`_studentised_inner` at every layer, with the same labels; the observed ones come first."""
+    labels = _relabellings(gram.groups_a, n_resamples, generator)
+    by_layer = [_studentised_inner(ab, gram.groups_a, gram.groups_b, labels) for ab in gram.ab]
+    ratio, error = (torch.stack(part) for part in zip(*by_layer, strict=True))
+    return ratio, error
 
 
 def _studentised_inner(
@@ -106,14 +127,17 @@ def _studentised_inner(
     gram = gram / size
     if len(groups_a) == 2:
         # Baseline rows have a reversed sign; a shuffled row gets the sign of its new class.
-        gram = torch.cat([gram[: groups_a[0]], -gram[groups_a[0] :]])
+        gram = torch.cat([gram[: len(groups_a[0])], -gram[len(groups_a[0]) :]])
+    # A row weighs as much as its cluster has prompts, in whichever class.
+    gram = gram * torch.cat([weights * len(weights) for weights in groups_a])[:, None]
     products = (gram @ grams.mean_weights(groups_b)).float()
     spread = grams.centred_and_scaled(gram, groups_b).float()
     summed = labels @ spread
     sums = [(labels, summed), (labels - 1, summed - spread.sum(0))]
     inner = own = bilinear = torch.zeros(len(labels))
     direction = torch.zeros_like(summed)
-    for (membership, total), n in zip(sums, groups_a, strict=False):
+    for (membership, total), weights in zip(sums, groups_a, strict=False):
+        n = len(weights)
         mean, centre = membership @ products / n, total / n
         present, scale = membership.abs(), n * (n - 1)
         inner = inner + mean

@@ -5,7 +5,19 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from .gram import Groups, RowProducts
+from .gram import Gram, Groups, RowProducts
+
+
+def reliabilities(
+    gram: Gram, *, generator: torch.Generator
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+    """Reliability of both directions; of crossed ways of clustering, the lower one."""
+    found = []
+    for way in gram.one_way:
+        sides = ((way.aa, way.groups_a), (way.bb, way.groups_b))
+        found.append(torch.stack([split_half_reliability(*s, generator=generator) for s in sides]))
+    a, b = torch.stack(found).amin(0)
+    return a, b
 
 
 def split_half_reliability(
@@ -19,16 +31,19 @@ def split_half_reliability(
     signal. NaN where a group has one row or all activations are equal.
 
     Args:
-        gram, groups: inner products of a contrast's signed rows (see `Gram`), and group sizes.
-        n_splits: number of random splits, of each group separately.
+        gram, groups: inner products of a contrast's signed rows (see `Gram`), and their weights.
+        n_splits: number of random splits, of each group's rows (prompts, or clusters) separately.
         generator: the only source of randomness, on the CPU.
     """
-    if min(groups) < 2:
+    if min(map(len, groups)) < 2:
         return torch.full(gram.shape[:1], torch.nan, dtype=torch.float64)
-    first = [torch.rand(n_splits, n, generator=generator).argsort(-1) < n // 2 for n in groups]
-    one = torch.cat([half / half.sum(-1, keepdim=True) for half in first], -1)
-    other = torch.cat([~half / (~half).sum(-1, keepdim=True) for half in first], -1)
-    halves = torch.stack([one, other]).to(gram)
+    parts = []
+    for weights in groups:
+        n = len(weights)
+        first = torch.rand(n_splits, n, generator=generator).argsort(-1) < n // 2
+        halves = torch.stack([first, ~first]) * weights
+        parts.append(halves / halves.sum(-1, keepdim=True))
+    halves = torch.cat(parts, -1).to(gram)
     products = einsum(halves, gram, halves, "h split p, layer p q, k split q -> layer split h k")
     norms = (products[..., 0, 0] * products[..., 1, 1]).sqrt()
     half = (products[..., 0, 1] / norms).mean(-1)

@@ -167,8 +167,8 @@ def add_signals(
         aa=block(first, first, a, a, on_a, on_a),
         bb=block(second, second, b, b, on_b, on_b),
         ab=block(first, second, a, b, on_a, on_b),
-        groups_a=(n,),
-        groups_b=(n,),
+        groups_a=(torch.full((n,), 1 / n).double(),),
+        groups_b=(torch.full((n,), 1 / n).double(),),
         constant_a=varies,
         constant_b=varies,
     )

@@ -1,0 +1,135 @@
+"""Clusters of prompts: prompts of one cluster share errors, prompts of two clusters do not.
+
+Labels say which prompts form a cluster. A label is a value such as a topic. A pair of labels, such as
+a topic and a sentence frame, says that prompts are clustered in two crossed ways.
+"""
+
+from collections.abc import Hashable, Sequence
+from math import log
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import InputError
+
+Clusters = Sequence[Hashable] | Tensor | None
+Codes = Int[Tensor, " _prompt"]  # number of each prompt's cluster, from 0
+Ways = list[tuple[Codes, ...]]  # by each way of clustering, the codes of each group
+# Most rows of a group. Grouping n independent rows into m costs a share of about 1 / m of the
+# information, and time and memory are quadratic in m.
+MOST_ROWS = 256
+SIMILAR = 0.6  # similarity from which two prompts are near-duplicates
+
+
+def ways(
+    contrast: str, clusters: Clusters, sizes: tuple[int, ...], *, most: int = MOST_ROWS
+) -> Ways:
+    """The cluster of each prompt in each group of a contrast, by every way of clustering.
+
+    One way, or three for pairs of labels: by the first label, by the second, by both at once. Of
+    more than `most` clusters, neighbours are merged. InputError if labels don't fit.
+
+    Args:
+        contrast: its name in messages.
+        clusters: a label for each pair of a paired contrast; for an unpaired one, the labels of the
+            target and those of the baseline, where a label on both sides counts as two clusters.
+            None or empty: all prompts are independent.
+        sizes: number of prompts in each group.
+    """
+    if clusters is None or len(clusters) == 0:
+        return [tuple(_merged(torch.arange(n), most) for n in sizes)]
+    groups = [clusters] if len(sizes) == 1 else [*clusters]
+    if (counts := tuple(map(len, groups))) != sizes:
+        raise InputError(
+            f"{contrast}_clusters holds {counts} labels for {sizes} prompts: give one label a pair, or"
+            " without pairs the labels of the target and those of the baseline"
+        )
+    found = [_by_each_label(contrast, group, most) for group in groups]
+    return [*zip(*found, strict=len({*map(len, found)}) == 1)]
+
+
+def two_way(variances: Sequence[Tensor]) -> Tensor:
+    """Variance by one way of clustering or, of two crossed ways and both at once, by both ways.
+
+    The first plus the second minus the third, and no less than either. Reference: Cameron, Gelbach
+    and Miller 2011, doi:10.1198/jbes.2010.07136.
+    """
+    if len(variances) == 1:
+        return variances[0]
+    first, second, both = variances
+    return torch.stack([first, second, first + second - both]).amax(0)
+
+
+def cluster_weights(groups: tuple[Codes, ...]) -> tuple[Float[Tensor, " _row"], ...]:
+    """Share of each cluster in its group's prompts, in float64."""
+    counts = [codes.bincount().double() for codes in groups]
+    return tuple(count / count.sum() for count in counts)
+
+
+def cluster_means(
+    rows: Float[Tensor, "row d_model"], groups: tuple[Codes, ...]
+) -> Float[Tensor, "cluster d_model"]:
+    """Mean row of every cluster, one group after the other."""
+    start, codes = 0, []
+    for group in groups:
+        codes.append(group + start)
+        start += int(group.amax()) + 1
+    if start == len(rows):
+        return rows
+    code = torch.cat(codes).to(rows.device)
+    summed = rows.new_zeros(start, rows.shape[1]).index_add_(0, code, rows)
+    return summed / code.bincount()[:, None]
+
+
+def near_duplicates(tokens: Sequence[Sequence[Hashable]]) -> tuple[int, ...]:
+    """A cluster label for each prompt; near-duplicates, found by their tokens, share a label.
+
+    Prompts are near-duplicates from a similarity of `SIMILAR` on: the weight of the tokens that both
+    have over the weight of those that either has (Jaccard). A token weighs the less the more prompts
+    have it, so a common sentence frame counts little. Clusters are connected components.
+
+    Args:
+        tokens: token numbers, or words, of each prompt; of a pair, those of both sides.
+    """
+    own = [{*prompt} for prompt in tokens]
+    known = {token: i for i, token in enumerate(dict.fromkeys(t for p in own for t in p))}
+    entries = torch.tensor([(i, known[t]) for i, p in enumerate(own) for t in p]).reshape(-1, 2)
+    frequency = entries[:, 1].bincount()
+    weight = torch.tensor([log((len(own) + 1) / int(n)) for n in frequency], dtype=torch.float32)
+    present = torch.zeros(len(own), len(known))
+    present[entries[:, 0], entries[:, 1]] = weight[entries[:, 1]].sqrt()
+    shared = present @ present.T
+    total = present.square().sum(-1)
+    linked = shared >= SIMILAR * (total[:, None] + total - shared)
+    label = torch.arange(len(own))
+    while True:
+        smallest = torch.where(linked, label, len(own)).amin(-1).minimum(label)
+        if torch.equal(smallest, label):
+            return tuple(label.tolist())
+        label = smallest
+
+
+def _by_each_label(contrast: str, clusters: Sequence[Hashable] | Tensor, most: int) -> list[Codes]:
+    labels = clusters.tolist() if isinstance(clusters, Tensor) else clusters
+    rows = [tuple(x) if isinstance(x, (tuple, list)) else (x,) for x in labels]
+    if {len(row) for row in rows} not in ({1}, {2}):
+        raise InputError(
+            f"{contrast}_clusters has labels of several or more than two parts: give every prompt"
+            " one label, or two such as (topic, frame)"
+        )
+    columns = [_merged(_numbered(column), most) for column in zip(*rows, strict=True)]
+    # Merged cells must not lie together: neighbours may share a cluster.
+    return columns if len(columns) == 1 else [*columns, _numbered(rows) % most]
+
+
+def _numbered(labels: Sequence[Hashable]) -> Codes:
+    """Numbers of the labels, in the order in which they first occur."""
+    known = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return torch.tensor([known[label] for label in labels])
+
+
+def _merged(codes: Codes, most: int) -> Codes:
+    """Codes with neighbouring clusters merged into at most `most`."""
+    n = int(codes.amax()) + 1
+    return codes if n <= most else codes * most // n
