@@ -266,7 +266,9 @@ def _measure(
             if not cells:
                 continue
             shares = divide(partial(score, cells))
-            saved["candidates"] += [record for records, _ in shares for record in records]
+            records = [record for records, _ in shares for record in records]
+            records.sort(key=lambda each: (each["layer"], positions.index(each["position"])))
+            saved["candidates"] += records
             saved["unchanged"] = shares[0][1]
             if folder is not None:
                 with disk.whole_directory(folder) as staging:

@@ -50,7 +50,7 @@ def said(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("refusal-lens:")]
 
 
-def same_numbers(folder: Path, other: Path) -> None:
+def same_numbers(folder: Path, other: Path, within: float = 1e-4) -> None:
     """Every tensor and every number that two runs saved is the same, up to rounding."""
     files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     assert files == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
@@ -60,15 +60,15 @@ def same_numbers(folder: Path, other: Path) -> None:
             torch.testing.assert_close(tensor, tensors[name], rtol=1e-4, atol=1e-4, equal_nan=True)
     for file in (file for file in files if file.suffix == ".json"):
         a, b = (json.loads((path / file).read_text()) for path in (folder, other))
-        assert close(a, b), file
+        assert close(a, b, within), file
 
 
-def close(a, b) -> bool:
+def close(a, b, within: float) -> bool:
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(close(a[key], b[key], within) for key in a)
     if isinstance(a, list):
-        return len(a) == len(b) and all(map(close, a, b))
-    return a == b or abs(a - b) <= 1e-4 * max(1, abs(a), abs(b))
+        return len(a) == len(b) and all(close(*pair, within) for pair in zip(a, b, strict=True))
+    return a == b or abs(a - b) <= within * max(1, abs(a), abs(b))
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -130,7 +130,9 @@ def test_several_processes_divide_models_specifications_and_candidates(n, argume
         done = launch(processes, [*arguments, "--quiet", "--out", str(out)])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written to") == 1
-    same_numbers(tmp_path / "several", tmp_path / "alone")
+    # A model that refuses nothing makes ratios of 10,000, whose denominators are nearly rounding.
+    within = 1e-2 if arguments[0] == "sensitivity" else 1e-4
+    same_numbers(tmp_path / "several", tmp_path / "alone", within)
 
 
 def one_of(processes: int):
