@@ -29,6 +29,7 @@ EMBEDDING = -1  # layer number of the embedding's output, before block 0
 INSIDE_BLOCK = ("hook_resid_mid", "per_layer_input_gate.hook_in")
 
 _checked: "weakref.WeakSet[Any]" = weakref.WeakSet()  # models that passed `check_interventions`
+_rows_join: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 def ablate_direction(
@@ -188,6 +189,28 @@ def check_interventions(model: "HookedTransformer | TransformerBridge") -> None:
         if not (logits - logits[:, :1]).abs().max() <= 1e-2 * logits.std():
             raise _incomplete(last, "a change of the stream does not reach the logits")
     _checked.add(model)
+
+
+def can_join_rows(model: "HookedTransformer | TransformerBridge") -> bool:
+    """Whether rows of other prompts can join a pass at the embedding's output, measured once.
+
+    Not where blocks read more of the prompt than the residual stream (Gemma 4's per-layer inputs
+    come from the token ids), nor where the number of rows is fixed before block 0 (BLOOM).
+    """
+    if model not in _rows_join:
+        tokens = torch.arange(10, 18, device=input_device(model)).view(2, 4)
+        mask, start = torch.ones_like(tokens), stream_after(model, EMBEDDING)
+        with undisturbed(model):
+            apart = model(tokens, attention_mask=mask)
+            embedded = model(tokens, attention_mask=mask, stop_at_layer=0)
+            try:
+                with model.hooks(fwd_hooks=[(start, lambda x, hook: embedded)]):
+                    joined = model(tokens[:1], attention_mask=mask[:1])
+                difference = (joined - apart).abs().max()
+                _rows_join[model] = bool(difference < 0.05 * (apart[0] - apart[1]).abs().max())
+            except RuntimeError:
+                _rows_join[model] = False
+    return _rows_join[model]
 
 
 def _shares_added(model: Any, unit: Tensor) -> dict[str, float]:

@@ -32,9 +32,10 @@ def from_hugging_face(
     options: Any = {"hf_config": hf_model.config, "tokenizer": tokenizer, "model_name": name}
     try:
         return build_bridge_from_module(hf_model, type(hf_model).__name__, **options)
-    except ValueError as error:
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         why = str(error).strip().split("\n")[0]
-        raise InputError(f"TransformerLens does not run {name}: {why}") from error
+        advice = "see whether TransformerLens 3 runs it, pip install 'transformer_lens<4'"
+        raise InputError(f"TransformerLens 4 does not run {name}: {why}: {advice}") from error
 
 
 def without_logits(model: "TransformerBridge") -> dict[str, Any]:

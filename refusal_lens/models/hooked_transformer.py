@@ -48,14 +48,21 @@ def from_hugging_face(
         model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     with torch.no_grad():
         # TransformerLens takes "." for a local model and converts the weights of `hf_model`.
-        weights = _fitted(get_pretrained_state_dict(".", cfg, hf_model), model, cfg)
+        try:
+            converted = get_pretrained_state_dict(".", cfg, hf_model)
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise _unsupported(f"can't convert the weights of {name}: {error}") from error
+        weights = _fitted(converted, model, cfg)
         buffers = _buffers(hf_model, model, cfg)
     # A new model's rotary table holds 2,048 positions, and loading would keep that length.
     for path, buffer in buffers.items():
         module, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(module), leaf, buffer)
-    # `strict` raises on a weight that no converter took.
-    model.load_state_dict(weights | buffers, strict=True, assign=True)
+    try:
+        model.load_state_dict(weights | buffers, strict=True, assign=True)
+    except RuntimeError as error:  # a weight that no converter took, or of another shape
+        why = str(error).strip().split("\n")[-1].strip()
+        raise _unsupported(f"can't convert the weights of {name}: {why}") from error
     return model.eval()
 
 
@@ -70,14 +77,18 @@ def _config(hf_model: "PreTrainedModel", name: str, n_devices: int) -> Any:
     if architecture in FAMILIES:
         fields = _decoder_fields(hf_model.config.get_text_config(), architecture)
         return HookedTransformerConfig(**fields, **device, model_name=model_name)
-    config = copy.deepcopy(hf_model.config)
+    config: Any = copy.deepcopy(hf_model.config)
     config.architectures = [architecture]
+    if architecture == "GPT2LMHeadModel":
+        config.n_ctx = config.n_positions  # a name that transformers 5 dropped
     # TransformerLens guesses the architecture from some paths, but not from this neutral path.
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         config.save_pretrained(folder)
         try:
             cfg = get_pretrained_model_config(folder, hf_cfg=config.to_dict(), **device)
-        except (AttributeError, KeyError, NotImplementedError, ValueError) as error:
+        except AttributeError as error:  # transformers 5 renamed or dropped some fields
+            raise _unsupported(f"can't read the configuration of {name}: {error}") from error
+        except (KeyError, NotImplementedError, ValueError) as error:
             raise _unsupported(f"has no {architecture} ({name})") from error
     cfg.model_name, cfg.tokenizer_name = model_name, None
     return cfg
@@ -161,7 +172,7 @@ def _device_of(name: str, cfg: Any) -> torch.device:
 
 def _buffers(hf_model: "PreTrainedModel", model: torch.nn.Module, cfg: Any) -> dict[str, Tensor]:
     """Values for the buffers, which the meta device left empty; equal buffers share one tensor."""
-    tables = cache(partial(_rotary_tables, hf_model, cfg.n_ctx))
+    tables = cache(partial(_rotary_tables, hf_model, cfg))
 
     @cache
     def value(leaf: str, attention: str, shape: torch.Size, device: Any, dtype: Any) -> Tensor:
@@ -169,6 +180,8 @@ def _buffers(hf_model: "PreTrainedModel", model: torch.nn.Module, cfg: Any) -> d
             return torch.tensor(-torch.inf, device=device)
         if leaf == "mask":
             return torch.zeros(shape, dtype=dtype, device=device)
+        if not leaf.startswith("rotary_"):
+            raise _unsupported(f"leaves the buffer {leaf} of a {type(hf_model).__name__} empty")
         return tables(attention)[leaf].to(device, dtype)
 
     filled = {}
@@ -179,7 +192,7 @@ def _buffers(hf_model: "PreTrainedModel", model: torch.nn.Module, cfg: Any) -> d
     return filled
 
 
-def _rotary_tables(hf_model: "PreTrainedModel", n_ctx: int, attention: str) -> dict[str, Tensor]:
+def _rotary_tables(hf_model: "PreTrainedModel", cfg: Any, attention: str) -> dict[str, Tensor]:
     """Hugging Face's sines and cosines, `[n_ctx, rotary_dim]`, for `global` or `local` attention."""
     rotary = getattr(hf_model.get_decoder(), "rotary_emb", None)
     if rotary is None:
@@ -189,8 +202,14 @@ def _rotary_tables(hf_model: "PreTrainedModel", n_ctx: int, attention: str) -> d
     if hasattr(rotary, "layer_types"):
         kind["layer_type"] = "sliding_attention" if attention == "local" else "full_attention"
     example = torch.zeros(1, dtype=hf_model.dtype, device=device)
-    cos, sin = rotary(example, torch.arange(n_ctx, device=device)[None], **kind)
-    return {"rotary_cos": cos[0], "rotary_sin": sin[0]}
+    first, second = rotary(example, torch.arange(cfg.n_ctx, device=device)[None], **kind)
+    cos, sin = (first[0], second[0]) if first[0, 0, 0] else (second[0], first[0])  # GPT-J's order
+    if 2 * cos.shape[1] == cfg.rotary_dim:  # each angle once, for the two dimensions that it turns
+        cos, sin = (
+            table.repeat_interleave(2, 1) if cfg.rotary_adjacent_pairs else table.repeat(1, 2)
+            for table in (cos, sin)
+        )
+    return {"rotary_cos": cos, "rotary_sin": sin}
 
 
 def without_logits(model: "HookedTransformer") -> dict[str, Any]:

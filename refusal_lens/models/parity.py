@@ -65,8 +65,14 @@ def check_parity(
     points = hook_points(model, "resid_post")
     tokens = _tokens(len(theirs.logits)).to(input_device(model))
     run_with_cache: Any = model.run_with_cache
-    with undisturbed(model):
-        logits, cache = run_with_cache(tokens, names_filter=points)
+    try:
+        with undisturbed(model):
+            logits, cache = run_with_cache(tokens, names_filter=points)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as failure:
+        why = f"can't run {name}, {str(failure).strip().splitlines()[0]}"
+        raise InputError(_complaint(why, theirs.has_adapter)) from failure
     ours = torch.stack([cache[point][0].cpu() for point in points])
     errors = _relative(ours, theirs.layers).median(dim=1).values.tolist()
     errors.append(_relative(logits[0, -1].cpu(), theirs.logits).item())
@@ -74,7 +80,9 @@ def check_parity(
         depth = min(layer + 1, len(points))
         if not error <= (bound := rounding_bound(theirs.layers.dtype, depth)):  # or NaN
             what = f"layer {layer}" if layer < len(points) else "the logits"
-            raise InputError(_complaint(name, what, error, bound, theirs.has_adapter))
+            size = f"{error:.2g} of its norm away from Hugging Face's, where rounding explains"
+            why = f"computes {what} of {name} wrongly, {size} {bound:.2g}"
+            raise InputError(_complaint(why, theirs.has_adapter))
 
 
 def rounding_bound(dtype: torch.dtype, depth: int) -> float:
@@ -106,12 +114,10 @@ def _relative(
     return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
-def _complaint(name: str, what: str, error: float, bound: float, has_adapter: bool) -> str:
+def _complaint(why: str, has_adapter: bool) -> str:
     version = metadata.version("transformer_lens")
     other = "<4" if int(version.split(".")[0]) >= 4 else ">=4"
     advice = f"try another generation, pip install 'transformer_lens{other}', or another model"
     if has_adapter:
         advice = "merge the adapter into the weights first, with merge_and_unload()"
-    fault = f"TransformerLens {version} computes {what} of {name} wrongly"
-    size = f"{error:.2g} of its norm away from Hugging Face's, where rounding explains {bound:.2g}"
-    return f"{fault}, {size}: {advice}"
+    return f"TransformerLens {version} {why}: {advice}"
