@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,23 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference artefacts at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The real chat model SmolLM2-135M-Instruct as a GGUF file, which `.ci/run` fetches."""
+    path = Path(os.environ.get("REFUSAL_LENS_SMOLLM2", "unset"))
+    if not path.is_file():
+        pytest.skip("REFUSAL_LENS_SMOLLM2 names no file of SmolLM2-135M-Instruct")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file):
+    """That model, loaded once for all tests."""
+    from refusal_lens import load_model
+
+    return load_model(str(smollm2_file), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from unittest.mock import patch
@@ -138,7 +139,8 @@ def without_words() -> Iterator[None]:
     """Let transformers read a file's configuration and weights without the words of its vocabulary.
 
     `gguf.GGUFReader` keeps four arrays for every word, 150 MB for 98,000 words, and transformers
-    makes a reader for each part of a model that it reads. Neither part needs the words.
+    makes a reader for each part of a model that it reads. Neither part needs the words. The table of
+    tensor names, which transformers makes anew for every module, is made once.
     """
     import gguf
 
@@ -155,7 +157,8 @@ def without_words() -> Iterator[None]:
             types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
             return end - orig_offs, [np.zeros(1, np.uint8)], [0] * length, types
 
-    with patch.object(gguf, "GGUFReader", Reader):
+    names = cache(gguf.get_tensor_name_map)
+    with patch.multiple(gguf, GGUFReader=Reader, get_tensor_name_map=names):
         yield
 
 
