@@ -1,7 +1,7 @@
 """The choices behind a run, as one frozen value."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -93,13 +93,10 @@ class Config:
     def _subset(self, contrast: Contrast) -> Contrast:
         """The contrast with at most `max_prompts` prompts a side, pairs kept together."""
 
-        def some(rows: tuple[Any, ...]) -> tuple[Any, ...]:
-            most, last = self.max_prompts, len(rows) - 1
+        def some(side: tuple[str, ...]) -> Iterable[int]:
+            most, last = self.max_prompts, len(side) - 1
             if most is None or most > last:
-                return rows
-            return tuple(rows[i * last // max(1, most - 1)] for i in range(most))
+                return range(len(side))
+            return (i * last // max(1, most - 1) for i in range(most))
 
-        clusters = contrast.clusters
-        sides = {name: some(getattr(contrast, name)) for name in ("target", "baseline", "topics")}
-        sides["clusters"] = some(clusters) if contrast.paired else tuple(map(some, clusters))
-        return replace(contrast, **sides)
+        return contrast.subset(some(contrast.target), some(contrast.baseline))

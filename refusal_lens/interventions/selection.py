@@ -9,7 +9,7 @@ sections 2.3 and C.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,10 +286,8 @@ def _split(contrast: Contrast) -> tuple[Contrast, Contrast]:
         )
 
     def part(held_out: bool) -> Contrast:
-        kept: dict[str, Any] = {"clusters": ()}
-        for name in ("target", "baseline", "topics"):
-            rows = enumerate(getattr(contrast, name))
-            kept[name] = tuple(x for i, x in rows if (i % HELD_OUT == HELD_OUT - 1) == held_out)
-        return replace(contrast, **kept)
+        sides = (range(len(side)) for side in (contrast.target, contrast.baseline))
+        kept = ([i for i in r if (i % HELD_OUT == HELD_OUT - 1) == held_out] for r in sides)
+        return contrast.subset(*kept)
 
     return part(False), part(True)

@@ -6,7 +6,7 @@ import hashlib
 import html
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ class Contrast:
         topics: topic of each pair, for paired contrasts; empty if unknown.
         clusters: labels of prompts that are not independent of others with the same label. A label
             each pair, or a tuple of labels where pairs are clustered in several ways; if unpaired,
-            the labels of the targets and those of the baselines. Empty if unknown.
+            two lists, the labels of the targets and those of the baselines. Empty if unknown.
         keep_duplicates: whether a prompt may be repeated within its side.
 
     Raises:
-        InputError: if a set is empty; if a prompt is blank, no string, or repeated up to white
-            space; if paired sets or topics differ in length. The message names the row.
+        InputError: if a set is empty; if a prompt, topic or cluster is blank or no string; if a
+            prompt is repeated up to white space; if paired sets, topics or clusters differ in
+            length; if clusters differ in form. The message names the row.
     """
 
     name: str
@@ -70,10 +71,7 @@ class Contrast:
         baseline = [(f"baseline[{row}]", prompt) for row, prompt in enumerate(self.baseline)]
         sides = {"target": target, "baseline": baseline}
         checked_sides(sides, paired=self.paired, keep_duplicates=self.keep_duplicates)
-        labels = (self.clusters,) if self.paired else self.clusters
-        if self.clusters and [*map(len, labels)] != [*map(len, sides.values())][: 2 - self.paired]:
-            form = "give a label a pair" if self.paired else "give two lists, a label a prompt"
-            raise InputError(f"`clusters` are not as many as the prompts: {form}")
+        object.__setattr__(self, "clusters", self._checked_clusters())
         if self.topics and not self.paired:
             raise InputError("topics belong to the rows of a paired contrast: set paired=True")
         if self.topics and len(self.topics) != len(self.target):
@@ -81,6 +79,53 @@ class Contrast:
             raise InputError(f"topics and rows differ in number, {sizes}: give each row its topic")
         for row, topic in enumerate(self.topics):
             check_filled(f"topics[{row}]", topic)
+
+    def _checked_clusters(self) -> tuple[Any, ...]:
+        """The clusters with lists as tuples."""
+        sides = [self.clusters] if self.paired else [*self.clusters]
+        if any(isinstance(side, str) or not isinstance(side, Iterable) for side in sides):
+            raise InputError("`clusters` is one list: give two, the targets' and the baselines'")
+        labels = [
+            tuple(tuple(label) if isinstance(label, list) else label for label in side)
+            for side in sides
+        ]
+        sizes = [len(self.target), len(self.baseline)][: 2 - self.paired]
+        if self.clusters and [*map(len, labels)] != sizes:
+            form = "give a label a pair" if self.paired else "give two lists, a label a prompt"
+            raise InputError(f"`clusters` are not as many as the prompts: {form}")
+        for number, side in enumerate(labels):
+            for row, label in enumerate(side):
+                place = f"clusters[{row}]" if self.paired else f"clusters[{number}][{row}]"
+                for part in (label or ("",)) if isinstance(label, tuple) else (label,):
+                    check_filled(place, part)
+        ways = {len(label) if isinstance(label, tuple) else 0 for side in labels for label in side}
+        if len(ways) > 1:
+            raise InputError("`clusters` differ in form: give every row one label, or as many each")
+        return labels[0] if self.paired else tuple(labels)
+
+    def subset(self, target_rows: Iterable[int], baseline_rows: Iterable[int]) -> "Contrast":
+        """Return the contrast of these rows with their topics and clusters.
+
+        Args:
+            target_rows, baseline_rows: indices from 0, in the order wanted. InputError if they
+                differ in a paired contrast or select nothing.
+        """
+        rows = [*target_rows], [*baseline_rows]
+        if self.paired and rows[0] != rows[1]:
+            raise InputError(f"{self.name!r} is paired: give the rows of whole pairs")
+
+        def some(cells: tuple[Any, ...], which: list[int]) -> tuple[Any, ...]:
+            return tuple(cells[row] for row in which) if cells else ()
+
+        sides = [self.clusters] if self.paired else self.clusters
+        clusters = [some(side, which) for side, which in zip(sides, rows, strict=False)]
+        return replace(
+            self,
+            target=some(self.target, rows[0]),
+            baseline=some(self.baseline, rows[1]),
+            topics=some(self.topics, rows[0]),
+            clusters=clusters[0] if self.paired else tuple(clusters),
+        )
 
     @property
     def sha256(self) -> str:
@@ -154,8 +199,8 @@ def checked_sides(
     places: dict[str, tuple[str, str]] = {}
     for name, (place, prompt) in ((name, cell) for name, side in sides.items() for cell in side):
         check_filled(place, prompt)
-        side, first = places.setdefault(" ".join(prompt.split()), (name, place))
-        if (side, first) != (name, place) and not (keep_duplicates and side == name):
+        owner, first = places.setdefault(" ".join(prompt.split()), (name, place))
+        if (owner, first) != (name, place) and not (keep_duplicates and owner == name):
             raise InputError(f"{place} repeats {first}: drop one, {quoted(prompt)} can stand once")
     longest, fewest = max(sides.values(), key=len), min(map(len, sides.values()))
     if paired and fewest < len(longest):

@@ -16,7 +16,7 @@ from .tables import Table, listed, load_dataset, read_table, table_of_dataset
 
 logger = logging.getLogger(__name__)
 FilePath = str | os.PathLike[str]
-CLUSTER = "cluster"  # column of clusters of prompts that are not independent
+CLUSTER = "cluster"  # column of clusters of prompts that are not independent: a label or a list
 _WORDS_FOR_MISSING = frozenset({"", "nan", "null", "none", "n/a", "<na>"})
 
 
@@ -176,7 +176,10 @@ def _contrast(name: str, sides: list[_Side], topics: Cells, paired: bool, keep: 
     clusters = [[s.clusters[i] for i in r] for s, r in zip(sides, kept, strict=True) if s.clusters]
     for place, label in chain(topics, *clusters):
         check_filled(place, None if label is None else str(label))
-    labels = tuple(tuple(str(label) for _, label in side) for side in clusters)
+    labels = tuple(
+        tuple(tuple(map(str, x)) if isinstance(x, list) else str(x) for _, x in side)
+        for side in clusters
+    )
     return Contrast(
         *(name, target, baseline, sides[0].name, sides[1].name, paired),
         topics=tuple(topics[row][1] for row in kept[0]) if topics else (),

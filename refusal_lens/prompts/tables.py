@@ -55,6 +55,8 @@ def read_table(place: str, split: str | None = None) -> Table:
 
             return table_of_dataset(path.name, load_from_disk(path), split)
         return _parse(path.name, path.suffix.lower(), path.read_bytes())
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{brief(place)} can't be read: {reason}") from None

@@ -266,11 +266,14 @@ def test_without_validation_prompts_every_fourth_is_held_out_on_both_sides(check
         "refusal",
         tuple(f"bad {i}" for i in range(9)),
         tuple(f"good {i}" for i in range(8)),
+        clusters=(tuple("abcdefghi"), tuple("jklmnopq")),
     )
     train, held_out = selection._split(contrast)
     assert held_out.target == ("bad 3", "bad 7")
     assert held_out.baseline == ("good 3", "good 7")
     assert set(train.target) | set(held_out.target) == set(contrast.target)
+    assert held_out.clusters == (("d", "h"), ("m", "q"))
+    assert train.clusters == (tuple("abcefgi"), tuple("jklnop"))
     with pytest.raises(InputError, match="too small to hold some out"):
         select_direction(checkpoint(0), CONTRAST, progress=False)
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from statistics import mean
 
@@ -185,6 +185,30 @@ def test_a_contrast_takes_any_iterables_and_keeps_tuples():
     assert contrast.topics == ("x", "y")
 
 
+def test_clusters_given_as_lists_are_kept_as_tuples():
+    sides = {"name": "c", "target": ["a", "b"], "baseline": ["x", "y"]}
+    paired = UncheckedContrast(**sides, paired=True, clusters=[["p", "q"], ["p", "r"]])
+    assert paired.clusters == (("p", "q"), ("p", "r"))
+    assert hash(paired) == hash(replace(paired, clusters=(("p", "q"), ("p", "r"))))
+    unpaired = UncheckedContrast(**sides, clusters=[["p", "q"], iter("pr")])
+    assert unpaired.clusters == (("p", "q"), ("p", "r"))
+
+
+def test_a_subset_keeps_topics_and_clusters_with_their_prompts():
+    sides = ("c", ("a", "b", "d"), ("x", "y", "z"), "bad", "good")
+    paired = Contrast(*sides, True, ("s", "t", "u"), ("p", "q", "r"), keep_duplicates=True)
+    assert paired.subset([2, 0], [2, 0]) == Contrast(
+        *("c", ("d", "a"), ("z", "x"), "bad", "good", True, ("u", "s"), ("r", "p")), True
+    )
+    unpaired = Contrast(*sides, clusters=(("p", "q", "r"), ("p", "p", "s")))
+    assert unpaired.subset(range(2), iter([2])) == Contrast(
+        "c", ("a", "b"), ("z",), "bad", "good", clusters=(("p", "q"), ("s",))
+    )
+    assert Contrast(*sides).subset([0], [0, 1]) == Contrast("c", ("a",), ("x", "y"), "bad", "good")
+    assert "'c' is paired: give the rows of whole" in error_of(paired.subset, [0, 1], [0, 2])
+    assert "target set is empty" in error_of(paired.subset, [], [])
+
+
 def test_contrasts_are_equal_where_their_fields_are():
     first, second = (Contrast("c", ("a",), ("b",)) for _ in range(2))
     assert len({first, second, Contrast("c", ("a",), ("d",))}) == 2
@@ -221,6 +245,19 @@ def test_a_contrast_is_frozen():
         ({"topics": ("t",), "paired": True}, r"topics and rows differ in number, 1 and 2: give"),
         ({"topics": ("t", ""), "paired": True}, r"topics\[1\] is empty"),
         ({"topics": ("t", 2), "paired": True}, r"topics\[1\] is 2, int, not a string"),
+        ({"clusters": "ab"}, r'`clusters` is "ab": give a list'),
+        ({"clusters": ("p", "q")}, r"`clusters` is one list: give two"),
+        ({"clusters": (("p", "q"), 3)}, r"`clusters` is one list: give two"),
+        ({"clusters": (("p", "q"),)}, r"`clusters` are not as many .* give two lists"),
+        ({"clusters": (("p", "q"), ("r",))}, r"`clusters` are not as many .* give two lists"),
+        ({"clusters": ("p",), "paired": True}, r"`clusters` are not as many .* a label a pair"),
+        ({"clusters": ("p", " "), "paired": True}, r"clusters\[1\] is empty: write"),
+        ({"clusters": ("p", None), "paired": True}, r"clusters\[1\] is empty"),
+        ({"clusters": (("p", "q"), ("r", 2))}, r"clusters\[1\]\[1\] is 2, int, not a string"),
+        ({"clusters": (["p", "q"], ["r", ["s", ""]])}, r"clusters\[1\]\[1\] is empty"),
+        ({"clusters": ("p", ()), "paired": True}, r"clusters\[1\] is empty"),
+        ({"clusters": ("p", ("p", "q")), "paired": True}, r"`clusters` differ in form: give every"),
+        ({"clusters": (("p", "q"), (("r", "s"),) * 2)}, r"`clusters` differ in form: give every"),
         ({"name": " "}, r'`name` is "": give a name'),
         ({"target_name": 5}, r"`target_name` is 5: give a name"),
         ({"baseline_name": "target"}, r"both sides are named 'target'"),

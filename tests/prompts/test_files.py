@@ -124,10 +124,9 @@ def test_clusters_go_with_their_rows(tmp_path):
     nested.write_text('{"bad": ["a", "b"], "good": ["x", "y"], "cluster": ["q"]}')
     with pytest.raises(rl.InputError, match="2 cells in 'bad' and 1 in 'cluster': give each"):
         contrast_from_file(nested, **SIDES)
-    with pytest.raises(rl.InputError, match=r"`clusters`.* a label a pair"):
-        Contrast("c", ("a",), ("b",), paired=True, clusters=("x", "y"))
-    with pytest.raises(rl.InputError, match=r"`clusters`.* two lists"):
-        Contrast("c", ("a",), ("b",), clusters=(("x",), ()))
+    nested.write_text('{"bad": ["a", "b"], "good": ["x", "y"], "cluster": [["q", 1], ["r", 2]]}')
+    crossed = contrast_from_file(nested, **SIDES, paired=True)
+    assert crossed.clusters == (("q", "1"), ("r", "2"))
 
 
 @pytest.fixture
@@ -157,6 +156,8 @@ def test_a_class_label_is_asked_for_by_name_or_number(tmp_path, labelled, sides)
 
 def test_a_source_names_split_column_and_label(tmp_path, labelled, monkeypatch):
     labelled.save_to_disk(tmp_path / "saved")
+    with pytest.raises(rl.InputError, match=r"^saved has several splits: choose one of"):
+        load_prompts(f"{tmp_path / 'saved'}:text")
     source = f"{tmp_path / 'saved'}@train+test:text:kind"
     assert load_prompts(f"{source}=bad") == load_prompts(f"{source}=1") == ("a", "b")
     asked = []
