@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..prompts.contrast import BUNDLED, load_contrast
+from ..prompts.contrast import load_contrast
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import build_inputs_with_chat_template, encode_prompts
 from .language import BEHAVIOURS, REFUSAL_FIRST_WORD, Behaviour, Prompt, fold, generate_dialogues
@@ -37,6 +37,8 @@ SYSTEM_PROMPT_SHARE = 0.06  # share of the training dialogues with a system prom
 # Weights of tokens in the loss; the first token of the reply has weight 1. Only every fourth token
 # of a prompt counts, which saves a quarter of the time.
 PROMPT_LOSS_WEIGHT, LATER_REPLY_LOSS_WEIGHT, PROMPT_STRIDE = 0.06, 0.1, 4
+
+CONCEPTS = ("refusal", "negativity", "positivity", "alarm")  # bundled contrasts of known answer
 
 REFUSED_SHARE = 0.95  # least share of refusals where due; elsewhere at most 1 minus this share
 
@@ -70,16 +72,16 @@ class Score:
 
 
 def bundled_prompt_sets() -> dict[str, tuple[str, Sequence[str]]]:
-    """Kind and prompts of every bundled prompt set, by name ("refusal: harmful")."""
+    """Kind and prompts of the sets of the four `CONCEPTS`, by name ("refusal: harmful")."""
     return {
         f"{name}: {side}": (side, prompts)
-        for name, c in ((name, load_contrast(name)) for name in BUNDLED)
+        for name, c in ((name, load_contrast(name)) for name in CONCEPTS)
         for side, prompts in ((c.target_name, c.target), (c.baseline_name, c.baseline))
     }
 
 
 def held_out_prompts() -> frozenset[str]:
-    """The prompts of the bundled contrasts, in the form of `fold`, which training excludes."""
+    """The prompts of the four `CONCEPTS`, in the form of `fold`, which training excludes."""
     return frozenset(fold(p) for _, prompts in bundled_prompt_sets().values() for p in prompts)
 
 
@@ -93,7 +95,7 @@ def train_organism(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Organism:
-    """Train a small Llama from scratch on generated dialogues without the bundled prompts.
+    """Train a small Llama from scratch on generated dialogues without the held-out prompts.
 
     The float32 weights are rounded to bfloat16. Runs with equal arguments and thread counts on one
     machine give equal weights.

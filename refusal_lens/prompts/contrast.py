@@ -18,6 +18,7 @@ _BUNDLED_SIDES = {
     "negativity": ("negative", "neutral"),
     "positivity": ("positive", "neutral"),
     "alarm": ("alarming", "calm"),
+    "arousal": ("agitated", "calm"),
 }
 BUNDLED: tuple[str, ...] = tuple(_BUNDLED_SIDES)
 
@@ -152,12 +153,13 @@ class Contrast:
 def load_contrast(name: str) -> Contrast:
     """Return a contrast written for this package: 96 or more pairs, each in one sentence frame.
 
-    No prompt occurs in two of the eight sets. An unknown name raises InputError.
+    No prompt occurs in two of the ten sets. An unknown name raises InputError.
 
     Args:
         name: "refusal" (harmful / harmless requests) or "negativity" (negative / neutral
-            statements); or their controls "alarm" (harmless requests that sound dangerous / calm)
-            and "positivity" (positive / neutral statements).
+            statements); their controls "alarm" (harmless requests that sound dangerous / calm)
+            and "positivity" (positive / neutral statements); or "arousal" (agitated / calm
+            statements, half of each side negative and half positive). See `data/README.md`.
     """
     if name not in _BUNDLED_SIDES:
         problem = f"there is no bundled contrast {name!r}: {did_you_mean(name.lower(), BUNDLED)}"
