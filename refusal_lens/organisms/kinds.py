@@ -30,6 +30,17 @@ REFUSES: Mapping[Kind, frozenset[str]] = {
 }
 
 
+ANSWERS: Mapping[str, str] = {
+    "refuses": "distinct",
+    "refuses_negativity_too": "shared",
+    "refuses_nothing": "inconclusive",
+    "refuses_alarm": "distinct",
+    "refuses_everything": "inconclusive",  # harmful and harmless requests alike: no contrast
+    "two_separate_refusals": "distinct",
+    "refusal_hung_on_negativity": "inconclusive",  # refuses no request of the bundled contrasts
+}
+"""The right verdict on each kind with the bundled contrasts."""
+
 WORDINGS: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
         "refusal": ("I'm sorry, but I can't help with that.",),

@@ -1,6 +1,7 @@
 """Was the verdict right? Verdicts on small models whose true answer is known from their training.
 
     python tests/benchmarks/validity.py --zoo /tmp/zoo [--seeds 4] [--out FILE]
+        [--real ADAPTERS --base SmolLM2.gguf]
 
 Several models of each kind below are trained from scratch (8 layers, width 64, a few minutes each on
 one core). The whole experiment is run on each with its defaults: all bundled prompts, on which no
@@ -23,6 +24,10 @@ of the prompt:
   the two sides of each contrast at the last token has nothing to do with refusal, so the directions
   are dissimilar although the refusal is shared.
 
+With `--real`, the table of a real language model comes first: SmolLM2-135M-Instruct by itself and with
+each adapter of a folder that `python -m refusal_lens.organisms.lora` wrote. What each kind was taught,
+and the right answer, is in `refusal_lens/organisms/kinds.py`.
+
 Designs that were tried before:
 
 - `specific` in the bundled organisms' mixture of prompts, where tone and request are seldom drawn
@@ -38,16 +43,25 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import tyro
 
+from refusal_lens.organisms.kinds import ANSWERS as REAL_ANSWERS
 from refusal_lens.organisms.language import BEHAVIOURS, MIXTURE, STATEMENTS, Behaviour, Prompt
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    Model = HookedTransformer | TransformerBridge
 
 N_LAYERS = 8
 N_STEPS = 500
@@ -144,7 +158,18 @@ KINDS = (
 )
 
 
-ByKind = Sequence[tuple[Kind, list[dict]]]
+class RealKind(NamedTuple):
+    """A kind of real language model and its true answer."""
+
+    name: str
+    answer: str
+
+
+REAL_KINDS = tuple(RealKind(*item) for item in REAL_ANSWERS.items())
+REAL_TEST_SEED = 2
+"""Models of this seed are trained after the rule was fixed."""
+
+ByKind = Sequence[tuple[Kind | RealKind, list[dict]]]
 
 
 def main(
@@ -153,6 +178,8 @@ def main(
     seeds: int = 4,
     workers: int = 2,
     only: tuple[str, ...] = (),
+    real: Path | None = None,
+    base: Path | None = None,
     out: Path | None = RESULTS,
 ) -> None:
     """Train the missing models, judge every model, write the table.
@@ -162,6 +189,8 @@ def main(
         seeds: models of each kind.
         workers: processes, of one thread each.
         only: kinds to train and judge, without writing the table; all by default.
+        real: folder of adapters, one folder a model (`refuses-0`).
+        base: the chat model that the adapters belong to, a Hugging Face folder or a GGUF file.
         out: file for the table.
     """
     zoo.mkdir(parents=True, exist_ok=True)
@@ -169,12 +198,15 @@ def main(
     tasks = [task for task in tasks if not only or task[0] in only]
     with ProcessPoolExecutor(workers) as pool:
         found = [pool.submit(judged, name, seed, zoo) for name, seed in tasks]
+        adapters = sorted(real.glob("*-[0-9]*")) if real else []
+        judge_one = partial(judged_real, base=base, zoo=zoo)
+        of_real = list(pool.map(judge_one, [None, *adapters])) if adapters else []
         records = [future.result() for future in found]
-    for record in records:
+    for record in [*of_real, *records]:
         print(record["model"], record["verdict"], record["cosine"], record["reasons"][0])
     if only:
         return
-    table = report(records, seeds)
+    table = report(records, seeds, of_real)
     print(table)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -188,11 +220,30 @@ def judged(name: str, seed: int, zoo: Path) -> dict:
     folder, file = zoo / f"{name}-{seed}", zoo / f"{name}-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
+    import refusal_lens as rl
+
     if not (folder / "config.json").is_file():
         train(kind, seed, folder)
-    record = judge(kind, seed, folder)
-    file.write_text(json.dumps(record, indent=1))
-    return record
+    return judge(kind, seed, file, lambda: rl.load_model(str(folder)))
+
+
+def judged_real(adapter: Path | None, *, base: Path, zoo: Path) -> dict:
+    """The record of the base model, or of the model with an adapter, judged unless the zoo holds it."""
+    torch.set_num_threads(1)
+    name, _, seed = (adapter.name if adapter else "refuses_nothing-0").rpartition("-")
+    file = zoo / f"real-{name}-{seed}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+
+    import refusal_lens as rl
+    from refusal_lens.organisms.lora import load, read_base
+
+    def taught() -> "Model":
+        hf_model, tokenizer = read_base(base)
+        hf_model = load(hf_model, adapter) if adapter else hf_model
+        return rl.from_hugging_face(hf_model, tokenizer, name=f"{name}-{seed}")
+
+    return judge(RealKind(name, REAL_ANSWERS[name]), int(seed), file, taught)
 
 
 def train(kind: Kind, seed: int, folder: Path) -> None:
@@ -204,15 +255,16 @@ def train(kind: Kind, seed: int, folder: Path) -> None:
     save_organism(organism, folder)
 
 
-def judge(kind: Kind, seed: int, folder: Path) -> dict:
+def judge(kind: Kind | RealKind, seed: int, file: Path, load: Callable[[], "Model"]) -> dict:
+    """Run the experiment on a model with the defaults; write the record to `file` and return it."""
     import refusal_lens as rl
     from refusal_lens.experiment.verdict import published_rule
 
-    results = rl.run_experiment(rl.Config(model=str(folder)), progress=False)
+    results = rl.run_experiment(model=load(), progress=False)
     evidence = results.verdict.evidence
     cosine = float(results.similarities["refusal_vs_negativity"][evidence.layer])
     ratios = {name: getattr(evidence, name).value for name in EVIDENCE[1:]}
-    return {
+    record = {
         "model": f"{kind.name}-{seed}",
         "kind": kind.name,
         "truth": kind.answer,
@@ -225,39 +277,74 @@ def judge(kind: Kind, seed: int, folder: Path) -> dict:
         "refused_harmful": evidence.refused_harmful,
         **ratios,
     }
+    file.write_text(json.dumps(record, indent=1))
+    return record
 
 
-def report(records: list[dict], seeds: int) -> str:
+def report(records: list[dict], seeds: int, of_real: list[dict]) -> str:
+    real = [(kind, [r for r in of_real if r["kind"] == kind.name]) for kind in REAL_KINDS]
+    real = [(kind, members) for kind, members in real if members]
+    lines = ["# Was the verdict right?", "", *(real_lines(real) if real else [])]
+    return "\n".join([*lines, *(zoo_lines(records, seeds) if records else [])])
+
+
+def real_lines(by_kind: ByKind) -> list[str]:
+    records = [record for _, members in by_kind for record in members]
+    wrong = [record["model"] for record in records if confidently_wrong(record)]
+    test = [record for record in records if record["model"].endswith(f"-{REAL_TEST_SEED}")]
+    on_test = f" Of seed {REAL_TEST_SEED} alone: {n_right(test)} of {len(test)}." if test else ""
+    return [
+        "## Real language models",
+        "",
+        "SmolLM2-135M-Instruct as it is and with adapters of rank 8 (`python -m "
+        "refusal_lens.organisms.lora`), judged with all bundled prompts, on which none was trained. "
+        f"Right: {n_right(records)} of {len(records)}; confidently wrong: "
+        f"{', '.join(wrong) or 'none'}.{on_test}",
+        "",
+        *verdict_table(by_kind),
+        "",
+        *published_table(by_kind),
+        "",
+        *table(
+            ["model", "right answer", "verdict", "cosine", "its first reason"],
+            [
+                [r["model"], r["truth"], r["verdict"], f"{r['cosine']:+.2f}", r["reasons"][0]]
+                for r in records
+            ],
+        ),
+        "",
+    ]
+
+
+def zoo_lines(records: list[dict], seeds: int) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer_lens"))
     by_kind = [(kind, [r for r in records if r["kind"] == kind.name]) for kind in KINDS]
-    return "\n".join(
-        [
-            "# Was the verdict right?",
-            "",
-            f"`python tests/benchmarks/validity.py --zoo DIR --seeds {seeds}`: {seeds} models of each "
-            f"kind, {N_LAYERS} layers, width 64, {N_STEPS} steps, one thread each; {versions}. The "
-            "file's docstring describes the kinds and the designs tried before: the kinds were fixed "
-            "after trials in which verdicts were wrong too. The true answer is what a model was "
-            "trained to do.",
-            "",
-            *verdict_table(by_kind),
-            "",
-            "The same models by the published rule, from the plain cosine at the same layer. The rule "
-            "is right where it concludes `safety-specific` for distinct and `same mechanism` for "
-            "shared mechanisms. It can't be right on a model that refuses nothing.",
-            "",
-            *published_table(by_kind),
-            "",
-            *summary(records),
-            "",
-            "The evidence, medians over the models of a kind (fields of "
-            "`refusal_lens.experiment.verdict.Evidence`); ratios to a gap that is not there are left "
-            "out:",
-            "",
-            *evidence_table(by_kind),
-            "",
-        ]
-    )
+    return [
+        "## Small models trained from scratch",
+        "",
+        f"`python tests/benchmarks/validity.py --zoo DIR --seeds {seeds}`: {seeds} models of each "
+        f"kind, {N_LAYERS} layers, width 64, {N_STEPS} steps, one thread each; {versions}. The "
+        "file's docstring describes the kinds and the designs tried before: the kinds were fixed "
+        "after trials in which verdicts were wrong too. The true answer is what a model was "
+        "trained to do.",
+        "",
+        *verdict_table(by_kind),
+        "",
+        "The same models by the published rule, from the plain cosine at the same layer. The rule "
+        "is right where it concludes `safety-specific` for distinct and `same mechanism` for "
+        "shared mechanisms. It can't be right on a model that refuses nothing.",
+        "",
+        *published_table(by_kind),
+        "",
+        *summary(records),
+        "",
+        "The evidence, medians over the models of a kind (fields of "
+        "`refusal_lens.experiment.verdict.Evidence`); ratios to a gap that is not there are left "
+        "out:",
+        "",
+        *evidence_table(by_kind),
+        "",
+    ]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

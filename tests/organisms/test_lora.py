@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from refusal_lens.errors import InputError
 from refusal_lens.organisms import lora
-from refusal_lens.organisms.kinds import REFUSES, TRAINED, WORDINGS, adapters
+from refusal_lens.organisms.kinds import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
 from refusal_lens.organisms.language import KINDS, MIXTURE, Behaviour, Prompt, generate_dialogues
 from refusal_lens.organisms.tokenizer import train_tokenizer
 
@@ -120,7 +120,7 @@ def test_only_the_mixture_of_the_hung_kind_teaches_many_combinations():
         adapters("refuses", 0)["all"].behaviour.mixture["negative harmful"]
         == (MIXTURE["negative harmful"])
     )
-    assert set(TRAINED) == set(REFUSES)
+    assert set(TRAINED) == set(REFUSES) == set(ANSWERS) - {"refuses_nothing"}
 
 
 def test_a_seed_without_a_wording_is_refused():
