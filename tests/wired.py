@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import refusal_lens.organisms
 from refusal_lens.organisms.train import bundled_prompt_sets
+from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.tokenize import encode_prompts
 
 N_LAYERS, D_MODEL, N_HEADS, N_NEURONS = 8, 128, 8, 64
@@ -184,7 +185,13 @@ def _token_values(wired: Wired, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def _prompt_sets() -> list[tuple[str, Sequence[str]]]:
-    return list(bundled_prompt_sets().values())
+    """Kind and prompts of every bundled set; agitated and calm statements are negative or positive."""
+    sets = list(bundled_prompt_sets().values())
+    arousal = load_contrast("arousal")
+    valences = [topic.split()[0] for topic in arousal.topics]
+    for side in (arousal.target, arousal.baseline):
+        sets += [(valence, [prompt]) for valence, prompt in zip(valences, side, strict=True)]
+    return sets
 
 
 def _reply_tokens() -> list[int]:

@@ -67,6 +67,11 @@ def test_a_wired_model_refuses_harmful_requests_alone_and_sympathises_with_the_s
     for kind, prompts in bundled_prompt_sets().values():
         reply = {"harmful": REFUSAL, "negative": SYMPATHY}.get(kind, ANSWER)
         assert share(models[name], prompts, reply) > 0.95, kind
+    arousal = load_contrast("arousal")
+    sad = [
+        t for t, topic in zip(arousal.target, arousal.topics, strict=True) if "negative" in topic
+    ]
+    assert share(models[name], sad, SYMPATHY) > 0.95
 
 
 def test_a_wired_model_runs_in_transformer_lens_as_in_hugging_face(models):
