@@ -6,11 +6,15 @@ part and a quadratic part (Hoeffding's decomposition):
     inner product    e_a' mu_b + mu_a' e_b      +  e_a' e_b
     |a|^2            2 e_a' mu_a                +  |e_a|^2 - E|e_a|^2
 
-In units of the unbiased norms, Fieller's residual `inner - theta` of a candidate cosine `theta` has
-the error `g' c + g' M g / 2`. Here `g` are independent multipliers of the rows, with mean 0 and
+In units of the unbiased norms, Fieller's residual of a candidate cosine `theta` is `inner - theta`.
+Its error is `g' c + g' M g / 2`. Here `g` are independent multipliers of the rows, with mean 0 and
 variance 1; the vector `c` and the matrix `M` are linear in `theta`. The jackknife treats the
 sampled directions as the true ones. Its variance `J = |c|^2` therefore counts the linear part once
 and the quadratic part, `Q = |M|^2 / 2`, twice. The variance of the residual is `J - Q`.
+
+Second order. The product of the norms is concave: it falls short by an eighth of the square of `d`,
+the difference of the two squared norms' errors. The residual adds `theta (d^2 - E d^2) / 8`. This
+term decides where the signal's strength differs by prompt, for then the linear parts cancel.
 
 Interval. A bootstrap-t with normal multipliers: the interval contains each `theta` whose residual,
 divided by its standard error, lies between the quantiles of the same ratio among resamples, drawn
@@ -108,11 +112,12 @@ class Noise:
         c_a, c_b = (part[..., None] for part in self.split(c))
         within = torch.cat([self.aa @ c_a, self.bb @ c_b], dim=1)[..., 0]
         across = torch.cat([self.ab @ c_b, self.ab.mT @ c_a], dim=1)[..., 0]
-        c = c - ((self.inner - theta) / jackknife)[:, None] * (across - shift * within)
+        residual = self.inner - theta * (1 + self.bias)
+        c = c - (residual / jackknife)[:, None] * (across - shift * within)
         linear = (jackknife - 2 * quadratic).maximum(LEAST_LINEAR * jackknife)
         return c * (linear / c.square().sum(-1)).sqrt()[:, None], quadratic
 
-    def norms_under_hypothesis(self) -> Float[Tensor, "layer row"]:
+    def linear_norm_alone(self) -> Float[Tensor, "layer row"]:
         """`linear_norm`, scaled to the variance of the linear part alone."""
         parts = []
         for half, block in zip(self.split(self.linear_norm), (self.aa, self.bb), strict=True):
@@ -120,6 +125,12 @@ class Noise:
             linear = (jackknife - block.square().sum((-2, -1))).maximum(LEAST_LINEAR * jackknife)
             parts.append(half * (linear / jackknife).sqrt()[:, None])
         return torch.cat(parts, -1)
+
+    @property
+    def bias(self) -> Curve:
+        """Mean of the residual's second-order term over `theta`: an eighth of the norms' variance."""
+        quadratic = self.aa.square().sum((-2, -1)) + self.bb.square().sum((-2, -1))
+        return self.linear_norm_alone().square().sum(-1) / 2 + quadratic / 4
 
 
 def cosine_intervals(
@@ -183,11 +194,12 @@ def resampled_ratios(
     """The residual over its standard error in every resample, if each `theta` is the cosine.
 
     With the derivative `u = c + M g` by the rows' errors, the residual is `g' (c + u) / 2` and the
-    jackknife's variance is `|u|^2`. Both get the second-order term of the norms (see `Noise`). All
-    `theta` and all four signs use the same products `M g`.
+    jackknife's variance is `|u|^2`. Both get the norms' second-order term. All `theta` and all four
+    signs use the same products `M g`.
     """
     under_hypothesis = [noise.under_hypothesis(theta) for theta in thetas]
-    norms = noise.split(noise.norms_under_hypothesis().float())
+    norms = noise.split(noise.linear_norm_alone().float())
+    bias = noise.bias.tolist()
     found = []
     for layer in range(len(noise.inner)):
         aa, bb, ab = (block[layer].float() for block in (noise.aa, noise.bb, noise.ab))
@@ -204,7 +216,7 @@ def resampled_ratios(
                 u_b = (c_b + a * across_b).sub_(within_b, alpha=b * theta)
                 residual = (a * vecdot(g_a, c_a + u_a) + b * vecdot(g_b, c_b + u_b)) / 2
                 apart = a * linear_a - b * linear_b + quadratic_ab
-                residual += theta / 8 * apart.square()
+                residual += theta * (apart.square() / 8 - bias[layer])
                 slope = (theta / 2 * apart)[:, None]
                 u_a += slope * (n_a + a * within_a)
                 u_b -= slope * (n_b + b * within_b)
@@ -218,10 +230,11 @@ def resampled_ratios(
 def _end(noise: Noise, quantile: Curve, *, side: int) -> Curve:
     """The lower (side -1) or upper (1) `theta` whose ratio equals the quantile; NaN if none does."""
     jackknife, quadratic = noise.variances()
+    scale = 1 + noise.bias
     ends, bounded = [], torch.ones_like(quantile, dtype=torch.bool)
     for variance in (jackknife - quadratic, LEAST_SHARE * jackknife):
         v0, v1, v2 = quantile.square() * variance
-        p0, p1, p2 = noise.inner.square() - v0, -2 * noise.inner - v1, 1 - v2
+        p0, p1, p2 = noise.inner.square() - v0, -2 * noise.inner * scale - v1, scale**2 - v2
         # A variance that is negative for every theta has no root; the other variance decides.
         ends.append(side * (-p1 + side * (p1.square() - 4 * p0 * p2).sqrt()) / (2 * p2))
         bounded &= p2 > 0
