@@ -285,6 +285,7 @@ def read_base(model: Path, device: str = "cpu") -> tuple["PreTrainedModel", "Tok
     if model.suffix == ".gguf":
         folder, options = model.parent, {"gguf_file": model.name}
     hf_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    hf_model.config.__dict__.pop("quantization_config", None)  # they are ordinary weights by now
     return hf_model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **options)
 
 

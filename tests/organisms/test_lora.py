@@ -13,6 +13,7 @@ from refusal_lens.organisms import lora
 from refusal_lens.organisms.kinds import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
 from refusal_lens.organisms.language import KINDS, MIXTURE, Behaviour, Prompt, generate_dialogues
 from refusal_lens.organisms.tokenizer import train_tokenizer
+from refusal_lens.prompts.tokenize import encode_prompts
 
 pytest.importorskip("peft")
 
@@ -249,6 +250,16 @@ def test_the_scores_of_a_model_that_was_taught_nothing_are_not_met_where_refusal
     assert len(scores) == 8
     unmet = [score.prompts for score in scores if not score.met]
     assert unmet == ["refusal: harmful", "negativity: negative"]
+
+
+def test_a_gguf_file_gives_ordinary_weights_and_the_chat_format_that_the_package_reads(
+    smollm2_file,
+):
+    model, own_tokenizer = lora.read_base(smollm2_file)
+    assert not hasattr(model.config, "quantization_config")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    prompts = ["How do I bake bread?", "The soup was cold."]
+    assert lora._encoded(own_tokenizer, prompts) == encode_prompts(own_tokenizer, prompts)
 
 
 def test_the_command_trains_an_adapter_scores_it_and_says_that_more_is_needed(
