@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = dict(enumerate(("B", "b", "<H", "<h", "<I", "<i", "<f", "?", "", "", "<Q", "<q", "<d")))
 STRING, LIST = 8, 9  # numbers of the two types of value that have no format
+LONGEST_LIST = 4096  # numbers in a list that says something about the model, not about its words
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -146,13 +147,16 @@ def without_words() -> Iterator[None]:
 
     class Reader(gguf.GGUFReader):
         def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
-            begin = bytes(self.data[orig_offs : orig_offs + 12])
-            if raw_type != LIST or begin[0] != STRING:
+            if raw_type != LIST:
                 return super()._get_field_parts(orig_offs, raw_type)
-            _, length = struct.unpack("<IQ", begin)
             data: Any = self.data
             content, end = memoryview(data), orig_offs + 12
-            for _ in range(length):
+            item, length = struct.unpack_from("<IQ", content, orig_offs)
+            if item != STRING and length <= LONGEST_LIST:
+                return super()._get_field_parts(orig_offs, raw_type)
+            if item != STRING:
+                end += struct.calcsize(FORMATS[item]) * length
+            for _ in range(length if item == STRING else 0):
                 end += 8 + struct.unpack_from("<Q", content, end)[0]
             types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
             return end - orig_offs, [np.zeros(1, np.uint8)], [0] * length, types
