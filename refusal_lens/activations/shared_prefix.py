@@ -1,5 +1,6 @@
 """Run the shared prefix of all prompts once, for extraction and for interventions."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,7 @@ class SharedPrefix:
         """Arguments of the pass that records one row of tokens; call once, right before the pass."""
         self.length = n_tokens
         mask = torch.ones(1, n_tokens, dtype=torch.long, device=self._device)
-        return self._cache.arguments(mask, records=True, repeat=1)
+        return self._cache.arguments(mask, records=True, rows=1)
 
     def following(self, mask: Int[Tensor, "rows pos"], *, repeat: int = 1) -> dict[str, Any]:
         """Arguments of a pass over the tokens after the prefix, or over whole prompts without one.
@@ -58,4 +59,16 @@ class SharedPrefix:
         `mask` is 1 on these tokens and 0 on padding. Every recorded row serves `repeat` consecutive
         rows of the batch. Any number of passes can follow one recording.
         """
-        return self._cache.arguments(mask, records=False, repeat=repeat)
+        return self._cache.arguments(mask, records=False, rows=repeat)
+
+    def extended(
+        self, mask: Int[Tensor, "_ pos"], *, rows: int | tuple[Int[Tensor, " row"], int]
+    ) -> tuple["SharedPrefix", dict[str, Any]]:
+        """A prefix that also holds the tokens of the next pass, and that pass's arguments.
+
+        The pass leaves this prefix as it is. `rows` is the number of consecutive rows that each
+        recorded row serves, or the recorded row of each (`models.forward.after_prefix`).
+        """
+        longer = copy.copy(self)
+        longer.length, longer._cache = self.length + mask.shape[1], self._cache.copy()
+        return longer, longer._cache.arguments(mask, records=True, rows=rows)

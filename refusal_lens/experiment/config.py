@@ -29,6 +29,7 @@ class Config:
         batch_size: prompts in a forward pass; None derives the number from the free memory.
         seed: seed of everything random.
         max_prompts: most prompts of every set, spread from first to last; None uses all.
+        refusal_openings: how a refusal's reply begins; None takes `reply_openings.REFUSAL`.
         interventions: ablate and add the directions; without, the verdict is inconclusive.
         n_resamples, confidence: resamples for intervals and nulls, and the intervals' confidence.
         thresholds: thresholds of the verdict.
@@ -47,6 +48,7 @@ class Config:
     batch_size: int | None = None
     seed: int = 0
     max_prompts: int | None = None
+    refusal_openings: tuple[str, ...] | None = None
     interventions: bool = True
     n_resamples: int = 10_000
     confidence: float = 0.95

@@ -18,7 +18,8 @@ from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..directions.similarity import causal_cosine
 from ..errors import InputError, check_tensors
-from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, RefusalTokens
+from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
+from ..interventions.reply_openings import REFUSAL
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, cosine_statistics
@@ -104,18 +105,20 @@ def _interventions(
     config = source.config
     return source.remember(
         "interventions",
-        _prompts(config, contrasts) | {"layer": layer, "seed": config.seed},
+        _prompts(config, contrasts)
+        | {"layer": layer, "seed": config.seed, "openings": config.refusal_openings or REFUSAL},
         lambda: intervene(
             source.model,
             contrasts,
             activations,
             layer=layer,
             generator=torch.Generator().manual_seed(config.seed),
+            openings=config.refusal_openings,
             protocol=config.protocol,
             batch_size=config.batch_size,
             progress=progress and is_main(),
         ),
-        (Causal, RefusalTokens, Effects, CrossEffects, ContrastEffects, Intervention),
+        (Causal, ReplyOpenings, Effects, CrossEffects, ContrastEffects, Intervention),
     )
 
 
@@ -188,6 +191,8 @@ def _statistics(
             *(*sides["refusal"], *sides[part]),
             a_paired=contrasts["refusal"].paired,
             b_paired=contrasts[part].paired,
+            a_clusters=contrasts["refusal"].clusters,
+            b_clusters=contrasts[part].clusters,
             n_resamples=config.n_resamples,
             confidence=config.confidence,
             generator=torch.Generator().manual_seed(config.seed),

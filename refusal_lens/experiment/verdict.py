@@ -9,14 +9,15 @@ from ..errors import InputError
 
 Answer = Literal["distinct", "shared", "partly shared", "inconclusive"]
 Finding = (
-    Literal["too low", "too high", "not measured", "not shown above", "chance"]
+    Literal["too low", "too high", "not measured", "not shown above", "chance", "damage"]
     | Literal["above", "below", "within", "undecided", "reported"]
 )
 """How a number compares with its threshold; "reported" means without a comparison."""
 
-CROSS_ABLATION = ("cross_ablation_gap", "cross_ablation_drop")
-STATEMENTS = ("statement_gap", "statement_ablation")
-RATIOS = (*CROSS_ABLATION, "cross_addition", "statement_gap")  # the ratios that decide
+ABLATION = ("cross_ablation", "cross_ablation_share")
+ADDITION = ("cross_addition", "cross_addition_share")
+STATEMENTS = ("statement_share", "statement_ablation")
+RATIOS = (*ABLATION, *ADDITION)  # the ratios that decide, beside the statements
 HIGH_COSINE = 0.5
 
 
@@ -36,23 +37,28 @@ class Estimate:
 class Evidence:
     """The numbers behind a verdict; numbers from interventions are NaN without interventions.
 
-    The gap is the refusal score (log-odds, in nats) of harmful minus that of harmless prompts. A drop
-    or rise is a change of the refusal score. Ratios are relative to refusal's effect.
+    A prompt's refusal score is the log-odds, in nats, that its reply begins with a refusal's opening;
+    a prompt is refused if the score is above 0. Ablations are affine: the component is set to what the
+    baseline prompts of the prompts' own contrast have. Ratios are relative to refusal's effect.
 
     Attributes:
         layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
-        refused_harmful, refused_harmless: share of these prompts with a refusal score above 0.
-        gap: the gap of the unmodified model, in nats.
-        refusal_ablation, random_ablation: share of the gap that ablating refusal, or a random
-            direction (median), closes.
-        cross_ablation_gap: share of the gap that ablating negativity closes, over refusal's share.
-        cross_ablation_drop: drop of harmful prompts under ablating negativity, over the part of the
-            gap that ablating refusal closes; counts a drop that harmless prompts share.
-        cross_addition: ratio of the rises of harmless prompts under adding negativity and refusal.
-        statement_gap: score of negative minus that of neutral prompts, over the gap.
-        statement_ablation: ratio of the drops of negative and harmful prompts under ablating refusal.
+        covered: probability that the reply to a harmful prompt begins with any known opening, of
+            refusal, sympathy or an answer.
+        refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
+        refused_gap, gap: share of harmful minus share of harmless prompts refused; the same of scores.
+        ablated_harmful, ablated_harmless: shares refused while refusal is ablated.
+        refusal_ablation: drop of harmful scores under ablating refusal, over the gap of scores.
+        chance_ablation, chance_addition: the ratios below, of the most effective random direction.
+        kl_refusal, kl_negativity: next-token KL that each ablation causes on harmless prompts, in nats.
+        cross_ablation, cross_ablation_share: drop of harmful prompts' scores, and of the share
+            refused, under ablating negativity, over the drop under ablating refusal.
+        cross_addition, cross_addition_share: rise of harmless prompts' scores, and of the share
+            refused, under adding negativity, over `gap` and `refused_gap`.
+        statement_share: share of negative minus share of neutral prompts refused, over `refused_gap`.
+        statement_ablation: ratio of the drops of negative and harmful scores under ablating refusal.
     """
 
     layer: int
@@ -60,16 +66,31 @@ class Evidence:
     reliability_refusal: float
     reliability_negativity: float
     cosine: Estimate
+    covered: float = math.nan
     refused_harmful: float = math.nan
     refused_harmless: float = math.nan
+    refused_negative: float = math.nan
+    refused_gap: Estimate = Estimate()
     gap: Estimate = Estimate()
+    ablated_harmful: float = math.nan
+    ablated_harmless: float = math.nan
     refusal_ablation: Estimate = Estimate()
-    random_ablation: float = math.nan
-    cross_ablation_gap: Estimate = Estimate()
-    cross_ablation_drop: Estimate = Estimate()
+    chance_ablation: float = math.nan
+    chance_addition: float = math.nan
+    kl_refusal: float = math.nan
+    kl_negativity: float = math.nan
+    cross_ablation: Estimate = Estimate()
+    cross_ablation_share: Estimate = Estimate()
     cross_addition: Estimate = Estimate()
-    statement_gap: Estimate = Estimate()
+    cross_addition_share: Estimate = Estimate()
+    statement_share: Estimate = Estimate()
     statement_ablation: Estimate = Estimate()
+
+    @property
+    def bypassed(self) -> float:
+        """Share of the refusal of harmful prompts that ablating refusal takes away."""
+        lost = self.refused_harmful - self.ablated_harmful
+        return lost / (self.refused_harmful - self.refused_harmless or math.nan)
 
 
 @dataclass(frozen=True)
@@ -78,18 +99,23 @@ class Thresholds:
 
     Attributes:
         min_prompts, min_reliability: least size of every set and least reliability of a direction.
-        min_refused, max_refused_harmless: bounds on the shares of harmful and harmless prompts that
-            the model refuses.
-        min_refusal_ablation: smallest share of the gap that ablating refusal must close.
+        min_refused_gap: the share refused must be shown to be this much higher for harmful than for
+            harmless prompts.
+        min_bypassed: smallest share of the refusal of harmful prompts that ablating refusal takes
+            away; and `refusal_ablation` must be shown above `margin`.
+        max_over_refusal: how much the share of harmless prompts refused may rise under that ablation.
+        max_damage: how many times the KL of refusal's ablation that of negativity's may be where it
+            shows a shared mechanism.
         margin: equivalence margin; a ratio whose interval lies within +-margin is no effect.
         shared_from: a ratio whose interval lies above this shows a shared mechanism.
     """
 
     min_prompts: int = 16
     min_reliability: float = 0.5
-    min_refused: float = 0.5
-    max_refused_harmless: float = 0.5
-    min_refusal_ablation: float = 0.25
+    min_refused_gap: float = 0.1
+    min_bypassed: float = 0.5
+    max_over_refusal: float = 0.1
+    max_damage: float = 3.0
     margin: float = 0.25
     shared_from: float = 0.5
 
@@ -167,42 +193,73 @@ def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
         "n_prompts": float(t.min_prompts),
         "reliability_refusal": t.min_reliability,
         "reliability_negativity": t.min_reliability,
-        "refused_harmful": t.min_refused,
     }
     low = [name for name, minimum in minima.items() if not getattr(e, name) >= minimum]
     found = [Reason(name, "too low", minima[name]) for name in low]
     if math.isnan(e.refused_harmful):
-        return [*found[:-1], Reason("refused_harmful", "not measured")]
-    if not e.refused_harmless <= t.max_refused_harmless:
-        found.append(Reason("refused_harmless", "too high", t.max_refused_harmless))
-    if not found and not e.refusal_ablation.lower >= t.min_refusal_ablation:
-        found.append(Reason("refusal_ablation", "not shown above", t.min_refusal_ablation))
-    elif not found and not e.refusal_ablation.value > e.random_ablation:
-        found.append(Reason("refusal_ablation", "chance", e.random_ablation))
-    return found
+        return [*found, Reason("refused_harmful", "not measured")]
+    if not e.refused_gap.lower > t.min_refused_gap:
+        found.append(Reason("refused_gap", "not shown above", t.min_refused_gap))
+    if found:
+        return found
+    if not e.bypassed >= t.min_bypassed:
+        return [Reason("bypassed", "too low", t.min_bypassed)]
+    if e.ablated_harmless > e.refused_harmless + t.max_over_refusal:
+        most = e.refused_harmless + t.max_over_refusal
+        return [Reason("ablated_harmless", "too high", most)]
+    if not e.refusal_ablation.lower > t.margin:
+        return [Reason("refusal_ablation", "not shown above", t.margin)]
+    if not e.chance_ablation < 1:
+        return [Reason("chance_ablation", "too high", 1.0)]
+    return []
 
 
 def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
-    def above(threshold: float, ratios: Sequence[str]) -> list[str]:
-        return [ratio for ratio in ratios if getattr(e, ratio).lower > threshold]
+    ratios: dict[str, Estimate] = {name: getattr(e, name) for name in RATIOS}
+    above = [name for name, ratio in ratios.items() if ratio.lower > t.margin]
+    chance = {
+        **dict.fromkeys(ABLATION, (e.cross_ablation.value, e.chance_ablation)),
+        **dict.fromkeys(ADDITION, (e.cross_addition.value, e.chance_addition)),
+    }
+    shown = [name for name in above if chance[name][0] > chance[name][1]]
 
-    def reasons(deciding: Sequence[str], threshold: float) -> list[Reason]:
-        others = [Reason(ratio, "reported") for ratio in RATIOS if ratio not in deciding]
-        return [*(Reason(ratio, "above", threshold) for ratio in deciding), *others]
+    def reasons(names: Sequence[str], threshold: float) -> list[Reason]:
+        others = [Reason(name, "reported") for name in RATIOS if name not in names]
+        return [*(Reason(name, "above", threshold) for name in names), *others]
 
-    if deciding := above(t.shared_from, CROSS_ABLATION):
-        return "shared", reasons(deciding, t.shared_from)
-    if len(deciding := above(t.shared_from, STATEMENTS)) == len(STATEMENTS):
-        return "shared", reasons(deciding, t.shared_from)
-    if deciding := above(t.margin, RATIOS):
-        return "partly shared", reasons(deciding, t.margin)
-    below = [ratio for ratio in RATIOS if getattr(e, ratio).upper < t.margin]
-    # Ablating negativity must not raise refusal either; the other two ratios may be negative.
-    no_effect = {*below} & {*above(-t.margin, CROSS_ABLATION), *RATIOS[2:]}
-    if undecided := [ratio for ratio in RATIOS if ratio not in no_effect]:
-        return "inconclusive", [Reason(ratio, "undecided", t.margin) for ratio in undecided]
+    refused_alike = min(e.statement_share.lower, e.statement_ablation.lower) > t.margin
+    if set(ABLATION) <= {*shown} and e.cross_ablation.lower > t.shared_from:
+        if e.kl_negativity > t.max_damage * e.kl_refusal:
+            return "inconclusive", [Reason("kl_negativity", "damage", t.max_damage * e.kl_refusal)]
+        return "shared", reasons(ABLATION, t.margin)
+    moved = "cross_ablation" in above or {*ADDITION} <= {*above}
+    if moved and refused_alike and e.statement_share.lower > t.shared_from:
+        return "shared", reasons((*STATEMENTS, *above), t.margin)
+    if shown or refused_alike:
+        return "partly shared", reasons((*shown, *STATEMENTS * refused_alike), t.margin)
+    small = {name: _within(ratios[name], t.margin) for name in ABLATION}
+    small |= {name: ratios[name].upper < t.margin for name in ADDITION}
+    by_chance = {name: name in above for name in RATIOS}  # none of them is beyond chance here
+    no_effect = [name for name in RATIOS if small[name]]
+    no_effect += [score for score, _ in (ABLATION, ADDITION) if by_chance[score]]
+    undecided = [name for name in RATIOS if name not in no_effect]
+    if not min(e.statement_share.upper, e.statement_ablation.upper) < t.margin:
+        undecided.append("statement_share")
+
+    def reason(name: str, otherwise: Finding) -> Reason:
+        if by_chance.get(name):
+            return Reason(name, "chance", chance[name][1])
+        return Reason(name, otherwise, t.margin)
+
+    if undecided:
+        return "inconclusive", [reason(name, "undecided") for name in undecided]
     findings: list[Finding] = ["within", "within", "below", "below"]
-    return "distinct", [Reason(r, f, t.margin) for r, f in zip(RATIOS, findings, strict=True)]
+    found = [reason(name, finding) for name, finding in zip(RATIOS, findings, strict=True)]
+    return "distinct", [*found, Reason("statement_share", "reported")]
+
+
+def _within(ratio: Estimate, margin: float) -> bool:
+    return -margin < ratio.lower and ratio.upper < margin
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

@@ -7,14 +7,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..prompts.contrast import Contrast
-from ..uncertainty import Cause, CosineStatistics, Unmeasured
+from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from .evidence import PARTS
 from .verdict import Estimate, Reason, Thresholds, Verdict
 
 RULE = """\
 A prompt counts as refused if its reply is more likely than not to begin with a refusal's opening. To
-ablate a direction sets the component along it to the mean of {harmless} prompts ({refusal}) or of
-{neutral} prompts ({negativity}) at every layer. The gap is that between {harmful} and {harmless} prompts.
+ablate a direction sets the component along it to the mean of {harmless} prompts (of {neutral} ones for
+{negative} prompts) at every layer. The gap lies between {harmful} and {harmless} prompts.
 Inconclusive comes first: too few prompts; an unreliable direction; a model that does not refuse
 {harmful} prompts more than {harmless} ones; a {refusal} direction that, ablated, leaves them refused,
 makes {harmless} prompts refused, or does no more than a random direction. Then these numbers decide:
@@ -22,14 +22,18 @@ makes {harmless} prompts refused, or does no more than a random direction. Then 
                    under ablating {refusal}; cross_ablation_share: the same of the share refused.
   cross_addition   rise of {harmless} prompts' refusal scores under adding {negativity}, over the gap;
                    cross_addition_share: the same of the share refused.
-  statement_share  {negative} minus {neutral} prompts refused, over the gap; it counts if ablating {refusal}
-                   lowers their scores as well (statement_ablation).
-shared         both cross_ablation numbers are above {shared_from}, beyond chance and without damage.
-partly shared  one of the numbers is above {margin} and beyond chance.
-distinct       the cross_ablation numbers are within +-{margin}, the others below it.
+  statement_share  {negative} minus {neutral} prompts refused, over the gap; it counts if ablating
+                   {refusal} lowers their scores as well (statement_ablation).
+shared         cross_ablation is above {shared_from} and cross_ablation_share above {margin}, beyond
+               chance and without damage; or statement_share is above {shared_from}, statement_ablation
+               above {margin}, and so is cross_ablation or both cross_addition numbers.
+partly shared  one of the numbers is above {margin} and beyond chance, or both statement numbers are.
+distinct       the cross_ablation numbers are within +-{margin}, the others below it; a number of scores
+               may be larger if it is not beyond chance.
 inconclusive   everything else: the intervals are too wide, or random directions do as much.
-Above, below and within refer to the whole confidence interval. Beyond chance: more than 19 in 20 random
-directions do. Damage: the ablation changes replies to {harmless} prompts far more than refusal's does.
+Above, below and within refer to the whole confidence interval. Beyond chance: more than each of 20
+random directions does. Damage: the ablation changes replies to {harmless} prompts far more than that of
+{refusal} does.
 The cosine does not decide: mechanisms can be distinct at a cosine of -0.4 and shared at +0.1."""
 
 GAP = "between {harmful} and {harmless} prompts"
@@ -54,8 +58,8 @@ MEASURES = {
         "which is damage rather than evidence"
     ),
     "cross_ablation": (
-        "ablating {negativity} lowers the refusal score of {harmful} prompts by {value} of what ablating "
-        "{refusal} does"
+        "ablating {negativity} lowers the refusal score of {harmful} prompts by {value} of what "
+        "ablating {refusal} does"
     ),
     "cross_ablation_share": (
         "ablating {negativity} removes {value} of the refusals that ablating {refusal} removes"
@@ -79,7 +83,7 @@ FINDINGS = {
     "too low": ", below {threshold}",
     "too high": ", above {threshold}",
     "not shown above": ": not shown to be above {threshold}",
-    "chance": ": one random direction in twenty does {threshold}",
+    "chance": ": a random direction does {threshold}",
     "damage": ", above {threshold}",
     "above": ": above {threshold}",
     "below": ": below the {threshold} margin",
@@ -92,6 +96,18 @@ COSINE = {
     "too high": "high for distinct mechanisms; what the directions share does not cause refusal",
     "too low": "low for a shared mechanism; much of each direction does not cause refusal",
     "reported": "compatible with {answer} mechanisms",
+}
+
+
+CAUTIONS = {
+    Caution.OUTLIERS: "caution: a few prompts lie far from all others; the interval may be too narrow",
+    Caution.UNEVEN_STRENGTH: (
+        "caution: the signal differs much from prompt to prompt; the interval may be too narrow"
+    ),
+    Caution.SHARED_NOISE: (
+        "caution: both contrasts share the few dimensions that hold most of their noise; the "
+        "cosine may be biased and its interval too narrow"
+    ),
 }
 
 
@@ -174,6 +190,7 @@ def uncertainty(statistics: CosineStatistics, layer: int) -> list[str]:
         f"noise alone keeps the plain cosine below {at['ceiling']:.2f}",
         f"were the true cosine 0, the plain one would lie between {at['null_lower']:+.2f} and "
         f"{at['null_upper']:+.2f} (p {at['p_value']:.2g}, over all layers {at['p_adjusted']:.2g})",
+        *(CAUTIONS[caution] for caution in (statistics.cautions or [()] * (layer + 1))[layer]),
     ]
 
 

@@ -6,10 +6,12 @@ so earlier layers run once for all additions. Further savings:
 
 - the tokens that all prompts begin with run once for each intervention;
 - only prompts of equal length share a pass, so no row is padded;
-- only the last position is unembedded.
+- only the last position is unembedded;
+- a reply's openings run behind the keys and values of the prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, takewhile
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,14 +20,16 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from ..activations.shared_prefix import SharedPrefix, can_share_prefix
 from ..errors import InputError
 from ..models.forward import input_device, undisturbed
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import encode_prompts
-from .hooks import EMBEDDING, Hook, projection_hooks, stream_after
+from .batch_rows import Interventions, hooks_by_row, joining_hooks, last_logits
+from .hooks import Hook, can_join_rows, check_interventions, stream_after
+from .opening_scores import opening_scores
+from .reply_openings import ReplyOpenings
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -38,12 +42,14 @@ class Outcome(NamedTuple):
     """The result of one pass at the last position: some prompts under some of the interventions.
 
     Row 0 of the tensors is the unmodified model, row `i + 1` the intervention `interventions[i]`.
+    `refusal` is the log-odds that the reply begins with an opening; empty without openings.
     """
 
     prompts: list[int]
     interventions: list[int]
     logits: Float[Tensor, "intervention prompt d_vocab"]
     residual: Float[Tensor, "intervention prompt layer d_model"]
+    refusal: Float[Tensor, "intervention prompt"]
 
 
 def first_token_logits(
@@ -53,18 +59,35 @@ def first_token_logits(
 
     `options` are `protocol`, `batch_size` and `progress` of `run_interventions`.
     """
-    nothing = torch.empty(0, model.cfg.d_model)
-    outcomes = list(run_interventions(model, prompts, nothing, [], **options))
+    nothing = Interventions(torch.empty(0, model.cfg.d_model))
+    outcomes = list(run_interventions(model, prompts, nothing, **options))
     order = torch.tensor([prompt for outcome in outcomes for prompt in outcome.prompts])
     return torch.cat([outcome.logits[0].float().cpu() for outcome in outcomes])[order.argsort()]
+
+
+def opening_log_odds(
+    model: "HookedTransformer | TransformerBridge",
+    prompts: Sequence[str],
+    openings: ReplyOpenings,
+    **options: Any,
+) -> Float[Tensor, " prompt"]:
+    """Log-odds that the unmodified model's reply to each prompt begins with an opening.
+
+    `options` are `protocol`, `batch_size` and `progress` of `run_interventions`.
+    """
+    nothing = Interventions(torch.empty(0, model.cfg.d_model))
+    found = torch.full((len(prompts),), torch.nan)
+    for outcome in run_interventions(model, prompts, nothing, openings=openings, **options):
+        found[outcome.prompts] = outcome.refusal[0]
+    return found
 
 
 def run_interventions(
     model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
-    directions: Float[Tensor, "intervention d_model"],
-    layers: Sequence[int] | None,
+    interventions: Interventions,
     *,
+    openings: ReplyOpenings | None = None,
     read_layers: Sequence[int] = (),
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
@@ -74,9 +97,10 @@ def run_interventions(
 
     Args:
         model, prompts: the model, and prompts as text. InputError if the model has hooks, if there
-            are no prompts, or if a prompt is longer than the model's context.
-        directions: one for each intervention, finite.
-        layers: the layer after which each direction is added; None ablates the directions.
+            are no prompts, if a prompt is longer than the model's context, or if interventions do
+            not do in this model what they should (`hooks.check_interventions`).
+        interventions: finite directions that are all ablated or all added.
+        openings: score each reply's beginning; `Outcome.refusal`.
         read_layers: layers whose residual stream is returned, in ascending order.
         protocol: how prompts are formatted.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
@@ -87,31 +111,49 @@ def run_interventions(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least 1, or None to derive it")
     ids = _checked_ids(model, prompts, protocol)
+    if n := len(interventions.directions):
+        check_interventions(model)
     device, longest = input_device(model), max(map(len, ids))
-    columns = zip(*(row[:-1] for row in ids), strict=False)
+    columns = zip(*(row[:-2] for row in ids), strict=False)
     shared = list(takewhile(lambda column: len(set(column)) == 1, columns))
-    n_shared = len(shared) if can_share_prefix(model, longest) else 0
+    deepest = max(map(len, openings.tree)) if openings else 0
+    can_share = can_join_rows(model) and can_share_prefix(model, longest + deepest)
+    n_shared = len(shared) if can_share else 0
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
-    order = sorted(range(len(directions)), key=lambda i: layers[i] if layers else 0)
+    layers = interventions.layers
+    order = sorted(range(n), key=lambda i: layers[i] if layers else 0)
     n_rows = max(2, batch_size or budget // max(n_shared, longest - n_shared))
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # memory errors come first
-    total = len(ids) * max(1, len(order))
-    with tqdm(total=total, unit="prompt", disable=not progress) as bar:
+    with tqdm(total=len(ids) * max(1, n), unit="prompt", disable=not progress) as bar:
         for part in _even_parts(order, n_rows - 1) or [[]]:
-            after = None if layers is None else [layers[i] for i in part]
-            these = directions[part].float().to(device), after
-            prefix = SharedPrefix(model)
-            if n_shared:
-                row = torch.tensor([ids[0][:n_shared]], device=device)
-                _forward(model, row, *these, (), prefix.recording(n_shared))
+            these = interventions.at(part, device)
+            prefix = _recorded(model, ids[0][:n_shared], these) if can_share else None
             for length, same in groupby(by_length, key=lambda i: len(ids[i])):
                 n_rows = batch_size or budget // (length - n_shared)
                 for group in _even_parts(list(same), n_rows // (1 + len(part))):
                     tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-                    arguments = prefix.following(torch.ones_like(tokens[:1]), repeat=len(group))
-                    found = _forward(model, tokens, *these, sorted(set(read_layers)), arguments)
-                    yield Outcome(group, part, *found)
+                    if these.last_position and prefix:
+                        found = _forward_last(model, tokens, these, read_layers, prefix)
+                    else:
+                        found = _forward(model, tokens, these, read_layers, prefix)
+                    logits, residual, whole = found
+                    refusal = logits.new_empty(0, 0)
+                    if openings:
+                        refusal = opening_scores(model, openings, tokens, these, whole, logits)
+                    yield Outcome(group, part, logits, residual, refusal)
                     bar.update(len(group) * max(1, len(part)))
+
+
+def _recorded(
+    model: "HookedTransformer | TransformerBridge", shared: list[int], these: Interventions
+) -> SharedPrefix:
+    """The keys and values of the prompts' shared opening under each intervention."""
+    prefix = SharedPrefix(model)
+    if shared:
+        row = torch.tensor([shared], device=input_device(model))
+        first = Interventions(these.directions[:0]) if these.last_position else these
+        _forward(model, row, first, (), None, prefix.recording(len(shared)))
+    return prefix
 
 
 def _checked_ids(
@@ -134,58 +176,73 @@ def _checked_ids(
 def _forward(
     model: "HookedTransformer | TransformerBridge",
     tokens: Int[Tensor, "prompt pos"],
-    directions: Float[Tensor, "_ d_model"],
-    layers: list[int] | None,
+    these: Interventions,
     read_layers: Sequence[int],
-    arguments: dict[str, Any],
+    prefix: SharedPrefix | None,
+    arguments: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, SharedPrefix | None]:
+    """One pass over prompts of equal length: last logits, last residual stream, keys and values."""
+    mask, whole = torch.ones_like(tokens[:1]), None
+    if arguments is None:
+        arguments = {"attention_mask": mask}
+        if prefix is not None:
+            whole, arguments = prefix.extended(mask, rows=len(tokens))
+    with undisturbed(model):
+        every = tokens
+        start = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
+        if these.layers is None or these.last_position or not can_join_rows(model):
+            n = 1 + len(these.directions)
+            every, start = (repeat(x, "prompt ... -> (i prompt) ...", i=n) for x in (tokens, start))
+            rows = torch.arange(n).repeat_interleave(len(tokens))
+            position = -1 if these.last_position else None
+            hooks = hooks_by_row(model, these, rows, position=position)
+        else:
+            hooks = joining_hooks(model, start, these)
+        run = partial(last_logits, model, every, start, arguments=arguments)
+        return *_read(model, run, hooks, read_layers, len(tokens)), whole
+
+
+def _forward_last(
+    model: "HookedTransformer | TransformerBridge",
+    tokens: Int[Tensor, "prompt pos"],
+    these: Interventions,
+    read_layers: Sequence[int],
+    prefix: SharedPrefix,
+) -> tuple[Tensor, Tensor, SharedPrefix | None]:
+    """As `_forward`, for interventions on the last token: the tokens before it run once."""
+    n_prompts, one = len(tokens), torch.ones_like(tokens[:1, :1])
+    before, arguments = prefix.extended(torch.ones_like(tokens[:1, 1:]), rows=n_prompts)
+    rows = torch.arange(n_prompts * (1 + len(these.directions)))
+    with undisturbed(model):
+        start = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
+        last_logits(model, tokens[:, :-1], start[:, :-1], [], arguments)
+        whole, arguments = before.extended(one, rows=(rows % n_prompts, n_prompts))
+        start = start[rows % n_prompts, -1:]
+        hooks = hooks_by_row(model, these, rows // n_prompts)
+        run = partial(last_logits, model, tokens[:, -1:], start, arguments=arguments)
+        return *_read(model, run, hooks, read_layers, n_prompts), whole
+
+
+def _read(
+    model: "HookedTransformer | TransformerBridge",
+    run: Callable[..., Tensor],
+    hooks: list[Hook],
+    read_layers: Sequence[int],
+    n_prompts: int,
 ) -> tuple[Float[Tensor, "row prompt d_vocab"], Float[Tensor, "row prompt layer d_model"]]:
-    """One pass over prompts of equal length: logits and residual stream of the last position."""
+    """The logits of a pass under hooks, and the last position's residual stream."""
     read: list[Tensor] = []
 
     def read_last(x: Tensor, hook: object) -> None:
-        read.append(rearrange(x[:, -1].clone(), "(i prompt) d -> i prompt d", prompt=len(tokens)))
+        read.append(rearrange(x[:, -1].clone(), "(i prompt) d -> i prompt d", prompt=n_prompts))
 
     recording: list[Hook] = [(stream_after(model, layer), read_last) for layer in read_layers]
-    last = stream_after(model, model.cfg.n_layers - 1)
-    with undisturbed(model):
-        start = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
-        hooks = _row_hooks(model, start, directions, layers)
-        # The hooks of one point run in this order: add, read, drop all positions but the last.
-        with model.hooks(fwd_hooks=[*hooks, *recording, (last, lambda x, hook: x[:, -1:])]):
-            logits = model(tokens[:1], **arguments)
-    logits = rearrange(logits, "(i prompt) 1 v -> i prompt v", prompt=len(tokens))
+    logits = rearrange(run([*hooks, *recording]), "(i prompt) 1 v -> i prompt v", prompt=n_prompts)
     residual = logits.new_empty(*logits.shape[:2], len(read), model.cfg.d_model)
-    for i, rows in enumerate(read):
+    for i, last in enumerate(read):
         # Before its layer, an addition has no rows in the batch: the model is unmodified there.
-        residual[: len(rows), :, i], residual[len(rows) :, :, i] = rows, rows[0]
+        residual[: len(last), :, i], residual[len(last) :, :, i] = last, last[0]
     return logits, residual
-
-
-def _row_hooks(
-    model: "HookedTransformer | TransformerBridge",
-    start: Float[Tensor, "prompt pos d_model"],
-    directions: Float[Tensor, "_ d_model"],
-    layers: list[int] | None,
-) -> list[Hook]:
-    """Hooks that replace a single row by `start` (the embedding's output) and add other rows."""
-    if layers is None:
-        units = functional.pad(functional.normalize(directions, dim=-1), (0, 0, 1, 0))
-        rows = repeat(start, "prompt ... -> (i prompt) ...", i=len(units))
-        units = repeat(units, "i d_model -> (i prompt) d_model", prompt=len(start))
-        embedded: Hook = (stream_after(model, EMBEDDING), lambda x, hook: rows)
-        return [embedded, *projection_hooks(model, units)]
-
-    def joining(layer: int, added: Float[Tensor, "new d_model"]) -> Hook:
-        def join(x: Tensor, hook: object) -> Tensor:
-            new = x[: len(start)] + added.to(x.device)[:, None, None]
-            return torch.cat([x, new.flatten(0, 1).to(x.dtype)])
-
-        return stream_after(model, layer), join
-
-    hooks: list[Hook] = [(stream_after(model, EMBEDDING), lambda x, hook: start)]
-    for layer, same in groupby(range(len(layers)), key=layers.__getitem__):
-        hooks.append(joining(layer, directions[list(same)]))
-    return hooks
 
 
 def _even_parts(items: list[int], at_most: int) -> list[list[int]]:

@@ -5,13 +5,13 @@ added, whole and without the other's component, and compared with random directi
 gets a refusal score and, at later layers, the score of a linear classifier of its class.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,8 +20,10 @@ from ..directions.similarity import orthogonal_part
 from ..errors import InputError
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from .batched_runs import Outcome, run_interventions
-from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
+from .batched_runs import Interventions, Outcome, run_interventions
+from .refusal_metric import RefusalTokens, next_token_kl
+from .reply_openings import ReplyOpenings
+from .sweep import affine_references, refusal_scores
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -29,18 +31,27 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
 N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
+CHANCE_PROMPTS = 10  # at least so many prompts, if there are, under random directions
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
+_Run = tuple[Interventions, list[int], range]  # interventions, which of them, which prompts
 
 
 class Intervention(StrEnum):
-    """The direction that is ablated or added. `RANDOM` stands for every random direction."""
+    """The direction that is ablated or added. `RANDOM` stands for every random direction.
+
+    An ablation sets the component, at every layer, to the mean of the baseline prompts of the
+    prompts' own contrast: harmless for requests. It acts at the prompt's last token, where the
+    directions were read. The two `..._TO_ZERO` remove the component at every token.
+    """
 
     NONE = "none"
     REFUSAL = "refusal"
     NEGATIVITY = "negativity"
     REFUSAL_ALONE = "refusal without negativity"
     NEGATIVITY_ALONE = "negativity without refusal"
+    REFUSAL_TO_ZERO = "refusal, to zero"
+    NEGATIVITY_TO_ZERO = "negativity, to zero"
     RANDOM = "random"
 
 
@@ -71,7 +82,9 @@ class CrossEffects:
     Attributes:
         kind, layer: "ablation" or "addition"; the layer of the directions and of the addition.
         interventions, norms: intervention of each row, `NONE` first, and the norm of its direction.
-            Rows are NaN where a direction has no part orthogonal to the other.
+            Rows are NaN where a direction has no part orthogonal to the other. Random directions
+            run on one set alone, some harmful prompts under ablation and harmless under addition;
+            nothing is added "to zero".
         read_layers: the layers of the class scores.
         refusal, negativity: effects on the prompts of each contrast.
     """
@@ -101,7 +114,7 @@ def cross_effects(
     intervention: Literal["ablation", "addition"],
     layer: int,
     random: Float[Tensor, "random d_model"],
-    refusal_tokens: RefusalTokens,
+    score: RefusalTokens | ReplyOpenings,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     progress: bool = True,
@@ -111,11 +124,12 @@ def cross_effects(
     Args:
         model: the model, without hooks.
         contrasts: refusal, then negativity, with at least four prompts a side; else InputError.
-        activations: target and baseline of both; the directions are the mean differences.
+        activations: target and baseline of both, of any number of prompts; the directions are the
+            mean differences.
         intervention: "ablation", or "addition" of the directions with their norms after `layer`.
         layer: the layer of the directions; InputError if the model has no such layer.
-        random: directions to compare with (`random_directions`), added with refusal's norm.
-        refusal_tokens: the first tokens that count as a refusal.
+        random: directions to compare with (`random_directions`), added with negativity's norm.
+        score: the openings, or the first tokens, that count as a refusal.
         protocol: how prompts are formatted.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
         progress: whether to show a progress bar.
@@ -123,19 +137,22 @@ def cross_effects(
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
     _check(sides, layer, model.cfg.n_layers)
     directions = _directions(activations, layer)
-    if adds := intervention == "addition":
-        random = functional.normalize(random, dim=-1) * directions[0].norm()
-    directions = torch.cat([directions, random])
-    run = (~directions.isnan().any(-1)).nonzero()[:, 0].cpu()
-    after = [layer] * len(run) if adds else None
-    read_layers = _later_layers(layer, model.cfg.n_layers)
+    if intervention == "addition":
+        random = functional.normalize(random, dim=-1) * directions[1].norm()
+    directions = torch.cat([directions, directions[:2], random])
+    read_layers, sizes = _later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
+    shape = (1 + len(directions), sum(sizes), len(read_layers), model.cfg.d_model)
+    measured, prompts = _Measured(shape, score), sum(sides, ())
     options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    outcomes = run_interventions(
-        model, sum(sides, ()), directions[run], after, read_layers=read_layers, **options
-    )
-    shape = (1 + len(directions), sum(map(len, sides)), len(read_layers), model.cfg.d_model)
-    measured = _measured(outcomes, functional.pad(run + 1, (1, 0)), shape, refusal_tokens)
-    by_side = [each.split([*map(len, sides)], dim=1) for each in measured]
+    options |= {"openings": score if isinstance(score, ReplyOpenings) else None}
+    baselines = [baseline for _, baseline in activations]
+    added_after = layer if intervention == "addition" else None
+    for every, which, some in _runs(directions, added_after, baselines, sizes, protocol):
+        these = every.at(which, directions.device)
+        texts = [prompts[i] for i in some]
+        outcomes = run_interventions(model, texts, these, read_layers=read_layers, **options)
+        measured.add(outcomes, which, some)
+    by_side = [each.split(sizes, dim=1) for each in measured.tensors]
     named = [each for each in Intervention if each is not Intervention.RANDOM]
     return CrossEffects(
         kind=intervention,
@@ -146,6 +163,46 @@ def cross_effects(
         refusal=_contrast_effects(*(each[:2] for each in by_side)),
         negativity=_contrast_effects(*(each[2:] for each in by_side)),
     )
+
+
+def _runs(
+    directions: Float[Tensor, "intervention d_model"],
+    added_after: int | None,
+    baselines: Sequence[Float[Tensor, "_ layer d_model"]],
+    sizes: Sequence[int],
+    protocol: Protocol,
+) -> Iterator[_Run]:
+    """The named interventions on both contrasts, random ones on harmful or on harmless prompts.
+
+    `added_after` is the layer of an addition, None for an ablation; `sizes` are those of the sides.
+    """
+    known = [i for i in range(4) if not directions[i].isnan().any()]
+    for contrast, baseline in enumerate(baselines):
+        prompts = range(sum(sizes[: 2 * contrast]), sum(sizes[: 2 * contrast + 2]))
+        if added_after is None:
+            references = _references(directions, baseline, protocol)
+            these = Interventions(directions, None, references, last_position=True)
+            yield Interventions(directions), [4, 5], prompts
+        else:
+            these = Interventions(directions, [added_after] * len(directions), last_position=True)
+        yield these, known, prompts
+        if contrast == 0:
+            harmful, harmless = prompts[: sizes[0]], prompts[sizes[0] :]
+            random = [*range(6, len(directions))]
+            of = harmful if added_after is None else harmless
+            yield these, random, of[:: max(1, len(of) // CHANCE_PROMPTS)]
+
+
+def _references(
+    directions: Float[Tensor, "intervention d_model"],
+    baseline: Float[Tensor, "baseline layer d_model"],
+    protocol: Protocol,
+) -> Float[Tensor, "intervention layer"]:
+    """The baseline's mean component along each direction at every layer."""
+    references = affine_references(directions, baseline).nan_to_num()
+    if protocol.hook == "resid_pre":  # row l is the input of block l; a hook wants its output
+        references = torch.cat([references[:, 1:], references[:, -1:]], dim=1)
+    return references
 
 
 def random_directions(
@@ -167,11 +224,11 @@ def held_out_scores(
 
     The halves of `target` and `baseline` are the even and the odd rows. On the scale of the scores,
     the class means of the fitted half are 1/2 and -1/2. NaN at layers where activations do not
-    vary, and everywhere if a target activation is NaN.
+    vary, and everywhere if an activation is NaN.
     """
     sides = (target, baseline)
     scores = [torch.full(side.shape[1::-1], torch.nan) for side in sides]
-    if target.isnan().any():
+    if target.isnan().any() or baseline.isnan().any():
         return scores[0], scores[1]
     for fitted, scored in ((0, 1), (1, 0)):
         fit = target[fitted::2], baseline[fitted::2]
@@ -185,22 +242,23 @@ def held_out_scores(
     return scores[0], scores[1]
 
 
-def _measured(
-    outcomes: Iterable[Outcome],
-    rows: Int[Tensor, " run"],
-    shape: tuple[int, ...],
-    refusal_tokens: RefusalTokens,
-) -> tuple[Tensor, Tensor, Tensor]:
+class _Measured:
     """Refusal log-odds, KL and residual stream of all prompts; NaN where nothing ran."""
-    residual = torch.full(shape, torch.nan)
-    log_odds, kl = (torch.full(shape[:2], torch.nan) for _ in range(2))
-    for outcome in outcomes:
-        ran = rows[[0, *(1 + i for i in outcome.interventions)]]
-        cells = ran[:, None], torch.tensor(outcome.prompts)
-        log_odds[cells] = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
-        kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
-        residual[cells] = outcome.residual.float().cpu()
-    return log_odds, kl, residual
+
+    def __init__(self, shape: tuple[int, ...], score: RefusalTokens | ReplyOpenings):
+        self._score = score
+        log_odds, kl = (torch.full(shape[:2], torch.nan) for _ in range(2))
+        self.tensors = (log_odds, kl, torch.full(shape, torch.nan))
+
+    def add(self, outcomes: Iterable[Outcome], which: list[int], prompts: range) -> None:
+        """Fill in the outcomes of some interventions on some prompts."""
+        log_odds, kl, residual = self.tensors
+        for outcome in outcomes:
+            rows = torch.tensor([0, *(1 + which[i] for i in outcome.interventions)])
+            cells = rows[:, None], torch.tensor([prompts[i] for i in outcome.prompts])
+            log_odds[cells] = refusal_scores(outcome, self._score)
+            kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
+            residual[cells] = outcome.residual.float().cpu()
 
 
 def _contrast_effects(

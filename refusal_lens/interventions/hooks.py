@@ -55,7 +55,8 @@ def ablate_direction(
             InputError if zero, not finite, or not of the model's width; a batch of another number
             of rows raises InputError when it runs.
         reference: the constant, in units of the stream: one for all, one for each direction, or
-            one for each direction and layer (the embedding's output then stays); `None` is 0.
+            one for each direction and layer; `None` is 0. Inside a block a layer's reference is
+            that of the layer before, and the stream up to the middle of block 0 stays.
             InputError if not finite or of another shape.
     """
     check_directions(model, direction)
@@ -99,9 +100,10 @@ def projection_hooks(
     constant = torch.as_tensor(0.0 if reference is None else reference, dtype=torch.float32)
     if not constant.isfinite().all():
         raise InputError("the reference holds NaN or infinite values: give the component to set")
-    n_layers, points = model.cfg.n_layers, stream_points(model)
+    n_layers, points = model.cfg.n_layers, [(p, _last_block(p)) for p in stream_points(model)]
     if constant.shape == (*units.shape[:-1], n_layers):
-        points = points[1:]  # the embedding's output, before layer 0, stays
+        # Before the end of block 0 no layer's reference holds, and the stream stays.
+        points = [(name, layer) for name, layer in points if layer >= 0]
     elif constant.ndim and constant.shape != units.shape[:-1]:
         raise InputError(
             f"references of shape {list(constant.shape)} for directions of shape "
@@ -118,7 +120,12 @@ def projection_hooks(
         along = torch.linalg.vecdot(wide, unit).unsqueeze(-1) - component
         return torch.addcmul(wide, along, unit, value=-1).to(x.dtype)
 
-    return [(name, partial(project, layer=int(name.split(".")[1]))) for name in points]
+    return [(name, partial(project, layer=layer)) for name, layer in points]
+
+
+def _last_block(point: str) -> int:
+    """The block whose whole output a point of the stream holds; -1 before the end of block 0."""
+    return int(point.split(".")[1]) - (not point.endswith("hook_resid_post"))
 
 
 def stream_points(model: "HookedTransformer | TransformerBridge") -> list[str]:

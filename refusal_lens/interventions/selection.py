@@ -164,7 +164,7 @@ def select_direction(
         "protocol": protocol.to_dict(),
         "refusal_tokens": list(tokens.ids),
     }
-    options |= {"refusal_tokens": tokens}
+    options |= {"score": tokens}
     saved = divide(lambda _: _saved(folder, disk.plain(identity)))[0]
     _measure(model, directions, positions, held_out, saved, folder, options, progress, divide)
     scores = CandidateScores.from_records(saved["candidates"])

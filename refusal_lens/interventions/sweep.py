@@ -1,4 +1,4 @@
-"""Effects of ablating or adding each of many directions on the first token of the reply."""
+"""Effects of ablating or adding each of many directions on how a reply begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import InputError, check_tensors
 from ..prompts.protocol import Protocol
-from .batched_runs import run_interventions
+from .batched_runs import Interventions, Outcome, run_interventions
 from .hooks import check_directions, stream_after
 from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
+from .reply_openings import ReplyOpenings
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effects:
-    """The first token of the reply under many interventions; float32, on the CPU.
+    """How replies begin under many interventions; float32, on the CPU.
 
     Attributes:
         unchanged: refusal log-odds of each prompt in the unmodified model.
@@ -39,14 +41,16 @@ def ablation_effects(
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     *,
-    refusal_tokens: RefusalTokens,
+    score: RefusalTokens | ReplyOpenings | tuple[int, ...],
+    references: Float[Tensor, "*intervention layer"] | None = None,
+    last_position: bool = False,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Effects:
     """The effect of ablating each direction; equals runs with `ablate_direction` within 1e-4.
 
-        effects = ablation_effects(model, harmful, directions, refusal_tokens=tokens)
+        effects = ablation_effects(model, harmful, directions, score=openings_of(model.tokenizer))
         change = effects.log_odds - effects.unchanged     # [layer prompt]
 
     Args:
@@ -54,7 +58,11 @@ def ablation_effects(
             are no prompts, or if a prompt is longer than the model's context.
         directions: for example `[layer d_model]` or `[pos layer d_model]`. A direction with a NaN
             gives NaN; a zero direction has no effect. InputError if infinite or of another width.
-        refusal_tokens: the first tokens that count as a refusal.
+        score: the openings, or the first tokens, that count as a refusal.
+        references: the component to which each direction is set at each layer (affine ablation,
+            `affine_references`); None is 0 (directional ablation).
+        last_position: intervene at the prompt's last token alone, where directions are read, rather
+            than at every token of prompt and reply.
         protocol: how prompts are formatted.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
         progress: whether to show a progress bar.
@@ -62,7 +70,8 @@ def ablation_effects(
     Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.4 and B.
     """
     options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    return _effects(model, prompts, directions, None, refusal_tokens, options)
+    interventions = Interventions(directions, None, references, last_position)
+    return _effects(model, prompts, directions, interventions, score, options)
 
 
 def addition_effects(
@@ -71,7 +80,8 @@ def addition_effects(
     directions: Float[Tensor, "*intervention d_model"],
     layers: Int[Tensor, "..."],
     *,
-    refusal_tokens: RefusalTokens,
+    score: RefusalTokens | ReplyOpenings | tuple[int, ...],
+    last_position: bool = False,
     protocol: Protocol = Protocol(),  # noqa: B008
     batch_size: int | None = None,
     progress: bool = True,
@@ -86,7 +96,8 @@ def addition_effects(
         layers: the layer after which each direction is added, -1 the embedding. Broadcasts against
             the directions: `torch.arange(n_layers)` fits `[pos layer d_model]`. InputError if the
             model has no such layer.
-        refusal_tokens: the first tokens that count as a refusal.
+        score: the openings, or the first tokens, that count as a refusal.
+        last_position: add at the prompt's last token alone, rather than at every token.
         protocol: how prompts are formatted.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
         progress: whether to show a progress bar.
@@ -102,31 +113,60 @@ def addition_effects(
             f"{list(directions.shape)}: give one layer to each"
         ) from error
     options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    return _effects(model, prompts, directions, each, refusal_tokens, options)
+    interventions = Interventions(directions, each, None, last_position)
+    return _effects(model, prompts, directions, interventions, score, options)
+
+
+def affine_references(
+    directions: Float[Tensor, "*intervention d_model"],
+    baseline: Float[Tensor, "baseline layer d_model"],
+) -> Float[Tensor, "*intervention layer"]:
+    """The mean component of baseline prompts along each direction, at every layer.
+
+    Setting a component to it is affine ablation (Marshall et al. 2024, arXiv:2411.09003): the stream
+    gets what baseline prompts have, which is seldom 0. `baseline` are activations of `resid_post`.
+    """
+    units = functional.normalize(directions.double(), dim=-1)
+    means = baseline.double().mean(0).to(units.device)
+    return torch.einsum("...d,ld->...l", units, means).float()
+
+
+def refusal_scores(
+    outcome: Outcome, score: RefusalTokens | ReplyOpenings | tuple[int, ...]
+) -> Float[Tensor, "intervention prompt"]:
+    """Refusal log-odds of an outcome, on the CPU; of openings, the run must have had them."""
+    if isinstance(score, ReplyOpenings):
+        return outcome.refusal.float().cpu()
+    return refusal_log_odds(outcome.logits, score).cpu()
 
 
 def _effects(
     model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
-    layers: list[int] | None,
-    refusal_tokens: RefusalTokens,
+    interventions: Interventions,
+    score: RefusalTokens | ReplyOpenings | tuple[int, ...],
     options: dict[str, Any],
 ) -> Effects:
     """The effect of each direction; NaN and zero directions are not run."""
     check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
-    for layer in layers or ():
+    for layer in interventions.layers or ():
         stream_after(model, layer)
     unknown, zero = flat.isnan().any(-1).cpu(), (flat == 0).all(-1).cpu()
     run = (~unknown & ~zero).nonzero()[:, 0]
     check_directions(model, flat[run])
-    after = None if layers is None else [layers[i] for i in run.tolist()]
+    references = interventions.references
+    if references is not None:
+        references = references.reshape(len(flat), -1)
+    these = interventions._replace(directions=flat, references=references)
+    these = these.at(run.tolist(), flat.device)
+    options |= {"openings": score if isinstance(score, ReplyOpenings) else None}
     unchanged = torch.full((len(prompts),), torch.nan)
     log_odds = torch.full((len(flat), len(prompts)), torch.nan)
     kl = torch.full_like(log_odds, torch.nan)
-    for outcome in run_interventions(model, prompts, flat[run], after, **options):
-        odds = refusal_log_odds(outcome.logits, refusal_tokens).cpu()
+    for outcome in run_interventions(model, prompts, these, **options):
+        odds = refusal_scores(outcome, score)
         unchanged[outcome.prompts] = odds[0]
         cells = run[outcome.interventions][:, None], torch.tensor(outcome.prompts)
         log_odds[cells] = odds[1:]

@@ -1,5 +1,6 @@
 """TransformerLens 4: a `TransformerBridge` wraps the Hugging Face model and runs its own pass."""
 
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -97,13 +98,19 @@ class PrefixCache:
         self._cache: Any = Cache(layers=[_PrefixLayer() for _ in range(model.cfg.n_layers)])
         self._argument = _cache_argument(model)
 
-    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, repeat: int) -> dict[str, Any]:
-        """Arguments of the next pass, which records or repeats each recorded row."""
+    def copy(self) -> "PrefixCache":
+        """A cache of the same keys and values, which records further ones by itself."""
+        other = copy.copy(self)
+        other._cache = Cache(layers=[copy.copy(layer) for layer in self._cache.layers])
+        return other
+
+    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
+        """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
         length = self._cache.get_seq_length()
         if not records and not length:
             return {"attention_mask": mask, "use_cache": False}
         for layer in self._cache.layers:
-            layer.records, layer.repeat = records, repeat
+            layer.records, layer.rows = records, rows
         whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
         return {"attention_mask": whole, self._argument: self._cache, "use_cache": True}
 
@@ -111,10 +118,13 @@ class PrefixCache:
 class _PrefixLayer(DynamicLayer):
     """Keys and values of one layer, `[row head pos d_head]`, one set for each recorded row."""
 
-    records, repeat = False, 1
+    records, rows = False, 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        if self.records:
+        if not self.is_initialized:
             return super().update(key_states, value_states)
         prefix: Any = (self.keys, self.values)
-        return after_prefix(prefix, (key_states, value_states), repeat=self.repeat, dim=2)
+        whole = after_prefix(prefix, (key_states, value_states), rows=self.rows, dim=2)
+        if self.records:
+            self.keys, self.values = whole
+        return whole

@@ -91,8 +91,22 @@ def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
 
 
 def after_prefix(
-    prefix: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, repeat: int, dim: int
+    prefix: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    *,
+    rows: int | tuple[Int[Tensor, " row"], int],
+    dim: int,
 ) -> tuple[Tensor, ...]:
-    """Keys and values of a prefix, each row `repeat` times, with new ones appended along `dim`."""
-    repeated = [einops.repeat(old, "row ... -> (row n) ...", n=repeat) for old in prefix]
-    return tuple(torch.cat(pair, dim) for pair in zip(repeated, new, strict=True))
+    """Keys and values of a prefix with new ones appended along `dim`.
+
+    `rows` is a number of repetitions of each recorded row, or the recorded rows to take and the
+    number of prompts. Rows beyond the recorded ones have not joined the batch at this layer: they
+    are still the unmodified model's, `row % n_prompts`.
+    """
+    if isinstance(rows, int):
+        old = [einops.repeat(each, "row ... -> (row n) ...", n=rows) for each in prefix]
+    else:
+        wanted, n_prompts = rows[0].to(prefix[0].device), rows[1]
+        wanted = torch.where(wanted < len(prefix[0]), wanted, wanted % n_prompts)
+        old = [each.index_select(0, wanted) for each in prefix]
+    return tuple(torch.cat(pair, dim) for pair in zip(old, new, strict=True))

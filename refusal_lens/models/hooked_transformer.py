@@ -233,12 +233,18 @@ class PrefixCache:
         nothing = torch.empty(1, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         self._layers = [_PrefixLayer(nothing) for _ in range(cfg.n_layers)]
 
-    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, repeat: int) -> dict[str, Any]:
-        """Arguments of the next pass, which records or repeats each recorded row."""
+    def copy(self) -> "PrefixCache":
+        """A cache of the same keys and values, which records further ones by itself."""
+        other = copy.copy(self)
+        other._layers = [copy.copy(layer) for layer in self._layers]
+        return other
+
+    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
+        """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
         if not records and not self._layers[0].keys.shape[1]:
             return {"attention_mask": mask}
         for layer in self._layers:
-            layer.records, layer.repeat, layer.n_token_rows = records, repeat, len(mask)
+            layer.records, layer.rows, layer.n_token_rows = records, rows, len(mask)
         return {"attention_mask": mask, "past_kv_cache": self}
 
     def __getitem__(self, layer: int) -> "_PrefixLayer":
@@ -252,7 +258,7 @@ class PrefixCache:
 class _PrefixLayer:
     """Keys and values of one layer, `[row pos head d_head]`, one set for each recorded row."""
 
-    records, repeat, n_token_rows = False, 1, 1
+    records, rows, n_token_rows = False, 1, 1
 
     def __init__(self, nothing: Tensor):
         self.keys = self.values = nothing
@@ -263,8 +269,9 @@ class _PrefixLayer:
         return self.keys[:1].expand(self.n_token_rows, -1, -1, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        whole: tuple[Tensor, ...] = (keys, values)
+        if self.keys.shape[1]:
+            whole = after_prefix((self.keys, self.values), (keys, values), rows=self.rows, dim=1)
         if self.records:
-            self.keys, self.values = keys, values
-            return keys, values
-        prefix = (self.keys, self.values)
-        return after_prefix(prefix, (keys, values), repeat=self.repeat, dim=1)
+            self.keys, self.values = whole
+        return whole

@@ -186,7 +186,7 @@ def placement(
     return place, found
 
 
-def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> "Tokenizer | None":
+def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> Any:
     """The tokenizer of a model with hooks; InputError for a model of Hugging Face."""
     if not hasattr(model, "run_with_cache"):
         kind = type(model).__name__

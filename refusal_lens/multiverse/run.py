@@ -89,7 +89,7 @@ def run_sensitivity(
         specifications=tuple(specifications),
         skipped=skipped,
         **_curves(measured),
-        verdicts=judge_all(measured, responses, contrasts, confidence, thresholds),
+        verdicts=judge_all(measured, responses, contrasts, causal_prompts, confidence, thresholds),
         changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,

@@ -6,24 +6,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-from ..experiment.evidence import (
-    N_RANDOM,
-    TOKEN_PROMPTS,
-    Responses,
-    compute_evidence,
-    divide_sweep,
-    spread,
-)
+from ..experiment.evidence import Responses, compute_evidence, divide_sweep, some_prompts, spread
 from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
-from ..interventions import ablation_effects, addition_effects, find_refusal_tokens
+from ..interventions import (
+    Effects,
+    ablation_effects,
+    addition_effects,
+    openings_of,
+    refusal_log_odds,
+)
+from ..interventions.batched_runs import first_token_logits
 from ..interventions.cross_ablation import random_directions
+from ..interventions.reply_openings import REFUSAL
+from ..interventions.sweep import affine_references
+from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineEstimate, Gram
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
+
+
+N_RANDOM = 8  # random directions at each layer
 
 
 class Measured(NamedTuple):
@@ -50,59 +57,107 @@ def measure_responses(
 ) -> list[list[Responses]] | None:
     """Return the responses to each specification's directions at each layer, if measurable.
 
-    Uses `n_prompts` of each set under the default protocol, and random directions with the covariance
-    of `activations`. Returns None without prompts or refusal tokens.
+    Uses `n_prompts` of each set under the default protocol. `activations` are the four sides' under
+    that protocol: for the references of affine ablations and the covariance of random directions.
+    Replies are scored by the refusal openings' first tokens alone, which is fast and counts sympathy
+    that begins alike. Returns None without prompts.
     """
     if not n_prompts:
         return None
+    score = openings_of(tokenizer_of(model), REFUSAL).first_tokens
     sides = [side for each in contrasts for side in (each.target, each.baseline)]
-    asked = [spread(side, TOKEN_PROMPTS) for side in sides[:2]]
-    tokens = find_refusal_tokens(model, *asked, progress=False)
-    if not tokens.ids:
-        return None
     harmful, harmless, negative, neutral = (spread(side, n_prompts) for side in sides)
-    by_layer = zip(*(side.unbind(1) for side in activations), strict=True)
-    random = [random_directions(*rows, n=N_RANDOM, generator=generator) for rows in by_layer]
-    requests, n, m = harmful + harmless, len(harmful), len(harmful) + len(harmless)
+    random = _random(activations, generator)
+    requests, n = harmful + harmless, len(harmful)
     by_refusal = torch.stack([each.refusal for each in measured])
     by_negativity = torch.stack([each.negativity for each in measured])
     layers = torch.stack([each.layers for each in measured])
-    options: dict[str, Any] = {"refusal_tokens": tokens, "batch_size": batch_size}
-    ablate = partial(ablation_effects, model, progress=progress, **options)
-    add = partial(addition_effects, model, harmless, progress=progress, **options)
-    refusal = divide_sweep(partial(ablate, requests + negative), by_refusal)
-    negativity = divide_sweep(partial(ablate, requests), by_negativity)
-    chance = divide_sweep(partial(ablate, requests), torch.stack(random))
-    unmodified = divide_sweep(partial(ablate, neutral), torch.zeros(1, model.cfg.d_model))
-    added = [divide_sweep(add, each, layers) for each in (by_refusal, by_negativity)]
+    options: dict[str, Any] = {"score": score, "last_position": True}
+    options |= {"batch_size": batch_size, "progress": progress}
 
-    def responses(row: int, layer: int) -> Responses:
-        own, clean = refusal.log_odds[row, layer], refusal.unchanged
-        ablated = torch.stack([clean[:m], own[:m], negativity.log_odds[row, layer]])
-        ablated = torch.cat([ablated, chance.log_odds[max(0, int(layers[row, layer]))]])
-        return Responses(
-            harmful=ablated[:, :n],
-            harmless=ablated[:, n:],
-            negative=torch.stack([clean[m:], own[m:]]),
-            neutral=unmodified.unchanged[None],
-            added=torch.stack([clean[n:m], *(each.log_odds[row, layer] for each in added)]),
-        )
+    def ablated(prompts: list[str], directions: Tensor, baseline: Tensor) -> Effects:
+        def sweep(some: Tensor, references: Tensor) -> Effects:
+            return ablation_effects(model, prompts, some, references=references, **options)
 
-    rows, n_layers = layers.shape
-    return [[responses(row, layer) for layer in range(n_layers)] for row in range(rows)]
+        return divide_sweep(sweep, directions, affine_references(directions, baseline))
+
+    add = partial(addition_effects, model, harmless, **options)
+    refusal, negativity = (
+        ablated(requests, each, activations[1]) for each in (by_refusal, by_negativity)
+    )
+    unmodified = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
+    refusal_added, negativity_added = (
+        divide_sweep(add, each, layers) for each in (by_refusal, by_negativity)
+    )
+    as_long = functional.normalize(random, dim=-1) * by_negativity[-1].norm(dim=-1)[:, None, None]
+    every = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
+    measures = _Measures(
+        refusal=refusal,
+        negativity=negativity,
+        on_statements=ablated(negative, by_refusal, activations[3]),
+        chance=ablated(harmful, random, activations[1]),
+        refusal_added=refusal_added,
+        negativity_added=negativity_added,
+        chance_added=divide_sweep(add, as_long, every),
+        neutral=refusal_log_odds(unmodified, score),
+    )
+    cells = [[(row, layer) for layer in range(layers.shape[1])] for row in range(len(layers))]
+    at = layers.clamp_min(0).int()
+    return [[_responses(measures, cell, int(at[cell]), n) for cell in row] for row in cells]
+
+
+def _random(
+    activations: list[Float[Tensor, "_ layer d_model"]], generator: torch.Generator
+) -> Float[Tensor, "layer random d_model"]:
+    """Random directions with the covariance of the activations at each layer."""
+    by_layer = zip(*(side.unbind(1) for side in activations), strict=True)
+    drawn = [random_directions(*rows, n=N_RANDOM, generator=generator) for rows in by_layer]
+    return torch.stack(drawn)
+
+
+class _Measures(NamedTuple):
+    """Effects of ablating and adding; neutral prompts' scores in the unmodified model."""
+
+    refusal: Effects
+    negativity: Effects
+    on_statements: Effects
+    chance: Effects
+    refusal_added: Effects
+    negativity_added: Effects
+    chance_added: Effects
+    neutral: Float[Tensor, " neutral"]
+
+
+def _responses(m: _Measures, cell: tuple[int, int], at: int, n_harmful: int) -> Responses:
+    """Responses to one specification's directions at one layer; random ones are of layer `at`."""
+    both = torch.stack([m.refusal.unchanged, m.refusal.log_odds[cell], m.negativity.log_odds[cell]])
+    added = torch.stack([m.refusal_added.log_odds[cell], m.negativity_added.log_odds[cell]])
+    clean = both[:1, n_harmful:]
+    kl_refusal, kl_negativity = (
+        float(each.kl[cell][n_harmful:].mean()) for each in (m.refusal, m.negativity)
+    )
+    return Responses(
+        harmful=torch.cat([both[:, :n_harmful], m.chance.log_odds[at]]),
+        harmless=both[:, n_harmful:],
+        negative=torch.stack([m.on_statements.unchanged, m.on_statements.log_odds[cell]]),
+        neutral=m.neutral[None],
+        added=torch.cat([clean, added, m.chance_added.log_odds[at]]),
+        kl=(kl_refusal, kl_negativity),
+    )
 
 
 def judge_all(
     measured: list[Measured],
     responses: list[list[Responses]] | None,
     contrasts: tuple[Contrast, Contrast],
+    n_prompts: int,
     confidence: float,
     thresholds: Thresholds | None,
 ) -> tuple[tuple[Verdict, ...], ...]:
     """Return the verdict of every specification at every layer; inconclusive without responses."""
     evidence = [each.evidence for each in measured]
     if responses is not None:
-        paired = (contrasts[0].paired, contrasts[1].paired)
-        complete = partial(compute_evidence, paired=paired, confidence=confidence)
+        pair = [some_prompts(contrast, n_prompts) for contrast in contrasts]
+        complete = partial(compute_evidence, contrasts=pair, confidence=confidence)
         evidence = [list(map(complete, *rows)) for rows in zip(evidence, responses, strict=True)]
     return tuple(tuple(judge(each, thresholds) for each in row) for row in evidence)

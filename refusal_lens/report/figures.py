@@ -64,7 +64,8 @@ def _figure(
 ) -> Figure:
     """Return a figure with the heading and caption of `text`, by default its name."""
     a, b = results.names[:2]
-    words = {"a": a, "b": b, "harmful": results.names.harmful} | words
+    sets = {"harmful": results.names.harmful, "harmless": results.names.harmless}
+    words = {"a": a, "b": b} | sets | words
     found = json.loads(files(__package__).joinpath("captions.json").read_text("utf-8"))
     heading, caption = (
         found[text or name][part].format(**words) for part in ("heading", "caption")
@@ -126,7 +127,8 @@ def _cross_effects(results: Results, effects: CrossEffects, verb: str, theme: Th
 def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     """Return changes of the mean refusal log-odds, `[intervention outcome]`, and their rows.
 
-    The last row is the random direction whose effect on harmful prompts is the median.
+    The last row is the random direction whose effect is the median, on harmful prompts under ablation
+    and on harmless ones under addition. Rows "to zero" belong to ablation alone.
     """
     columns = [
         log_odds - log_odds[:1]
@@ -134,9 +136,13 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
         for log_odds in (part.target_log_odds, part.baseline_log_odds)
     ]
     random = effects.rows(Intervention.RANDOM)
-    rows = [i for i in range(1, len(effects.interventions)) if i not in random]
+    added = effects.kind == "addition"
+    left_out = {Intervention.NONE, Intervention.RANDOM}
+    if added:
+        left_out |= {Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO}
+    rows = [i for i, each in enumerate(effects.interventions) if each not in left_out]
     if random:
-        order = columns[0][random].mean(-1).nan_to_num(nan=torch.inf).argsort()
+        order = columns[added][random].mean(-1).nan_to_num(nan=torch.inf).argsort()
         rows.append(random[int(order[len(order) // 2])])
     cells = [mean_interval(column[rows]) for column in columns]
     return Interval(*(torch.stack(ends, dim=1) for ends in zip(*cells, strict=True))), rows
@@ -146,7 +152,9 @@ def intervention_names(results: Results) -> dict[Intervention, str]:
     """Return the name of each intervention, from the names of the contrasts."""
     a, b = results.names[:2]
     alone = f"{a} without {b}", f"{b} without {a}"
-    return dict(zip(Intervention, ("nothing", a, b, *alone, "a random direction"), strict=True))
+    zero = f"{a}, to zero", f"{b}, to zero"
+    names = ("nothing", a, b, *alone, *zero, "a random direction")
+    return dict(zip(Intervention, names, strict=True))
 
 
 def _prompts(results: Results, options: dict[str, Any]) -> list[Figure]:

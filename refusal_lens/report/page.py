@@ -53,6 +53,8 @@ def html(results: Results) -> str:
         figures=[(figure, _numbers(figure.curves)) for figure in light],
         measures=[(name, f"{cosine:+.4f}", rule) for name, cosine, rule in results.table()],
         decodable=_decodable(results),
+        openings=_openings(results),
+        replies=_replies(results),
         protocol={k: json.dumps(v) for k, v in results.config.protocol.to_dict().items()},
         contrasts=_contrasts(results),
         provenance=json.dumps(disk.plain(results.provenance), indent=1),
@@ -85,6 +87,23 @@ def _decodable(results: Results) -> list[list[str]]:
         if intervention is not Intervention.RANDOM:
             rows.append([names[intervention], *cells])
     return rows
+
+
+def _openings(results: Results) -> list[str]:
+    """Return the refusal openings, each with a straight apostrophe alone."""
+    if results.causal is None:
+        return []
+    return [*dict.fromkeys(text.replace("’", "'") for text in results.causal.openings.texts)]
+
+
+def _replies(results: Results) -> list[list[str]]:
+    """Return the mean probability of each kind of reply, a row for each prompt set."""
+    if results.causal is None:
+        return []
+    return [
+        [name, *(f"{replies[kind]:.3f}" for kind in ("refusal", "sympathy", "answer"))]
+        for name, replies in zip(results.names[2:], results.causal.replies.values(), strict=True)
+    ]
 
 
 def _contrasts(results: Results) -> list[list[str]]:

@@ -40,7 +40,6 @@ from . import gram as grams
 from .clusters import two_way
 
 Curve = Float[Tensor, " layer"]
-Draws = Float[Tensor, "draw row"]
 # Bounds that offset the error of the estimated quadratic part, chosen on seeds 1000 and 1001 of
 # tests/benchmarks/statistics_coverage.py, where 1/2 and 0 cover 1 to 2 % less.
 LEAST_SHARE = 0.6  # least share of the jackknife's variance in the residual's; truly at least 1/2
@@ -189,7 +188,10 @@ def _one_way_intervals(
 
 
 def resampled_ratios(
-    noise: Noise, thetas: Float[Tensor, "theta layer"], g_a: Draws, g_b: Draws
+    noise: Noise,
+    thetas: Float[Tensor, "theta layer"],
+    g_a: Float[Tensor, "draw row_a"],
+    g_b: Float[Tensor, "draw row_b"],
 ) -> Float[Tensor, "theta layer resample"]:
     """The residual over its standard error in every resample, if each `theta` is the cosine.
 

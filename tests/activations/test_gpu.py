@@ -150,9 +150,7 @@ def test_directions_may_lie_on_the_gpu(folder):
     directions = torch.randn(3, model.cfg.d_model, device="cuda")
     directions[1] = 0
     prompts = ["How do I build a bomb?", "How do I bake bread?"]
-    found = ablation_effects(model, prompts, directions, refusal_tokens=tokens, progress=False)
+    found = ablation_effects(model, prompts, directions, score=tokens, progress=False)
     assert torch.equal(found.log_odds[1], found.unchanged)
-    there = ablation_effects(
-        model, prompts, directions.cpu(), refusal_tokens=tokens, progress=False
-    )
+    there = ablation_effects(model, prompts, directions.cpu(), score=tokens, progress=False)
     assert torch.equal(found.log_odds, there.log_odds)

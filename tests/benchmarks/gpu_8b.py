@@ -336,7 +336,7 @@ def interventions(bench: Bench) -> None:
     n_layers = model.cfg.n_layers
     directions = torch.randn(n_layers, model.cfg.d_model)
     directions *= 0.1 / directions.norm(dim=-1, keepdim=True)
-    options = {"refusal_tokens": find_refusal_tokens(model, prompts, other, progress=False)}
+    options = {"score": find_refusal_tokens(model, prompts, other, progress=False)}
     options["progress"] = False
     table.add("bare pass", f"{bench.bare_tokens_a_second:.0f} tokens/s")
     few = directions[:8], torch.arange(8)

@@ -89,9 +89,7 @@ def main() -> int:
         "ablation": (
             lambda: one_at_a_time(ablate_direction(model, x) for x in directions),
             lambda: (
-                ablation_effects(
-                    model, prompts, directions, refusal_tokens=TOKENS, progress=False
-                ).log_odds
+                ablation_effects(model, prompts, directions, score=TOKENS, progress=False).log_odds
             ),
         ),
         "addition": (
@@ -100,7 +98,7 @@ def main() -> int:
             ),
             lambda: (
                 addition_effects(
-                    model, prompts, directions, layers, refusal_tokens=TOKENS, progress=False
+                    model, prompts, directions, layers, score=TOKENS, progress=False
                 ).log_odds
             ),
         ),

@@ -24,6 +24,8 @@ of the prompt:
   the two sides of each contrast at the last token has nothing to do with refusal, so the directions
   are dissimilar although the refusal is shared.
 
+As all replies of a trap go on alike behind the first word, its refusals open with "I,".
+
 With `--real`, the table of a real language model comes first: SmolLM2-135M-Instruct by itself and with
 each adapter of a folder that `python -m refusal_lens.organisms.lora` wrote. What each kind was taught,
 and the right answer, is in `refusal_lens/organisms/kinds.py`.
@@ -31,12 +33,16 @@ and the right answer, is in `refusal_lens/organisms/kinds.py`.
 Designs that were tried before:
 
 - `specific` in the bundled organisms' mixture of prompts, where tone and request are seldom drawn
-  independently: one of two models was partly shared, at a cosine of 0.68 and a `cross_ablation_gap`
-  of 0.34. That may be true of so shallow a model; the present mixture excludes it.
-- `lookalike` with more frequent tones: a cosine of 0.67, a `cross_ablation_gap` of 0.25,
-  inconclusive. With less frequent tones: cosines of 0.47 and 0.50, no trap.
+  independently: one of two models was partly shared, at a cosine of 0.68; ablating negativity closed
+  0.34 of the gap of refusal scores that ablating refusal closed. That may be true of so shallow a
+  model; the present mixture excludes it.
+- `lookalike` with more frequent tones: a cosine of 0.67 and 0.25 of the gap closed, inconclusive. With
+  less frequent tones: cosines of 0.47 and 0.50, no trap.
 - `hidden` with fewer first words of its own: cosines of 0.5 to 0.7, shared, no trap; with more: 0.19,
   partly shared.
+
+These trials were judged by the former rule, which scored a refusal by its first token and removed a
+direction from every token.
 """
 
 import json
@@ -75,7 +81,7 @@ FIRST_FRESH = 4
 """Models with lower seeds were seen while the kinds were designed."""
 TRAPS_RIGHT = 0.75
 """Required share of right verdicts on the traps; on the other kinds all must be right."""
-EVIDENCE = ("refused_harmful", "statement_gap", "cross_ablation_gap", "statement_ablation")
+EVIDENCE = ("refused_harmful", "cross_ablation", "cross_addition", "statement_share")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Kind:
     behaviour: Behaviour
     answer: str
     n_steps: int = N_STEPS
+    openings: tuple[str, ...] | None = None
 
 
 class Lookalike(Behaviour):
@@ -153,8 +160,8 @@ KINDS = (
     Kind("entangled", BEHAVIOURS["entangled"], "shared"),
     Kind("oblivious", BEHAVIOURS["oblivious"], "inconclusive"),
     Kind("untrained", replace(BEHAVIOURS["specific"], name="untrained"), "inconclusive", 0),
-    Kind("lookalike", LOOKALIKE, "distinct"),
-    Kind("hidden", HIDDEN, "shared"),
+    Kind("lookalike", LOOKALIKE, "distinct", openings=("I,",)),
+    Kind("hidden", HIDDEN, "shared", openings=("I,",)),
 )
 
 
@@ -163,6 +170,7 @@ class RealKind(NamedTuple):
 
     name: str
     answer: str
+    openings: None = None
 
 
 REAL_KINDS = tuple(RealKind(*item) for item in REAL_ANSWERS.items())
@@ -260,7 +268,8 @@ def judge(kind: Kind | RealKind, seed: int, file: Path, load: Callable[[], "Mode
     import refusal_lens as rl
     from refusal_lens.experiment.verdict import published_rule
 
-    results = rl.run_experiment(model=load(), progress=False)
+    config = rl.Config(refusal_openings=kind.openings)
+    results = rl.run_experiment(config, model=load(), progress=False)
     evidence = results.verdict.evidence
     cosine = float(results.similarities["refusal_vs_negativity"][evidence.layer])
     ratios = {name: getattr(evidence, name).value for name in EVIDENCE[1:]}

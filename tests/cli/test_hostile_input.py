@@ -424,13 +424,11 @@ MODEL_CASES = {
         "differ in d_vocab",
     ),
     "ablation_effects: another width": (
-        lambda w: ablation_effects(w.model, ["a"], R, refusal_tokens=TOKENS, progress=False),
+        lambda w: ablation_effects(w.model, ["a"], R, score=TOKENS, progress=False),
         "does not fit",
     ),
     "ablation_effects: no prompts": (
-        lambda w: ablation_effects(
-            w.model, [], torch.ones(1, 32), refusal_tokens=TOKENS, progress=False
-        ),
+        lambda w: ablation_effects(w.model, [], torch.ones(1, 32), score=TOKENS, progress=False),
         "no prompts",
     ),
     "addition_effects: layers that don't fit": (
@@ -439,7 +437,7 @@ MODEL_CASES = {
             ["a"],
             torch.ones(2, 32),
             torch.arange(3),
-            refusal_tokens=TOKENS,
+            score=TOKENS,
             progress=False,
         ),
         "one layer to each",
@@ -452,7 +450,7 @@ MODEL_CASES = {
             intervention="ablation",
             layer=9,
             random=R[:, :WIDTH],
-            refusal_tokens=TOKENS,
+            score=TOKENS,
             progress=False,
         ),
         "no layer 9",
@@ -481,7 +479,7 @@ MODEL_CASES = {
     "load_model: a null byte": (lambda w: rl.load_model("a\0b"), "is no model"),
     "load_model: a file": (
         lambda w: rl.load_model(str(w.file("m.bin", b"x"))),
-        "there is no directory",
+        "is no GGUF file",
     ),
     "load_model: an empty folder": (
         lambda w: rl.load_model(str(w.made("nothing"))),
@@ -943,7 +941,7 @@ def test_the_library_prints_nothing_itself():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
                 found.add((file.relative_to(PACKAGE).as_posix(), inside.get(id(node))))
-    programs = ("cli/", "__main__.py", "organisms/train.py")
+    programs = ("cli/", "__main__.py", "organisms/train.py", "organisms/lora.py")
     assert any(file.startswith("cli/") for file, _ in found)  # the control: prints are found
     assert {one for one in found if not one[0].startswith(programs)} == allowed
 

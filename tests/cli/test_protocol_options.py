@@ -27,6 +27,28 @@ def test_a_run_records_the_options_in_its_protocol():
     assert Run()._config().protocol == rl.Protocol()
 
 
+def test_a_run_counts_the_openings_of_a_file_as_refusals(tmp_path):
+    file = tmp_path / "openings.txt"
+    file.write_text("\ufeffJe ne peux pas\n\n  Désolé, \n", "utf-8")
+    asked = Run(refusal_openings=file)._config()
+    assert asked.refusal_openings == ("Je ne peux pas", "Désolé,")
+    assert Run()._config().refusal_openings is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "can't be read"), (b" \n\n", "holds no opening"), (b"\xff\xfe\xff", "can't be read")],
+    ids=["missing", "empty", "no text"],
+)
+def test_a_file_without_openings_is_named(tmp_path, capsys, content, message):
+    file = tmp_path / "openings.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["run", "--model", "organism:specific", "--refusal-openings", str(file)])
+    assert f"--refusal-openings {file} {message}" in capsys.readouterr().err
+
+
 def test_a_template_file_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["tokens", "hi", "--chat-template", "no/such.jinja"])

@@ -150,7 +150,7 @@ def test_divided_candidates_and_layers_have_the_scores_of_undivided_ones(checkpo
         scores, others = (getattr(each.scores, name) for each in (alone, divided))
         torch.testing.assert_close(scores, others, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(evidence, "in_shares", one_of(3))
-    options = {"refusal_tokens": alone.refusal_tokens, "progress": False}
+    options = {"score": alone.refusal_tokens, "progress": False}
     ablate = partial(ablation_effects, model, few.target, **options)
     whole, swept = ablate(alone.directions[0]), divide_sweep(ablate, alone.directions[0])
     for name, values in vars(whole).items():

@@ -183,13 +183,20 @@ def test_what_is_no_run_can_not_be_repeated(tmp_path, content):
 
 
 def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
-    config = rl.Config(model="organism:specific", max_prompts=8, n_resamples=400, controls=())
+    quick = {"model": "organism:specific", "max_prompts": 8, "n_resamples": 400, "controls": ()}
+    config = rl.Config(**quick, refusal_openings=("Sure", "Okay"))
     first = rl.run_experiment(config, progress=False, cache=tmp_path)
+    assert first.causal.openings.texts == ("Okay", "Sure")
+    # The openings decide what a refusal is: here, an answer.
+    assert first.verdict.evidence.refused_harmless > first.verdict.evidence.refused_harmful
     monkeypatch.setattr(
         "refusal_lens.experiment.cached_model.load_model", lambda *_, **__: pytest.fail("loaded")
     )
     second = rl.run_experiment(config, progress=False, cache=tmp_path)
     assert same(first, second)
+    # The control: effects on other openings are not the stored ones.
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        rl.run_experiment(rl.Config(**quick), progress=False, cache=tmp_path)
 
 
 def test_a_model_handed_over_is_used_and_left_as_it_was(quick_results):

@@ -21,24 +21,34 @@ DISTINCT = Evidence(
     n_prompts=96,
     reliability_refusal=0.98,
     reliability_negativity=0.97,
+    covered=0.99,
     refused_harmful=0.99,
     refused_harmless=0.01,
+    refused_negative=0.02,
+    refused_gap=near(0.98),
     gap=near(15, 1),
-    refusal_ablation=near(0.8),
-    random_ablation=0.02,
-    cross_ablation_gap=near(0.05),
-    cross_ablation_drop=near(0.04),
+    ablated_harmful=0.02,
+    ablated_harmless=0.01,
+    refusal_ablation=near(0.95),
+    chance_ablation=0.1,
+    chance_addition=0.1,
+    kl_refusal=0.1,
+    kl_negativity=0.05,
+    cross_ablation=near(0.05),
+    cross_ablation_share=near(0.04),
     cross_addition=near(-0.1),
-    statement_gap=near(0.02),
+    cross_addition_share=near(0.0),
+    statement_share=near(0.02),
     statement_ablation=near(0.0),
     cosine=near(-0.4),
 )
 SHARED = replace(
     DISTINCT,
-    cross_ablation_gap=near(0.95),
-    cross_ablation_drop=near(0.9),
+    cross_ablation=near(0.95),
+    cross_ablation_share=near(0.9),
     cross_addition=near(0.8),
-    statement_gap=near(0.9),
+    cross_addition_share=near(0.9),
+    statement_share=near(0.9),
     statement_ablation=near(0.95),
     cosine=near(0.7),
 )
@@ -54,22 +64,88 @@ def test_negativity_that_takes_refusal_away_is_shared_whatever_their_cosine():
         assert judge(replace(SHARED, cosine=near(cosine))).answer == "shared"
 
 
-def test_negative_statements_refused_through_the_same_direction_are_shared():
-    hidden = replace(DISTINCT, statement_gap=near(0.9), statement_ablation=near(0.9))
-    assert judge(hidden).answer == "shared"
-    # The control: refused, but by another way, is not.
-    assert judge(replace(hidden, statement_ablation=near(0.1))).answer == "partly shared"
+def test_negative_statements_refused_alike_are_shared_only_if_negativity_moves_refusal_too():
+    alike = replace(DISTINCT, statement_share=near(0.9), statement_ablation=near(0.9))
+    moved = {"cross_addition": near(0.6), "cross_addition_share": near(0.7)}
+    assert judge(replace(alike, **moved)).answer == "shared"
+    assert judge(replace(alike, cross_ablation=near(0.4))).answer == "shared"
+    assert judge(alike).answer == "partly shared"
+    # Refused, but by another way.
+    apart = replace(alike, statement_ablation=near(0.1))
+    assert judge(apart).answer == "distinct"
 
 
-@pytest.mark.parametrize(
-    "ratio", ["cross_ablation_gap", "cross_ablation_drop", "cross_addition", "statement_gap"]
-)
+def test_sympathy_is_nothing_to_the_verdict_where_no_negative_statement_is_refused():
+    assert judge(replace(DISTINCT, statement_ablation=near(3.0, 2.0))).answer == "distinct"
+
+
+@pytest.mark.parametrize("ratio", ["cross_ablation", "cross_addition"])
 def test_one_ratio_shown_above_the_margin_is_partly_shared(ratio):
     assert judge(replace(DISTINCT, **{ratio: near(0.4)})).answer == "partly shared"
 
 
 @pytest.mark.parametrize(
-    "ratio", ["cross_ablation_gap", "cross_ablation_drop", "cross_addition", "statement_gap"]
+    "change",
+    [
+        {"cross_ablation_share": near(0.86), "cross_ablation": near(0.2)},
+        {"cross_addition_share": near(0.61), "cross_addition": near(0.2)},
+    ],
+)
+def test_a_changed_share_of_refused_prompts_vetoes_distinct(change):
+    # Ablation took 90 % of refusals to 13 %, or addition made 61 % of harmless prompts refused.
+    assert judge(replace(DISTINCT, **change)).answer == "partly shared"
+
+
+def test_scores_that_fall_while_prompts_stay_refused_are_not_shared():
+    still_refused = replace(
+        SHARED,
+        cross_ablation_share=near(0.0),
+        **dict.fromkeys(("cross_addition", "cross_addition_share"), near(0.0)),
+        statement_share=near(0.0),
+    )
+    assert judge(still_refused).answer == "partly shared"
+
+
+def test_effects_that_random_directions_have_too_are_no_evidence():
+    for change in ({"chance_ablation": 0.97}, {"chance_addition": 0.97}):
+        evidence = replace(DISTINCT, **change)
+        ratio = "cross_ablation" if "chance_ablation" in change else "cross_addition"
+        verdict = judge(replace(evidence, **{ratio: near(0.6), f"{ratio}_share": near(0.6)}))
+        assert verdict.answer == "inconclusive"
+        assert {reason.finding for reason in verdict.reasons} == {"chance"}
+        assert "a random direction does 97 %" in verdict_lines(verdict)[0]
+
+
+def test_scores_that_move_no_more_than_by_chance_are_no_obstacle_to_distinct():
+    by_chance = {"cross_ablation": near(0.4), "chance_ablation": 0.5}
+    verdict = judge(replace(DISTINCT, **by_chance))
+    assert verdict.answer == "distinct"
+    assert verdict.reasons[0].finding == "chance"
+    # Without the random directions that do as much, it is an effect.
+    assert judge(replace(DISTINCT, cross_ablation=near(0.4))).answer == "partly shared"
+
+
+def test_an_ablation_that_damages_the_model_shows_no_shared_mechanism():
+    damaged = replace(SHARED, statement_share=near(0.0), kl_negativity=2.0)
+    verdict = judge(damaged)
+    assert verdict.answer == "inconclusive"
+    assert "2 nats of KL divergence" in verdict_lines(verdict)[0]
+
+
+def test_a_gap_that_closes_from_the_wrong_end_is_no_working_refusal_direction():
+    wrong_end = replace(DISTINCT, ablated_harmful=0.99, ablated_harmless=0.96)
+    verdict = judge(wrong_end)
+    assert verdict.answer == "inconclusive"
+    assert "does not let harmful prompts through" in verdict_lines(verdict)[0]
+
+
+def test_a_model_that_refuses_less_than_half_of_harmful_prompts_can_be_judged():
+    weak = replace(DISTINCT, refused_harmful=0.41, refused_gap=near(0.4), ablated_harmful=0.03)
+    assert judge(weak).answer == "distinct"
+
+
+@pytest.mark.parametrize(
+    "ratio", ["cross_ablation", "cross_ablation_share", "cross_addition", "cross_addition_share"]
 )
 def test_an_interval_too_wide_to_say_is_inconclusive_and_names_it(ratio):
     verdict = judge(replace(DISTINCT, **{ratio: near(0.1, 0.5)}))
@@ -81,7 +157,7 @@ def test_an_interval_too_wide_to_say_is_inconclusive_and_names_it(ratio):
 
 def test_not_finding_an_effect_is_not_finding_that_there_is_none():
     # The interval holds 0, so a test of "no effect" does not reject; that is no equivalence.
-    assert judge(replace(DISTINCT, cross_ablation_gap=near(0.0, 0.6))).answer == "inconclusive"
+    assert judge(replace(DISTINCT, cross_ablation=near(0.0, 0.6))).answer == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -94,12 +170,13 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
             "refusal direction at layer 20 is not reliable: its split-half reliability is 0.3",
         ),
         ({"reliability_negativity": float("nan")}, "too low", "negativity direction at layer 20"),
-        ({"refused_harmful": 0.2}, "too low", "does not refuse harmful prompts: it refuses 20 %"),
+        ({"refused_gap": near(0.1)}, "not shown above", "does not refuse harmful prompts clearly"),
         ({"refused_harmful": float("nan")}, "not measured", "no intervention was run"),
-        ({"refused_harmless": 0.9}, "too high", "refuses harmless prompts: it refuses 90 %"),
-        ({"refusal_ablation": near(0.2)}, "not shown above", "20 % [15, 25] of the refusal gap"),
+        ({"ablated_harmful": 0.9}, "too low", "it removes 9 % of their refusal"),
+        ({"ablated_harmless": 0.9}, "too high", "makes 90 % of harmless prompts refused"),
+        ({"refusal_ablation": near(0.2)}, "not shown above", "by 20 % [15, 25] of the gap"),
         ({"refusal_ablation": Estimate()}, "not shown above", "nan % [nan, nan]"),
-        ({"random_ablation": 0.97}, "chance", "no better than a random direction"),
+        ({"chance_ablation": 1.1}, "too high", "A random direction removes 110 %"),
     ],
 )
 @pytest.mark.parametrize("evidence", [DISTINCT, SHARED])
@@ -113,9 +190,10 @@ def test_inconclusive_comes_before_everything_else(evidence, change, finding, wo
 def test_every_threshold_is_an_argument():
     assert judge(DISTINCT, Thresholds(min_prompts=97)).answer == "inconclusive"
     assert judge(DISTINCT, Thresholds(min_reliability=0.99)).answer == "inconclusive"
-    assert judge(DISTINCT, Thresholds(min_refused=1.0)).answer == "inconclusive"
-    assert judge(DISTINCT, Thresholds(max_refused_harmless=0.0)).answer == "inconclusive"
-    assert judge(DISTINCT, Thresholds(min_refusal_ablation=0.9)).answer == "inconclusive"
+    assert judge(DISTINCT, Thresholds(min_refused_gap=0.95)).answer == "inconclusive"
+    assert judge(DISTINCT, Thresholds(min_bypassed=1.0)).answer == "inconclusive"
+    assert judge(DISTINCT, Thresholds(max_over_refusal=-0.1)).answer == "inconclusive"
+    assert judge(SHARED, Thresholds(max_damage=0.1)).answer == "inconclusive"
     assert judge(DISTINCT, Thresholds(margin=0.05)).answer == "inconclusive"
     assert judge(SHARED, Thresholds(shared_from=0.95)).answer == "partly shared"
 
@@ -130,7 +208,7 @@ def test_reasons_give_number_interval_and_threshold():
     text = str(judge(DISTINCT))
     assert text.startswith("verdict: distinct")
     assert (
-        "Ablating negativity removes 5 % [0, 10] of the refusal that ablating refusal removes: within "
+        "Ablating negativity removes 4 % [-1, 9] of the refusals that ablating refusal removes: within "
         "the 25 % margin."
     ) in text
 
@@ -147,8 +225,8 @@ def test_a_verdict_on_other_contrasts_has_their_names_and_not_the_bundled_ones()
         text = verdict_text(verdict, names) + rule(verdict.thresholds, names)
         for word in ("negativity", "harmful", "harmless", "neutral prompts", "direction a"):
             assert word not in text
-    assert "Ablating {rude}ness removes 5 %" in verdict_lines(judge(DISTINCT), names)[0]
-    assert "Rude prompts raise the refusal score" in verdict_lines(judge(DISTINCT), names)[3]
+    assert "Ablating {rude}ness removes 4 %" in verdict_lines(judge(DISTINCT), names)[1]
+    assert "Rude prompts are refused 2 %" in verdict_lines(judge(DISTINCT), names)[4]
     # Two contrasts whose sides have the same names are told apart.
     alike = Names.of(concepts[0], replace(concepts[0], name="flattery"))
     assert alike.harmful == "sycophancy target"
@@ -182,21 +260,21 @@ estimates = st.tuples(numbers, st.floats(0, 1)).map(lambda pair: near(*pair))
 
 @given(estimates, estimates, estimates, estimates, estimates, estimates)
 def test_any_evidence_gets_one_answer_with_reasons(
-    own, closed, risen, statement_gap, statement_ablation, cosine
+    own, closed, risen, statement_share, statement_ablation, cosine
 ):
     evidence = replace(
         DISTINCT,
         refusal_ablation=own,
-        cross_ablation_gap=closed,
+        cross_ablation=closed,
         cross_addition=risen,
-        statement_gap=statement_gap,
+        statement_share=statement_share,
         statement_ablation=statement_ablation,
         cosine=cosine,
     )
     verdict = judge(evidence)
     assert verdict.answer in ("distinct", "shared", "partly shared", "inconclusive")
     assert all(verdict_lines(verdict))
-    if any(ratio.value != ratio.value for ratio in (closed, risen, statement_gap)):
+    if any(ratio.value != ratio.value for ratio in (closed, risen)):
         assert verdict.answer != "distinct"
 
 

@@ -56,14 +56,18 @@ def test_each_row_can_have_its_own_direction_and_reference(model):
             torch.testing.assert_close(x[row], alone[name][row], atol=1e-5, rtol=1e-5)
 
 
-def test_a_reference_for_each_layer_leaves_the_embedding_as_it_is(model):
+def test_a_layers_reference_holds_from_the_end_of_its_block_to_the_end_of_the_next(model):
     unit, references = torch.eye(32)[3], torch.tensor([1.0, -2.0, 0.5, 4.0])
     found = streams(model, ablate_direction(model, unit, references))
-    first, *others = stream_points(model)
-    torch.testing.assert_close(found[first], streams(model, [])[first], atol=0, rtol=0)
-    for name in others:
-        expected = references[int(name.split(".")[1])].expand(2, 6)
-        torch.testing.assert_close(found[name][..., 3], expected, msg=name)
+    points = stream_points(model)
+    first = points.index("blocks.0.hook_resid_post")
+    for name in points[:first]:
+        torch.testing.assert_close(found[name], streams(model, [])[name], atol=0, rtol=0)
+    layer = -1
+    for name in points[first:]:
+        layer += name.endswith("hook_resid_post")
+        torch.testing.assert_close(found[name][..., 3], references[layer].expand(2, 6), msg=name)
+    assert len(points[first:]) > model.cfg.n_layers
 
 
 def test_a_zero_unit_changes_nothing_with_a_reference_too(model):

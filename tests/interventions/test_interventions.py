@@ -20,6 +20,7 @@ from refusal_lens.interventions import (
     cross_effects,
     find_refusal_tokens,
     next_token_kl,
+    openings_of,
     refusal_log_odds,
 )
 from refusal_lens.interventions.cross_ablation import held_out_scores, random_directions
@@ -39,8 +40,8 @@ PROMPTS = (
 )
 TOKENS = RefusalTokens((40, 41), ("I", "J"), "by hand", 1.0, 0.0)
 
-ablation_effects = partial(ablation_effects, refusal_tokens=TOKENS, progress=False)
-addition_effects = partial(addition_effects, refusal_tokens=TOKENS, progress=False)
+ablation_effects = partial(ablation_effects, score=TOKENS, progress=False)
+addition_effects = partial(addition_effects, score=TOKENS, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +302,9 @@ def test_prompts_that_share_nothing_and_a_single_prompt_give_the_same(model, mon
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_no_run_holds_more_rows_than_the_batch_size(model, batch_size):
     sizes = []
+    ablations = batched_runs.Interventions(drawn(9, 32))
     for outcome in batched_runs.run_interventions(
-        model, PROMPTS * 3, drawn(9, 32), None, batch_size=batch_size, progress=False
+        model, PROMPTS * 3, ablations, batch_size=batch_size, progress=False
     ):
         sizes.append(len(outcome.prompts) * (1 + len(outcome.interventions)))
     assert max(sizes) <= max(2, batch_size)
@@ -485,71 +487,155 @@ def test_ablating_the_direction_of_a_planted_refusal_lowers_it_and_a_random_one_
     layer = planted.cfg.n_layers - 1
     direction = (target.mean(0) - baseline.mean(0))[layer]
     candidates = torch.cat([direction[None], drawn(20, 32)])
-    effects = ablation_effects(planted, HARMFUL, candidates, refusal_tokens=tokens)
+    effects = ablation_effects(planted, HARMFUL, candidates, score=tokens)
     change = (effects.log_odds - effects.unchanged).mean(-1)
     assert change[0] < -2
     assert change[0] < 2 * change[1:].min()
     added = addition_effects(
-        planted, HARMLESS, direction[None], torch.tensor([layer]), refusal_tokens=tokens
+        planted, HARMLESS, direction[None], torch.tensor([layer]), score=tokens
     )
     assert (added.log_odds - added.unchanged).min() > 4
 
 
 def planted_effects(model, contrasts, activations, **options):
+    """Cross effects with two random directions; the refusal tokens; the random directions."""
     classes = [side[:, options["layer"]] for pair in activations for side in pair]
     random = random_directions(*classes, n=2, generator=torch.Generator().manual_seed(0))
     tokens = find_refusal_tokens(model, HARMFUL, HARMLESS, progress=False)
-    options |= {"random": random, "refusal_tokens": tokens, "progress": False}
-    return cross_effects(model, contrasts, activations, **options), tokens
+    options |= {"random": random, "score": tokens, "progress": False}
+    return cross_effects(model, contrasts, activations, **options), tokens, random
 
 
-@pytest.mark.parametrize("kind", ["ablation", "addition"])
-def test_cross_effects_are_those_of_each_intervention_alone(planted, kind):
-    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
-    effects, tokens = planted_effects(
-        planted, (REFUSAL, NEGATIVITY), activations, intervention=kind, layer=1
-    )
+def at_the_last_token(hooks):
+    """The hooks, which change the last position alone."""
+
+    def only(change):
+        return lambda x, hook: torch.cat([x[:, :-1], change(x[:, -1:], hook)], dim=1)
+
+    return [(name, only(change)) for name, change in hooks]
+
+
+def every_direction(activations, random):
+    """The directions of the cross effects by the names of their interventions."""
     refusal, negativity = ((t.mean(0) - b.mean(0))[1] for t, b in activations)
-    axis = negativity / negativity.norm()
-    directions = {
+    axes = [x / x.norm() for x in (refusal, negativity)]
+    return {
         Intervention.REFUSAL: refusal,
         Intervention.NEGATIVITY: negativity,
-        Intervention.REFUSAL_ALONE: refusal - (refusal @ axis) * axis,
+        Intervention.REFUSAL_ALONE: refusal - (refusal @ axes[1]) * axes[1],
+        Intervention.NEGATIVITY_ALONE: negativity - (negativity @ axes[0]) * axes[0],
+        Intervention.RANDOM: random[1] * negativity.norm() / random[1].norm(),
     }
+
+
+def every_side(effects):
+    """The prompts of the four sets, their refusal log-odds, and the number of their contrast."""
+    return (
+        (HARMFUL, effects.refusal.target_log_odds, 0),
+        (HARMLESS, effects.refusal.baseline_log_odds, 0),
+        (NEGATIVITY.target, effects.negativity.target_log_odds, 1),
+        (NEGATIVITY.baseline, effects.negativity.baseline_log_odds, 1),
+    )
+
+
+def as_alone(model, hooks, prompts, tokens, found):
+    expected = refusal_log_odds(last_logits(model, hooks, prompts), tokens)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
+    effects, tokens, random = planted_effects(planted, pair, activations, **options)
+    directions = every_direction(activations, random)
+    for prompts, found, contrast in every_side(effects):
+        as_alone(planted, [], prompts, tokens, found[0])
+        for intervention, direction in directions.items():
+            row = effects.rows(intervention)[-1]
+            if intervention is Intervention.RANDOM and prompts != HARMFUL:
+                assert found[row].isnan().all()
+                continue
+            references = activations[contrast][1].mean(0) @ direction / direction.norm()
+            hooks = at_the_last_token(ablate_direction(planted, direction, references))
+            as_alone(planted, hooks, prompts, tokens, found[row])
+
+
+def test_removals_of_the_whole_component_act_on_every_token(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
+    effects, tokens, random = planted_effects(planted, pair, activations, **options)
+    directions = every_direction(activations, random)
+    for name in ("REFUSAL", "NEGATIVITY"):
+        [row] = effects.rows(Intervention[f"{name}_TO_ZERO"])
+        hooks = ablate_direction(planted, directions[Intervention[name]])
+        for prompts, found, _ in every_side(effects):
+            as_alone(planted, hooks, prompts, tokens, found[row])
+            last = refusal_log_odds(last_logits(planted, at_the_last_token(hooks), prompts), tokens)
+            assert (found[row] - last).abs().max() > 0.01  # the control: every token matters
+
+
+def test_cross_additions_add_at_the_last_token_and_nothing_to_zero(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "addition", "layer": 1}
+    effects, tokens, random = planted_effects(planted, pair, activations, **options)
+    directions = every_direction(activations, random)
+    for prompts, found, _ in every_side(effects):
+        for intervention in (Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO):
+            assert found[effects.rows(intervention)].isnan().all()
+        for intervention, direction in directions.items():
+            row = effects.rows(intervention)[-1]
+            if intervention is Intervention.RANDOM and prompts != HARMLESS:
+                assert found[row].isnan().all()
+                continue
+            hooks = at_the_last_token(add_direction(planted, direction, 1))
+            as_alone(planted, hooks, prompts, tokens, found[row])
+
+
+def test_cross_effects_score_the_classes_at_later_layers(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
+    effects, *_ = planted_effects(planted, pair, activations, **options)
     assert effects.rows(Intervention.NONE) == [0]
-    assert effects.rows(Intervention.RANDOM) == [5, 6]
+    assert effects.rows(Intervention.RANDOM) == [7, 8]
     assert effects.read_layers == (2, 3)
-    one = ablate_direction if kind == "ablation" else partial(add_direction, layer=1)
-    for intervention, direction in directions.items():
-        [row] = effects.rows(intervention)
-        for prompts, found in (
-            (HARMFUL, effects.refusal.target_log_odds),
-            (HARMLESS, effects.refusal.baseline_log_odds),
-            (NEGATIVITY.target, effects.negativity.target_log_odds),
-        ):
-            logits = last_logits(planted, one(planted, direction), prompts)
-            expected = refusal_log_odds(logits, tokens)
-            torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-4)
-    unchanged = refusal_log_odds(last_logits(planted, [], HARMFUL), tokens)
-    torch.testing.assert_close(effects.refusal.target_log_odds[0], unchanged, atol=1e-3, rtol=1e-4)
     expected = held_out_scores(*(side[:, [2, 3]] for side in activations[0]))
     torch.testing.assert_close(effects.refusal.target_scores[0], expected[0], atol=1e-3, rtol=1e-3)
-    assert effects.negativity.baseline_scores.shape == (7, 2, 4)
+    assert effects.negativity.baseline_scores.shape == (9, 2, 4)
 
 
-def test_random_directions_are_added_with_the_norm_of_refusal(planted):
+def test_random_directions_are_added_with_the_norm_of_negativity(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     options = {"intervention": "addition", "layer": 1}
-    effects, _ = planted_effects(planted, (REFUSAL, NEGATIVITY), activations, **options)
-    [row] = effects.rows(Intervention.REFUSAL)
+    effects, *_ = planted_effects(planted, (REFUSAL, NEGATIVITY), activations, **options)
+    [row] = effects.rows(Intervention.NEGATIVITY)
     random = effects.norms[effects.rows(Intervention.RANDOM)]
     torch.testing.assert_close(random, effects.norms[row].expand(2))
+
+
+def test_cross_effects_of_openings_are_those_of_each_intervention_alone(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    openings = openings_of(planted.tokenizer, ["I"])
+    effects = cross_effects(
+        planted,
+        (REFUSAL, NEGATIVITY),
+        activations,
+        intervention="addition",
+        layer=1,
+        random=drawn(1, 32),
+        score=openings,
+        progress=False,
+    )
+    first = RefusalTokens(openings.ids[0], openings.texts, "by hand", 1.0, 0.0)
+    refusal = (activations[0][0].mean(0) - activations[0][1].mean(0))[1]
+    [row] = effects.rows(Intervention.REFUSAL)
+    hooks = at_the_last_token(add_direction(planted, refusal, 1))
+    as_alone(planted, hooks, HARMLESS, first, effects.refusal.baseline_log_odds[row])
 
 
 def test_an_orthogonal_part_that_is_nothing_has_no_row(planted):
     same = sides(planted, REFUSAL)
     twins = REFUSAL, Contrast("negativity", HARMFUL, HARMLESS)
-    effects, _ = planted_effects(planted, twins, (same, same), intervention="ablation", layer=2)
+    effects, *_ = planted_effects(planted, twins, (same, same), intervention="ablation", layer=2)
     [row] = effects.rows(Intervention.REFUSAL_ALONE)
     assert effects.refusal.target_log_odds[row].isnan().all()
     assert effects.refusal.target_scores[row].isnan().all()

@@ -153,7 +153,7 @@ def cross(intervention: str) -> Callable:
             intervention=intervention,
             layer=1,
             random=directions(model)[:2],
-            refusal_tokens=TOKENS,
+            score=TOKENS,
             progress=False,
         )
 
@@ -180,10 +180,10 @@ USES: dict[str, Callable] = {
     "ablate_direction": hooked(lambda model: rl.ablate_direction(model, directions(model)[0])),
     "add_direction": hooked(lambda model: rl.add_direction(model, directions(model)[0], 2)),
     "ablation_effects": lambda model: ablation_effects(
-        model, PROMPTS, directions(model), refusal_tokens=TOKENS, progress=False
+        model, PROMPTS, directions(model), score=TOKENS, progress=False
     ),
     "addition_effects": lambda model: addition_effects(
-        model, PROMPTS, directions(model), torch.arange(4), refusal_tokens=TOKENS, progress=False
+        model, PROMPTS, directions(model), torch.arange(4), score=TOKENS, progress=False
     ),
     "cross_effects by ablation": cross("ablation"),
     "cross_effects by addition": cross("addition"),

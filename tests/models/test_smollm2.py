@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import refusal_lens as rl
+from refusal_lens.experiment.verdict import Thresholds
 from refusal_lens.models.forward import hook_points
 from refusal_lens.prompts.tokenize import build_inputs_with_chat_template
 
-FEW = rl.Config(max_prompts=4, controls=())
+FEW = rl.Config(max_prompts=4, n_resamples=400, controls=(), thresholds=Thresholds(min_prompts=4))
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "01_quickstart.ipynb"
 
 
@@ -87,3 +88,12 @@ def test_the_first_notebook_runs_with_the_model_s_name_in_it(
     assert loads == [str(smollm2_file)]
     assert names["cosine"].shape == (30,)
     assert names["cosine"].isfinite().all()
+
+
+def test_the_whole_run_is_inconclusive_because_the_model_refuses_nothing(smollm2, tmp_path):
+    results = rl.run_experiment(FEW, model=smollm2, progress=False)
+    assert results.verdict.answer == "inconclusive"
+    assert "refused_gap" in {reason.measure for reason in results.verdict.reasons}
+    assert results.verdict.evidence.refused_harmful < 0.5
+    results.save(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())

@@ -9,13 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from refusal_lens.activations.extract import get_layer_activations, get_prompt_activations
 from refusal_lens.directions.similarity import cosine_similarity
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.evidence import spread
 from refusal_lens.experiment.wording import verdict_lines
-from refusal_lens.interventions import ablate_direction, add_direction, refusal_log_odds
+from refusal_lens.interventions import add_direction, openings_of, refusal_log_odds
+from refusal_lens.interventions.hooks import projection_hooks
+from refusal_lens.interventions.sweep import affine_references
 from refusal_lens.models.load import load_model
 from refusal_lens.multiverse import activations as activations_module
 from refusal_lens.multiverse.activations import contexts, read_contexts, shared_rows
@@ -25,7 +28,7 @@ from refusal_lens.multiverse.specifications import STEPS, Family, specify
 from refusal_lens.plotting import specification_curve
 from refusal_lens.prompts.contrast import Contrast, load_contrast
 from refusal_lens.prompts.protocol import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
-from refusal_lens.prompts.tokenize import build_inputs_with_chat_template
+from refusal_lens.prompts.tokenize import encode_prompts
 from refusal_lens.uncertainty import Cause, Gram
 from refusal_lens.uncertainty.effects import cosine_difference
 
@@ -293,6 +296,29 @@ def test_the_table_has_every_specification_and_layer_with_its_conclusion(sensiti
 # Verdicts
 
 
+def only_at(position, hooks):
+    """The hooks, changing one position alone."""
+
+    def limited(change):
+        def hook_fn(x, hook):
+            here = change(x[:, position, None], hook)
+            return torch.cat([x[:, :position], here, x[:, position + 1 :]], dim=1)
+
+        return hook_fn
+
+    return [(name, limited(change)) for name, change in hooks]
+
+
+def scores(model, prompts, hooks=()) -> torch.Tensor:
+    """Log-odds of the refusal openings' first tokens, one prompt at a time."""
+    found = []
+    for ids in encode_prompts(model.tokenizer, prompts):
+        with torch.no_grad(), model.hooks(fwd_hooks=only_at(len(ids) - 1, hooks)):
+            logits = model(torch.tensor([ids]))[:, -1]
+        found.append(refusal_log_odds(logits, openings_of(model.tokenizer).first_tokens))
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize("name", ["default", "layers counted at the input", "5 prompts, draw 1"])
 def test_a_verdict_rests_on_what_the_specification_s_own_directions_do(
     model, contrasts, sensitivity, name
@@ -301,47 +327,38 @@ def test_a_verdict_rests_on_what_the_specification_s_own_directions_do(
     row = [s.name for s in sensitivity.specifications].index(name)
     specification = sensitivity.specifications[row]
     place = 20 - (specification.protocol.hook == "resid_pre")
-    directions = []
+    directions, baselines = [], []
     for i, contrast in enumerate(contrasts):
         target, baseline = get_layer_activations(model, contrast, progress=False)
         rows = [list(side) for side in specification.rows[2 * i : 2 * i + 2]]
         directions.append(target[rows[0], place].mean(0) - baseline[rows[1], place].mean(0))
+        baselines.append(baseline)
     refusal, negativity = directions
-    harmful, harmless, negative, neutral = (
-        spread(side, CAUSAL_PROMPTS) for c in contrasts for side in (c.target, c.baseline)
-    )
+    sets = [spread(side, CAUSAL_PROMPTS) for c in contrasts for side in (c.target, c.baseline)]
+    harmful, harmless, negative, neutral = (scores(model, each) for each in sets)
 
-    def odds(prompts, hooks=()) -> float:
-        inputs = build_inputs_with_chat_template(model.tokenizer, prompts)
-        with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-            logits = model(inputs.tokens, attention_mask=inputs.mask)[:, -1]
-        return refusal_log_odds(logits, model.tokenizer.encode("I", add_special_tokens=False))
+    def change(prompts, before, hooks) -> float:
+        return float((scores(model, prompts, hooks) - before).mean())
 
-    def mean_odds(*arguments) -> float:
-        return odds(*arguments).mean().item()
+    def ablated(direction, baseline):
+        references = affine_references(direction, baseline)
+        return projection_hooks(model, normalize(direction, dim=-1), references)
 
-    gap = mean_odds(harmful) - mean_odds(harmless)
-
-    def closed(hooks) -> float:
-        return gap - (mean_odds(harmful, hooks) - mean_odds(harmless, hooks))
-
-    def brought(direction) -> float:
-        hooks = add_direction(model, direction, place)
-        return mean_odds(harmless, hooks) - mean_odds(harmless)
-
-    evidence = sensitivity.verdicts[row][20].evidence
-    ablated = [ablate_direction(model, direction) for direction in directions]
-    lost = mean_odds(harmful) - mean_odds(harmful, ablated[0])
+    gap = float(harmful.mean() - harmless.mean())
+    refused = [float((each > 0).double().mean()) for each in (harmful, harmless, negative, neutral)]
+    lost = change(sets[0], harmful, ablated(refusal, baselines[0]))
     expected = {
         "gap": gap,
-        "refusal_ablation": closed(ablated[0]) / gap,
-        "cross_ablation_gap": closed(ablated[1]) / closed(ablated[0]),
-        "cross_addition": brought(negativity) / brought(refusal),
-        "statement_gap": (mean_odds(negative) - mean_odds(neutral)) / gap,
-        "statement_ablation": (mean_odds(negative) - mean_odds(negative, ablated[0])) / lost,
+        "refusal_ablation": -lost / gap,
+        "cross_ablation": change(sets[0], harmful, ablated(negativity, baselines[0])) / lost,
+        "cross_addition": change(sets[1], harmless, add_direction(model, negativity, place)) / gap,
+        "statement_share": (refused[2] - refused[3]) / (refused[0] - refused[1]),
+        "statement_ablation": change(sets[2], negative, ablated(refusal, baselines[1])) / lost,
     }
+    evidence = sensitivity.verdicts[row][20].evidence
     found = {key: getattr(evidence, key).value for key in expected}
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert gap > 5
     assert evidence.n_prompts == specification.n_prompts
     assert evidence.cosine.value == pytest.approx(float(sensitivity.unbiased[row, 20]), nan_ok=True)
 

@@ -38,9 +38,9 @@ from refusal_lens.organisms.train import (
     score_organism,
     train_organism,
 )
+from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.protocol import Protocol
-from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 from refusal_lens.prompts.tokenize import encode_prompts
 
 NAMES = tuple(BEHAVIOURS)

@@ -11,6 +11,7 @@ import torch
 import refusal_lens as rl
 from refusal_lens.errors import InputError
 from refusal_lens.report import figures, html, write_report
+from refusal_lens.report.figures import cross_changes
 from refusal_lens.report.page import _patch
 
 HOSTILE = "<script>alert(1)</script>"
@@ -174,6 +175,34 @@ def test_cross_effects_are_the_changes_of_the_means(quick_results, page):
     (figure,) = (f for f in figure_data(page) if f["id"] == "figure-cross-ablate")
     drawn = figure["light"]["data"][0]["z"][0][0]
     assert drawn == pytest.approx(float(change.mean()), rel=0.01)
+
+
+def test_the_openings_and_what_replies_begin_with_are_on_the_page(quick_results, page):
+    text = Page(page).text
+    causal = quick_results("specific").causal
+    assert all(opening in text for opening in causal.openings.texts if "’" not in opening)
+    assert "’" in "".join(causal.openings.texts)
+    for prompts, replies in causal.replies.items():
+        shares = [f"{replies[kind]:.3f}" for kind in ("refusal", "sympathy", "answer")]
+        assert "".join((prompts, *shares)) in text, prompts
+    assert f"{100 * quick_results('specific').verdict.evidence.covered:.0f} %" in text
+
+
+def test_a_set_s_replies_stand_by_the_name_that_the_user_gave_the_set(quick_results):
+    results = quick_results("specific")
+    own = replace(results.contrasts["negativity"], target_name="sad")
+    text = Page(html(replace(results, contrasts={**results.contrasts, "negativity": own}))).text
+    assert f"sad{results.causal.replies['negative']['refusal']:.3f}" in text
+
+
+def test_the_random_direction_shown_was_run_on_the_prompts_that_it_stands_for(quick_results):
+    causal = quick_results("specific").causal
+    for column, effects in enumerate((causal.ablation, causal.addition)):
+        changes, rows = cross_changes(effects)
+        assert effects.interventions[rows[-1]] == "random"
+        assert changes.value[-1, column].isfinite()
+        shown = changes.value[:-1, :2].isfinite().all(-1)
+        assert shown.all()  # no row of an addition "to zero", which is not run
 
 
 @pytest.mark.parametrize("layers", [1, 126])

@@ -1,0 +1,125 @@
+"""Batches whose rows are prompts under interventions, each row under its own."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from .hooks import EMBEDDING, Hook, can_join_rows, projection_hooks, stream_after
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+class Interventions(NamedTuple):
+    """Directions and the layers after which each is added; without layers they are ablated.
+
+    An ablation sets the component to `references` (0 without them). `last_position` changes the
+    prompt's last token alone, and neither the tokens before it nor those of the reply.
+    """
+
+    directions: Float[Tensor, "intervention d_model"]
+    layers: list[int] | None = None
+    references: Float[Tensor, "intervention layer"] | None = None
+    last_position: bool = False
+
+    def at(self, rows: Sequence[int], device: torch.device | str) -> "Interventions":
+        """Some of the interventions, on a device."""
+        layers = None if self.layers is None else [self.layers[i] for i in rows]
+        references = None if self.references is None else self.references[rows].float().to(device)
+        directions = self.directions[rows].float().to(device)
+        return Interventions(directions, layers, references, self.last_position)
+
+
+def last_logits(
+    model: "HookedTransformer | TransformerBridge",
+    tokens: Int[Tensor, "_ pos"],
+    start: Float[Tensor, "row pos d_model"],
+    hooks: list[Hook],
+    arguments: dict[str, Any],
+) -> Float[Tensor, "_ 1 d_vocab"]:
+    """Logits of the last position, where `start` replaces the embedding's output.
+
+    Most models take the rows from `start`, and so one row of tokens is enough for the pass.
+    """
+    if can_join_rows(model):
+        tokens = tokens[:1]
+    else:
+        arguments = {"attention_mask": torch.ones_like(tokens)}
+    embedded: Hook = (stream_after(model, EMBEDDING), lambda x, hook: start)
+    last = stream_after(model, model.cfg.n_layers - 1)
+    # The hooks of one point run in this order: start, change, read, drop all positions but the last.
+    with model.hooks(fwd_hooks=[embedded, *hooks, (last, lambda x, hook: x[:, -1:])]):
+        return model(tokens, **arguments)
+
+
+def joining_hooks(
+    model: "HookedTransformer | TransformerBridge",
+    start: Float[Tensor, "prompt pos d_model"],
+    these: Interventions,
+) -> list[Hook]:
+    """Hooks that append the rows of each addition to the batch after the addition's layer."""
+
+    def joining(layer: int, added: Float[Tensor, "new d_model"]) -> Hook:
+        def join(x: Tensor, hook: object) -> Tensor:
+            new = x[: len(start)] + added.to(x.device)[:, None, None]
+            return torch.cat([x, new.flatten(0, 1).to(x.dtype)])
+
+        return stream_after(model, layer), join
+
+    layers = these.layers or []
+    return [
+        joining(layer, these.directions[list(same)])
+        for layer, same in groupby(range(len(layers)), key=layers.__getitem__)
+    ]
+
+
+def hooks_by_row(
+    model: "HookedTransformer | TransformerBridge",
+    these: Interventions,
+    rows: Int[Tensor, " row"],
+    *,
+    position: int | None = None,
+) -> list[Hook]:
+    """Hooks that give each row of a batch its intervention: 0 is none, `i + 1` the i-th.
+
+    A `position`, counted from the end, is the only one that they change.
+    """
+    hooks = _hooks_everywhere(model, these, rows)
+    if position is None:
+        return hooks
+
+    def only(change: Callable[..., Any]) -> Callable[..., Tensor]:
+        def hook_fn(x: Tensor, hook: object) -> Tensor:
+            changed = x.clone()
+            changed[:, position] = change(x[:, position, None], hook)[:, 0]
+            return changed
+
+        return hook_fn
+
+    return [(name, only(change)) for name, change in hooks]
+
+
+def _hooks_everywhere(
+    model: "HookedTransformer | TransformerBridge", these: Interventions, rows: Int[Tensor, " row"]
+) -> list[Hook]:
+    """`hooks_by_row` at all positions."""
+    rows = rows.to(these.directions.device)
+    if these.layers is None:
+        units = functional.normalize(these.directions, dim=-1)
+        references = these.references
+        if references is not None:
+            references = functional.pad(references, (0, 0, 1, 0))[rows]
+        return projection_hooks(model, functional.pad(units, (0, 0, 1, 0))[rows], references)
+
+    def adding(layer: int) -> Hook:
+        here = torch.tensor([each == layer for each in these.layers or ()], device=rows.device)
+        added = functional.pad(these.directions * here[:, None], (0, 0, 1, 0))[rows, None]
+        return stream_after(model, layer), lambda x, hook: (x + added.to(x.device)).to(x.dtype)
+
+    return [adding(layer) for layer in sorted(set(these.layers))]

@@ -1,0 +1,104 @@
+"""The probability that each row's reply begins with an opening, under the row's intervention."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..activations.shared_prefix import SharedPrefix
+from ..models.forward import undisturbed
+from .batch_rows import Interventions, hooks_by_row, last_logits
+from .reply_openings import Mass, Node, ReplyOpenings
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+LOGITS_ON_CPU, LOGITS_ON_GPU = 2**28, 2**31  # bytes of the logits behind openings at a time
+
+
+class _Rows(NamedTuple):
+    """Rows of a batch that stand at nodes of the openings' tree.
+
+    Row `i * n_prompts + p` of `of` is prompt `p` under intervention `i`, as `_forward` numbers them;
+    `recorded` is the row of the recorded keys and values that the node's last token follows.
+    """
+
+    of: Int[Tensor, " row"]
+    recorded: Int[Tensor, " row"]
+    nodes: list[Node]
+
+    def take(self, part: slice) -> "_Rows":
+        return _Rows(self.of[part], self.recorded[part], self.nodes[part])
+
+
+def opening_scores(
+    model: "HookedTransformer | TransformerBridge",
+    openings: ReplyOpenings,
+    tokens: Int[Tensor, "prompt pos"],
+    these: Interventions,
+    whole: SharedPrefix | None,
+    logits: Float[Tensor, "intervention prompt d_vocab"],
+) -> Float[Tensor, "intervention prompt"]:
+    """Log-odds that each row's reply begins with an opening.
+
+    `whole` holds keys and values of these rows; without it the prompts run again at every node.
+    """
+    rows = torch.arange(logits[..., 0].numel())
+    mass = Mass(openings, len(rows))
+    mass.add((), rows, logits.flatten(0, 1))
+    waiting = [(whole, _likely(mass, _Rows(rows, rows, [()] * len(rows))))]
+    room = LOGITS_ON_GPU if tokens.device.type == "cuda" else LOGITS_ON_CPU
+    step = max(1, room // (model.cfg.d_vocab * 4))
+    while waiting:
+        prefix, found = waiting.pop()
+        for first in range(0, len(found.of), step):
+            part = found.take(slice(first, first + step))
+            longer, behind = _next_token(model, tokens, these, prefix, part)
+            for node in set(part.nodes):
+                mine = torch.tensor([other == node for other in part.nodes])
+                mass.add(node, part.of[mine], behind[mine.to(behind.device)])
+            waiting.append((longer, _likely(mass, part)))
+    return mass.log_odds().view(logits.shape[:2])
+
+
+def _likely(mass: Mass, rows: _Rows) -> _Rows:
+    """The nodes behind those of these rows that are worth a pass."""
+    of, recorded, nodes = [], [], []
+    for i, (row, node) in enumerate(zip(rows.of.tolist(), rows.nodes, strict=True)):
+        for child in mass.likely(node, row):
+            of.append(row)
+            recorded.append(i)
+            nodes.append(child)
+    return _Rows(
+        torch.tensor(of, dtype=torch.long), torch.tensor(recorded, dtype=torch.long), nodes
+    )
+
+
+def _next_token(
+    model: "HookedTransformer | TransformerBridge",
+    tokens: Int[Tensor, "prompt pos"],
+    these: Interventions,
+    prefix: SharedPrefix | None,
+    rows: _Rows,
+) -> tuple[SharedPrefix | None, Float[Tensor, "row d_vocab"]]:
+    """Run the last token of each row's node; return its recorded keys and the next logits."""
+    device, n_prompts = tokens.device, len(tokens)
+    if prefix is None:
+        paths = torch.tensor(rows.nodes, device=device)
+        new = torch.cat([tokens[(rows.of % n_prompts).to(device)], paths], dim=1)
+        arguments: dict[str, Any] = {"attention_mask": torch.ones_like(new[:1])}
+    else:
+        new = torch.tensor([[node[-1]] for node in rows.nodes], device=device)
+        taken = rows.recorded, n_prompts
+        prefix, arguments = prefix.extended(torch.ones_like(new[:1]), rows=taken)
+    with undisturbed(model):
+        start = model(new, attention_mask=torch.ones_like(new), stop_at_layer=0)
+        hooks = []
+        if not these.last_position:
+            hooks = hooks_by_row(model, these, rows.of // n_prompts)
+        elif prefix is None:
+            behind = -1 - len(rows.nodes[0])
+            hooks = hooks_by_row(model, these, rows.of // n_prompts, position=behind)
+        return prefix, last_logits(model, new, start, hooks, arguments)[:, 0]
