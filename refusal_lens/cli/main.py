@@ -102,6 +102,7 @@ class Run(ProtocolOptions, ModelOptions):
     batch_size: Number = None  # Prompts in a forward pass. Default: what fits the free memory.
     seed: int = 0  # Seed of everything random.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
+    refusal_openings: Folder = None  # File with one opening of a refusal a line. Default: a list.
     resamples: int = 10_000  # Resamples for intervals and nulls.
     confidence: float = 0.95  # Confidence of every interval.
     interventions: bool = True  # Only compare the directions: quick, but inconclusive.
@@ -133,6 +134,7 @@ class Run(ProtocolOptions, ModelOptions):
             "negativity": against or self.against,
             "protocol": self.protocol(self.position),
             "n_resamples": self.resamples,
+            "refusal_openings": _openings(self.refusal_openings),
         }
         return rl.Config(**(same | different))
 
@@ -165,6 +167,21 @@ def _contrast(
     if target or baseline:
         raise rl.InputError(f"--{flag} and its baseline go together: give both")
     return None
+
+
+def _openings(file: Path | None) -> tuple[str, ...] | None:
+    """Return the lines of a user's file of refusal openings that are not blank."""
+    if file is None:
+        return None
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise rl.InputError(f"--refusal-openings {file} can't be read: {error}") from error
+    if not (found := tuple(line.strip() for line in lines if line.strip())):
+        raise rl.InputError(
+            f"--refusal-openings {file} holds no opening: write one a line, such as I can't"
+        )
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:

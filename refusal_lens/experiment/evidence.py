@@ -159,7 +159,7 @@ def _replies(
     parts = effects.refusal, effects.negativity
     scores = [x[0] for part in parts for x in (part.target_log_odds, part.baseline_log_odds)]
     found = {
-        name: {"refusal": float(each.sigmoid().mean())}
+        name: {"refusal": float(each[spread(range(len(each)), REPLY_PROMPTS)].sigmoid().mean())}
         for name, each in zip(SETS, scores, strict=True)
     }
     some = [some_prompts(contrast, REPLY_PROMPTS) for contrast in pair]

@@ -91,7 +91,7 @@ FINDINGS = {
     "undecided": ": neither above nor within the {threshold} margin",
     "reported": "",
 }
-NOT_MEASURED = "refusal was not measured: no intervention was run or no first token marks a refusal"
+NOT_MEASURED = "refusal was not measured: no intervention was run"
 COSINE = {
     "too high": "high for distinct mechanisms; what the directions share does not cause refusal",
     "too low": "low for a shared mechanism; much of each direction does not cause refusal",

@@ -127,8 +127,8 @@ def _cross_effects(results: Results, effects: CrossEffects, verb: str, theme: Th
 def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     """Return changes of the mean refusal log-odds, `[intervention outcome]`, and their rows.
 
-    The last row is the random direction whose effect is the median, on harmful prompts under ablation
-    and on harmless ones under addition. Rows "to zero" belong to ablation alone.
+    The last row is the random direction whose effect is the median, on some harmful prompts under
+    ablation and some harmless ones under addition. Rows "to zero" belong to ablation alone.
     """
     columns = [
         log_odds - log_odds[:1]
@@ -142,10 +142,15 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
         left_out |= {Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO}
     rows = [i for i, each in enumerate(effects.interventions) if each not in left_out]
     if random:
-        order = columns[added][random].mean(-1).nan_to_num(nan=torch.inf).argsort()
+        order = columns[added][random].nanmean(-1).nan_to_num(nan=torch.inf).argsort()
         rows.append(random[int(order[len(order) // 2])])
-    cells = [mean_interval(column[rows]) for column in columns]
-    return Interval(*(torch.stack(ends, dim=1) for ends in zip(*cells, strict=True))), rows
+
+    def interval(changes: Float[Tensor, " prompt"]) -> Tensor:
+        known = changes.isfinite()  # random directions are not run on every prompt
+        return torch.stack(mean_interval(changes[known] if known.any() else changes))
+
+    cells = [torch.stack([interval(column[row]) for row in rows]) for column in columns]
+    return Interval(*torch.stack(cells, dim=1).unbind(-1)), rows
 
 
 def intervention_names(results: Results) -> dict[Intervention, str]:

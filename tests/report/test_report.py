@@ -12,7 +12,7 @@ import refusal_lens as rl
 from refusal_lens.errors import InputError
 from refusal_lens.report import figures, html, write_report
 from refusal_lens.report.figures import cross_changes
-from refusal_lens.report.page import _patch
+from refusal_lens.report.page import _patch, _replies
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -191,8 +191,9 @@ def test_the_openings_and_what_replies_begin_with_are_on_the_page(quick_results,
 def test_a_set_s_replies_stand_by_the_name_that_the_user_gave_the_set(quick_results):
     results = quick_results("specific")
     own = replace(results.contrasts["negativity"], target_name="sad")
-    text = Page(html(replace(results, contrasts={**results.contrasts, "negativity": own}))).text
-    assert f"sad{results.causal.replies['negative']['refusal']:.3f}" in text
+    rows = _replies(replace(results, contrasts={**results.contrasts, "negativity": own}))
+    assert [row[0] for row in rows] == ["harmful", "harmless", "sad", "neutral"]
+    assert rows[2][1] == f"{results.causal.replies['negative']['refusal']:.3f}"
 
 
 def test_the_random_direction_shown_was_run_on_the_prompts_that_it_stands_for(quick_results):
