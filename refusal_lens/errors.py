@@ -1,4 +1,4 @@
-"""InputError, the one error for mistakes in the input, and the check of tensors that raises it."""
+"""InputError, the error for mistakes in the input, and the check of tensors that raises it."""
 
 
 class InputError(ValueError):
@@ -13,6 +13,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(map(_printable, message)))
+
+
+class InterventionError(InputError):
+    """TransformerLens can't intervene in this model; its directions can still be read."""
 
 
 def _printable(character: str) -> str:

@@ -21,12 +21,13 @@ from ..interventions import (
     cross_effects,
     openings_of,
 )
-from ..interventions.batched_runs import opening_log_odds
+from ..interventions.batched_runs import first_token_logits, opening_log_odds
 from ..interventions.cross_ablation import random_directions
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
+from ..prompts.thinking import constant_first_token
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
 from .distributed import divide, in_shares
@@ -57,6 +58,7 @@ class Causal:
             the openings' first tokens alone.
         strongest: layer whose refusal direction lowers refusal most when ablated; -1 if unknown.
         ablation, addition: effects of ablating and adding the directions of the highlighted layer.
+        constant_token: text of a token, no refusal's first, with which every reply begins; or "".
     """
 
     openings: ReplyOpenings
@@ -65,6 +67,7 @@ class Causal:
     strongest: int
     ablation: CrossEffects
     addition: CrossEffects
+    constant_token: str = ""
 
 
 class Responses(NamedTuple):
@@ -139,7 +142,10 @@ def intervene(
     means = sweeps[0].log_odds.mean(-1)
     strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
     found = dict(zip(PARTS, sweeps, strict=True))
-    return Causal(score, replies, found, strongest, ablation, addition)
+    logits = first_token_logits(model, pair[0].target + pair[0].baseline, **options)
+    token = constant_first_token(logits)
+    constant = "" if token is None or token in score.first_tokens else tokenizer.decode([token])
+    return Causal(score, replies, found, strongest, ablation, addition, constant)
 
 
 def some_prompts(contrast: Contrast, at_most: int) -> Contrast:
@@ -226,7 +232,7 @@ def evidence(
     )
     pair = [some_prompts(contrasts[part], EFFECT_PROMPTS) for part in PARTS]
     covered = sum(causal.replies["harmful"].values())
-    geometry = replace(geometry, covered=covered)
+    geometry = replace(geometry, covered=covered, constant_token=causal.constant_token)
     return compute_evidence(geometry, responses, contrasts=pair, confidence=cosine.confidence)
 
 

@@ -106,7 +106,9 @@ class Results:
 
     def verdict_lines(self) -> list[str]:
         """Return the verdict's reasons, then its geometry, in words."""
-        return wording.verdict_lines(self.verdict, self.names)
+        missing = self.provenance.get("interventions")
+        lines = wording.verdict_lines(self.verdict, self.names)
+        return [f"Interventions: {missing}.", *lines] if missing else lines
 
     def rule(self) -> str:
         """Return the verdict's rule in words, with its thresholds."""

@@ -17,7 +17,7 @@ from ..activations.extract import ContrastActivations, by_contrast
 from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..directions.similarity import causal_cosine
-from ..errors import InputError, check_tensors
+from ..errors import InputError, InterventionError, check_tensors
 from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
 from ..interventions.reply_openings import REFUSAL
 from ..models.load import model_provenance
@@ -75,16 +75,20 @@ def run_experiment(
     layer, _ = highlighted_layer(config.layer, n_layers)
     logger.info("running the prompts of %s at every layer", ", ".join(contrasts))
     activations = by_contrast(partial(source.prompt_activations, progress=progress), contrasts)
-    causal = None
+    causal, missing = None, {}
     if config.interventions and can_intervene(contrasts):
         logger.info("ablating and adding the directions of %s", " and ".join(PARTS))
-        causal = _interventions(source, contrasts, activations, layer, progress)
+        try:
+            causal = _interventions(source, contrasts, activations, layer, progress)
+        except InterventionError as error:
+            logger.warning("there are no interventions: %s", error)
+            missing = {"interventions": f"none: {error}"}
     results = analyse(
         activations,
         config=config,
         contrasts=contrasts,
         causal=causal,
-        provenance=provenance(origin, contrasts, config),
+        provenance=provenance(origin, contrasts, config) | missing,
     )
     a, b = (results.directions[part] for part in PARTS)
     metric = source.remember(

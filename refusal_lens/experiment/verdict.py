@@ -45,6 +45,7 @@ class Evidence:
         layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
+        constant_token: a token with which every reply begins, and no refusal; "" if there is none.
         covered: probability that the reply to a harmful prompt begins with any known opening, of
             refusal, sympathy or an answer.
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
@@ -66,6 +67,7 @@ class Evidence:
     reliability_refusal: float
     reliability_negativity: float
     cosine: Estimate
+    constant_token: str = ""
     covered: float = math.nan
     refused_harmful: float = math.nan
     refused_harmless: float = math.nan
@@ -198,6 +200,8 @@ def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
     found = [Reason(name, "too low", minima[name]) for name in low]
     if math.isnan(e.refused_harmful):
         return [*found, Reason("refused_harmful", "not measured")]
+    if e.constant_token:
+        return [*found, Reason("constant_token", "not measured")]
     if not e.refused_gap.lower > t.min_refused_gap:
         found.append(Reason("refused_gap", "not shown above", t.min_refused_gap))
     if found:

@@ -92,6 +92,10 @@ FINDINGS = {
     "reported": "",
 }
 NOT_MEASURED = "refusal was not measured: no intervention was run"
+CONSTANT_TOKEN = (
+    "refusal was not measured: every reply begins with {token}, whatever is asked (a thinking model? "
+    "then --no-thinking scores what follows)"
+)
 COSINE = {
     "too high": "high for distinct mechanisms; what the directions share does not cause refusal",
     "too low": "low for a shared mechanism; much of each direction does not cause refusal",
@@ -201,6 +205,8 @@ def at_layer(statistics: CosineStatistics, layer: int) -> dict[str, float]:
 
 
 def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
+    if reason.measure == "constant_token":
+        return CONSTANT_TOKEN.format(token=repr(verdict.evidence.constant_token))
     if reason.finding == "not measured":
         return NOT_MEASURED
     value, threshold = getattr(verdict.evidence, reason.measure), reason.threshold or 0.0

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..errors import InputError, check_tensors
+from ..errors import InputError, InterventionError, check_tensors
 from ..models.forward import input_device, undisturbed
 
 if TYPE_CHECKING:
@@ -281,8 +281,8 @@ def _short_pass(model: Any, hooks: list[Hook]) -> Tensor:
         return model(tokens, attention_mask=torch.ones_like(tokens)).float()
 
 
-def _incomplete(name: str, what: str) -> InputError:
-    return InputError(
+def _incomplete(name: str, what: str) -> InterventionError:
+    return InterventionError(
         f"{what} at {name}: TransformerLens can't intervene in layer {name.split('.')[1]} of this "
         "model; its directions can be read and compared"
     )

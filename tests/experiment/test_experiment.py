@@ -8,7 +8,7 @@ import torch
 
 import refusal_lens as rl
 from refusal_lens.activations import disk as artifacts
-from refusal_lens.errors import InputError
+from refusal_lens.errors import InputError, InterventionError
 from refusal_lens.experiment.measures import depth_profile
 from refusal_lens.experiment.run import highlighted_layer
 from refusal_lens.experiment.serialise import pack
@@ -337,3 +337,16 @@ def test_identical_activations_have_no_direction_and_say_so():
     assert results.similarities["refusal_vs_negativity"].isnan().all()
     assert results.statistics["negativity"].unbiased.isnan().all()
     assert "same activation" in results.why_unknown(1)
+
+
+def test_a_model_that_can_not_be_intervened_with_is_read_and_what_is_missing_is_said(monkeypatch):
+    def refuse(model):
+        raise InterventionError("an ablated direction is found again at blocks.3.mlp.hook_in")
+
+    monkeypatch.setattr("refusal_lens.interventions.batched_runs.check_interventions", refuse)
+    config = Config(model="organism:oblivious", max_prompts=8, n_resamples=400, controls=())
+    results = run_experiment(config, progress=False)
+    assert results.causal is None
+    assert results.verdict.answer == "inconclusive"
+    assert "found again at blocks.3" in results.verdict_lines()[0]
+    assert results.similarities["refusal_vs_negativity"].isfinite().any()

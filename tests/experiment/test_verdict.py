@@ -172,6 +172,7 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
         ({"reliability_negativity": float("nan")}, "too low", "negativity direction at layer 20"),
         ({"refused_gap": near(0.1)}, "not shown above", "does not refuse harmful prompts clearly"),
         ({"refused_harmful": float("nan")}, "not measured", "no intervention was run"),
+        ({"constant_token": "<think>"}, "not measured", "every reply begins with '<think>'"),
         ({"ablated_harmful": 0.9}, "too low", "it removes 9 % of their refusal"),
         ({"ablated_harmless": 0.9}, "too high", "makes 90 % of harmless prompts refused"),
         ({"refusal_ablation": near(0.2)}, "not shown above", "by 20 % [15, 25] of the gap"),
