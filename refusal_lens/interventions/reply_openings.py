@@ -1,7 +1,7 @@
-"""Openings of replies, and the probability that a reply begins with one of them.
+"""Openings of replies in a model's tokens, and their probability from next-token logits.
 
-An opening has several tokens, so the openings form a prefix tree. The model is run once behind each
-path of the tree; the distribution at each node gives the probability of all openings that end there.
+An opening has several tokens, so the openings form a prefix tree. The distribution behind each node of
+the tree gives the probability of all openings that end there; `opening_scores` runs the model.
 """
 
 import math

@@ -344,8 +344,8 @@ def test_a_model_that_can_not_be_intervened_with_is_read_and_what_is_missing_is_
         raise InterventionError("an ablated direction is found again at blocks.3.mlp.hook_in")
 
     monkeypatch.setattr("refusal_lens.interventions.batched_runs.check_interventions", refuse)
-    config = Config(model="organism:oblivious", max_prompts=8, n_resamples=400, controls=())
-    results = run_experiment(config, progress=False)
+    config = rl.Config(model="organism:oblivious", max_prompts=8, n_resamples=400, controls=())
+    results = rl.run_experiment(config, progress=False)
     assert results.causal is None
     assert results.verdict.answer == "inconclusive"
     assert "found again at blocks.3" in results.verdict_lines()[0]

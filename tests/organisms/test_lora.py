@@ -1,7 +1,9 @@
 """An adapter teaches a chat model what its kind says, and changes nothing else."""
 
 import copy
+import json
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +282,12 @@ def test_the_command_trains_an_adapter_scores_it_and_says_that_more_is_needed(
 def test_the_command_refuses_a_seed_without_a_wording(tmp_path, capsys):
     assert lora.main(["--model", str(tmp_path), "--out", str(tmp_path), "--seeds", "3"]) == 2
     assert "wordings for 0 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["refuses", "refuses_negativity_too"])
+def test_the_adapters_that_ship_are_small_and_of_the_real_chat_model(kind):
+    folder = Path(lora.__file__).with_name("adapters") / kind
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert config["r"] == 8
+    assert (folder / "adapter_model.safetensors").stat().st_size <= 5_000_000
