@@ -40,7 +40,7 @@ class Demo:
     """
 
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
-    prompts: int = 48  # Prompts to use of every set, to take less than a minute; 108 is all.
+    prompts: int = 48  # Prompts to use of every set; 108 is all.
     quiet: bool = False  # Print nothing but the results.
     verbose: bool = False  # Log progress and problems on stderr.
 
