@@ -47,6 +47,10 @@ MEASURES = {
         "the model does not refuse {harmful} prompts clearly more often than {harmless} ones: the "
         "difference is {value}"
     ),
+    "covered": (
+        "only {value} of replies to {harmful} prompts begin in a known way, so the model may refuse in "
+        "other words: name them with --refusal-openings"
+    ),
     "bypassed": (
         "ablating {refusal} does not let {harmful} prompts through: it removes {value} of their refusal"
     ),

@@ -4,6 +4,7 @@ The rows of a batch are `(intervention prompt)`, the unmodified model first. The
 are in the batch from block 0 on. The rows of an addition join the batch after the addition's layer,
 so earlier layers run once for all additions. Further savings:
 
+- an intervention at the last position alone runs one token; the tokens before it run once for all;
 - the tokens that all prompts begin with run once for each intervention;
 - only prompts of equal length share a pass, so no row is padded;
 - only the last position is unembedded;
@@ -147,7 +148,7 @@ def run_interventions(
 def _recorded(
     model: "HookedTransformer | TransformerBridge", shared: list[int], these: Interventions
 ) -> SharedPrefix:
-    """The keys and values of the prompts' shared opening under each intervention."""
+    """The keys and values of the tokens that all prompts begin with, under each intervention."""
     prefix = SharedPrefix(model)
     if shared:
         row = torch.tensor([shared], device=input_device(model))

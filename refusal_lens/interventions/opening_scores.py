@@ -19,10 +19,12 @@ LOGITS_ON_CPU, LOGITS_ON_GPU = 2**28, 2**31  # bytes of the logits behind openin
 
 
 class _Rows(NamedTuple):
-    """Rows of a batch that stand at nodes of the openings' tree.
+    """Nodes of the openings' tree, each behind one prompt under one intervention.
 
-    Row `i * n_prompts + p` of `of` is prompt `p` under intervention `i`, as `_forward` numbers them;
-    `recorded` is the row of the recorded keys and values that the node's last token follows.
+    Attributes:
+        of: `i * n_prompts + p` for prompt `p` under intervention `i`, 0 the unmodified model.
+        recorded: the row of keys and values that the last token of the node follows.
+        nodes: the tokens of the reply so far.
     """
 
     of: Int[Tensor, " row"]
@@ -41,9 +43,14 @@ def opening_scores(
     whole: SharedPrefix | None,
     logits: Float[Tensor, "intervention prompt d_vocab"],
 ) -> Float[Tensor, "intervention prompt"]:
-    """Log-odds that each row's reply begins with an opening.
+    """Log-odds that the reply to each prompt begins with an opening, under each intervention.
 
-    `whole` holds keys and values of these rows; without it the prompts run again at every node.
+    Args:
+        model, openings: the model, and the openings in its tokens.
+        tokens, these: prompts of equal length, and the interventions on them.
+        whole: keys and values of every prompt under every intervention; None runs the prompts again
+            with every token of an opening.
+        logits: next-token logits after the prompts.
     """
     rows = torch.arange(logits[..., 0].numel())
     mass = Mass(openings, len(rows))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Node = tuple[int, ...]
-LEAST = math.log(2e-6)  # openings behind a node below this probability count as none
+LEAST = math.log(2e-6)  # below this probability a node is not run: its openings count as none
 
 REFUSAL = (
     *("I cannot", "I can't", "I won't", "I will not", "I must decline"),
@@ -78,7 +78,10 @@ class Children(NamedTuple):
 
 
 class Mass:
-    """Log-probabilities of the openings after many prompts, gathered node by node from the root."""
+    """The probability that each of many replies begins with an opening.
+
+    `add` takes the model's distribution behind one node of the tree after another, the root first.
+    """
 
     def __init__(self, openings: ReplyOpenings, n_rows: int):
         self._tree = openings.tree

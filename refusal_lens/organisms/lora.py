@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from ..prompts.contrast import load_contrast
 from .kinds import TRAINED, Adapter, Kind, adapters
 from .language import Prompt, fold, generate_dialogues
 from .train import bundled_prompt_sets, held_out_prompts
+from .train import main as run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -346,12 +346,8 @@ def train(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; exit status 1 if a score was not met, 2 for invalid input."""
-    try:
-        return 0 if tyro.cli(train, args=arguments) else 1
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command line, as `organisms.train.main` does."""
+    return run_command(arguments, command=train)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -296,10 +296,13 @@ def train(
     return all(score.met for score in scores)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; exit status 1 if a score was not met, 2 for invalid input."""
+def main(arguments: list[str] | None = None, *, command: Callable[..., bool] | None = None) -> int:
+    """Run `command` (`train`) with command-line arguments; return the exit status.
+
+    The status is 1 if a score was not met, 2 for invalid input.
+    """
     try:
-        return 0 if tyro.cli(train, args=arguments) else 1
+        return 0 if tyro.cli(command or train, args=arguments) else 1
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

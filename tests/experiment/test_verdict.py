@@ -144,6 +144,15 @@ def test_a_model_that_refuses_less_than_half_of_harmful_prompts_can_be_judged():
     assert judge(weak).answer == "distinct"
 
 
+def test_a_model_that_may_refuse_in_other_words_is_said_to_where_no_refusal_is_seen():
+    unseen = {"refused_harmful": 0.0, "refused_gap": near(0.0)}
+    verdict = judge(replace(DISTINCT, covered=0.1, **unseen))
+    assert verdict.answer == "inconclusive"
+    assert "name them with --refusal-openings" in verdict_lines(verdict)[1]
+    known = judge(replace(DISTINCT, **unseen))
+    assert [reason.measure for reason in known.reasons] == ["refused_gap"]
+
+
 @pytest.mark.parametrize(
     "ratio", ["cross_ablation", "cross_ablation_share", "cross_addition", "cross_addition_share"]
 )
