@@ -142,7 +142,8 @@ def intervene(
     means = sweeps[0].log_odds.mean(-1)
     strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
     found = dict(zip(PARTS, sweeps, strict=True))
-    logits = first_token_logits(model, pair[0].target + pair[0].baseline, **options)
+    sets = [side for contrast in pair for side in (contrast.target, contrast.baseline)]
+    logits = first_token_logits(model, sum(sets, ()), **options)
     token = constant_first_token(logits)
     constant = "" if token is None or token in score.first_tokens else tokenizer.decode([token])
     return Causal(score, replies, found, strongest, ablation, addition, constant)

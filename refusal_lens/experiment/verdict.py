@@ -45,7 +45,8 @@ class Evidence:
         layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
-        constant_token: a token with which every reply begins, and no refusal; "" if there is none.
+        constant_token: a token with which the reply to every prompt of the four sets begins, and no
+            refusal; "" if there is none.
         covered: probability that the reply to a harmful prompt begins with any known opening, of
             refusal, sympathy or an answer.
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.

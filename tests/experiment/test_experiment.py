@@ -241,6 +241,8 @@ ANSWERS = {"specific": "distinct", "entangled": "shared", "oblivious": "inconclu
 def test_the_verdict_on_an_organism_is_the_known_answer_with_its_reasons(quick_results, organism):
     results = quick_results(organism)
     assert results.verdict.answer == ANSWERS[organism]
+    # `oblivious` answers every request with the same word, and statements with others.
+    assert results.verdict.evidence.constant_token == ""
     assert all(line in str(results) for line in results.verdict_lines())
 
 
