@@ -130,7 +130,7 @@ def intervene(
     sweeps = []
     for each in sides:
         directions = mean_difference(*each).float()
-        references = affine_references(directions, sides[0].baseline)
+        references = affine_references(directions, sides[0].baseline, hook=protocol.hook)
         sweeps.append(divide_sweep(sweep, directions, references))
     ablation, addition = divide(
         [
@@ -142,11 +142,21 @@ def intervene(
     means = sweeps[0].log_odds.mean(-1)
     strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
     found = dict(zip(PARTS, sweeps, strict=True))
-    sets = [side for contrast in pair for side in (contrast.target, contrast.baseline)]
-    logits = first_token_logits(model, sum(sets, ()), **options)
-    token = constant_first_token(logits)
-    constant = "" if token is None or token in score.first_tokens else tokenizer.decode([token])
+    constant = _constant_token(model, pair, score, options)
     return Causal(score, replies, found, strongest, ablation, addition, constant)
+
+
+def _constant_token(
+    model: "HookedTransformer | TransformerBridge",
+    pair: Sequence[Contrast],
+    refusal: ReplyOpenings,
+    options: dict[str, Any],
+) -> str:
+    """A token with which the reply to every prompt begins, unless refusals begin with it; else ""."""
+    tokenizer: Any = model.tokenizer
+    sets = [side for contrast in pair for side in (contrast.target, contrast.baseline)]
+    token = constant_first_token(first_token_logits(model, sum(sets, ()), **options))
+    return "" if token is None or token in refusal.first_tokens else tokenizer.decode([token])
 
 
 def some_prompts(contrast: Contrast, at_most: int) -> Contrast:

@@ -180,7 +180,7 @@ def _runs(
     for contrast, baseline in enumerate(baselines):
         prompts = range(sum(sizes[: 2 * contrast]), sum(sizes[: 2 * contrast + 2]))
         if added_after is None:
-            references = _references(directions, baseline, protocol)
+            references = affine_references(directions, baseline, hook=protocol.hook)
             these = Interventions(directions, None, references, last_position=True)
             yield Interventions(directions), [4, 5], prompts
         else:
@@ -191,18 +191,6 @@ def _runs(
             random = [*range(6, len(directions))]
             of = harmful if added_after is None else harmless
             yield these, random, of[:: max(1, len(of) // CHANCE_PROMPTS)]
-
-
-def _references(
-    directions: Float[Tensor, "intervention d_model"],
-    baseline: Float[Tensor, "baseline layer d_model"],
-    protocol: Protocol,
-) -> Float[Tensor, "intervention layer"]:
-    """The baseline's mean component along each direction at every layer."""
-    references = affine_references(directions, baseline).nan_to_num()
-    if protocol.hook == "resid_pre":  # row l is the input of block l; a hook wants its output
-        references = torch.cat([references[:, 1:], references[:, -1:]], dim=1)
-    return references
 
 
 def random_directions(

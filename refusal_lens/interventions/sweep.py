@@ -120,14 +120,24 @@ def addition_effects(
 def affine_references(
     directions: Float[Tensor, "*intervention d_model"],
     baseline: Float[Tensor, "baseline layer d_model"],
+    *,
+    hook: str = "resid_post",
 ) -> Float[Tensor, "*intervention layer"]:
-    """The mean component of baseline prompts along each direction, at every layer.
+    """The mean component of baseline prompts along each direction, after every layer.
 
-    Setting a component to it is affine ablation (Marshall et al. 2024, arXiv:2411.09003): the stream
-    gets what baseline prompts have, which is seldom 0. `baseline` are activations of `resid_post`.
+    Affine ablation sets the component to it (Marshall et al. 2024, arXiv:2411.09003): the stream
+    gets what baseline prompts have, which is seldom 0.
+
+    Args:
+        directions: of any norm; a direction with a NaN gives NaN.
+        baseline: activations of the baseline prompts.
+        hook: the hook of `baseline`, "resid_post" or "resid_pre". Row `l` of "resid_pre" is the
+            output of layer `l - 1`; the last layer then takes the reference of its input.
     """
     units = functional.normalize(directions.double(), dim=-1)
     means = baseline.double().mean(0).to(units.device)
+    if hook == "resid_pre":
+        means = torch.cat([means[1:], means[-1:]])
     return torch.einsum("...d,ld->...l", units, means).float()
 
 

@@ -7,6 +7,7 @@ from checkpoints import write_checkpoint
 from refusal_lens.errors import InputError
 from refusal_lens.interventions import ablate_direction, add_direction, hooks
 from refusal_lens.interventions.hooks import check_interventions, projection_hooks, stream_points
+from refusal_lens.interventions.sweep import affine_references
 from refusal_lens.models.load import load_model
 
 TOKENS = torch.arange(40, 52).reshape(2, 6)
@@ -130,3 +131,13 @@ def test_a_block_whose_hooks_change_nothing_is_seen(model, monkeypatch, layer):
     )
     with pytest.raises(InputError, match=found):
         check_interventions(model)
+
+
+def test_references_of_block_inputs_are_those_of_the_block_before():
+    outputs = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0))
+    inputs = torch.cat([torch.randn(6, 1, 8), outputs[:, :-1]], dim=1)
+    direction = torch.ones(8)
+    after = affine_references(direction, outputs)
+    before = affine_references(direction, inputs, hook="resid_pre")
+    torch.testing.assert_close(before[:-1], after[:-1])
+    torch.testing.assert_close(after[2], outputs[:, 2].mean(0).sum() / 8**0.5)
