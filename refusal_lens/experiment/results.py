@@ -104,6 +104,10 @@ class Results:
         cosines = [float(values[self.layer]) for values in self.similarities.values()]
         return [(m, c, published_rule(c)) for m, c in zip(measures, cosines, strict=True)]
 
+    def sentence(self) -> str:
+        """Return the verdict in one or two plain sentences."""
+        return wording.plain_sentence(self.verdict, self.names)
+
     def verdict_lines(self) -> list[str]:
         """Return the verdict's reasons, then its geometry, in words."""
         missing = self.provenance.get("interventions")
@@ -219,7 +223,7 @@ class Results:
                 part: wording.at_layer(s, self.layer) for part, s in self.statistics.items()
             },
             "verdict": {"answer": self.verdict.answer, "reasons": reasons, "geometry": geometry}
-            | {"evidence": self.verdict.evidence, "rule": self.rule()},
+            | {"sentence": self.sentence(), "evidence": self.verdict.evidence, "rule": self.rule()},
             "by_layer": self.similarities | {name: getattr(self, name) for name in curves},
             "provenance": self.provenance,
         }
@@ -256,7 +260,8 @@ class Results:
         note = html.escape(f"{self.model_name}, {self.layer_note}")
         reasons = "".join(f"<li>{html.escape(line)}</li>" for line in self.verdict_lines())
         return (
-            f"<p><b>{note}</b></p><p>verdict: {self.verdict.answer}</p><ul>{reasons}</ul>"
+            f"<p><b>{note}</b></p><p>verdict: <b>{self.verdict.answer}</b>. "
+            f"{html.escape(self.sentence())}</p><ul>{reasons}</ul>"
             + table.to_html(index=False, float_format="{:+.4f}".format)
         )
 

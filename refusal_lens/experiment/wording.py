@@ -1,6 +1,7 @@
 """Verdicts, reasons, the rule and uncertainty in English, with the names of the contrasts."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -82,6 +83,34 @@ MEASURES = {
         "does for {harmful} prompts"
     ),
 }
+HEADLINES = {
+    "distinct": "Refusal is a mechanism of its own here.",
+    "shared": "Refusal and {negativity} share a mechanism here.",
+    "partly shared": "Refusal and {negativity} share part of a mechanism here.",
+    "inconclusive": "Nothing can be concluded here.",
+}
+EFFECTS = "Removing {negativity} leaves {left} of refusal; adding it brings {brought}."
+UNSTABLE = "Other prompts of the same kind would give another {{{0}}} direction."
+SENTENCES = {  # by the measure of the first reason; else `EFFECTS`
+    "n_prompts": "With {n_prompts:.0f} prompts in the smallest set nothing can be told.",
+    "reliability_refusal": UNSTABLE.format("refusal"),
+    "reliability_negativity": UNSTABLE.format("negativity"),
+    "refused_harmful": "No intervention was run, so what the directions do is unknown.",
+    "constant_token": "Every reply begins with the same word, so a refusal would not be seen.",
+    "refused_gap": (
+        "The model refuses {refused_harmful:.0%} of {harmful} and {refused_harmless:.0%} of {harmless} "
+        "prompts: there is too little refusal to explain."
+    ),
+    "bypassed": "Removing {refusal} leaves most {harmful} prompts refused.",
+    "ablated_harmless": "Removing {refusal} makes the model refuse {harmless} prompts.",
+    "refusal_ablation": "Removing {refusal} does too little to the refusal of {harmful} prompts.",
+    "chance_ablation": "Removing a random direction does as much as removing {refusal}.",
+    "kl_negativity": "Removing {negativity} damages the model, so its effect on refusal says nothing.",
+    "statement_share": (
+        "The model refuses {refused_harmful:.0%} of {harmful} and {refused_negative:.0%} of {negative} "
+        "prompts."
+    ),
+}
 NATS = ("kl_negativity",)  # measures that are no shares
 FINDINGS = {
     "too low": ", below {threshold}",
@@ -147,6 +176,21 @@ class Names(NamedTuple):
 BUNDLED = Names()
 
 
+def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
+    """Return the verdict for a reader without statistics: what it means, and the effects behind it.
+
+    The shares are those of prompts refused, kept between 0 and 100 %.
+    """
+    e, first = verdict.evidence, verdict.reasons[0]
+    left, brought = 1 - e.cross_ablation_share.value, e.cross_addition_share.value
+    effects = {"left": _percent(min(left, 1.0)), "brought": _percent(max(brought, 0.0))}
+    sentence = SENTENCES.get(first.measure, EFFECTS)
+    if first.measure == "statement_share":
+        sentence += f" {EFFECTS}"
+    text = f"{HEADLINES[verdict.answer]} {sentence}"
+    return re.sub(r"(\d)%", r"\1 %", text.format(**vars(e) | names._asdict() | effects))
+
+
 def verdict_lines(verdict: Verdict, names: Names = BUNDLED) -> list[str]:
     """Return every reason, then the cosine, as one sentence each."""
     finding, evidence = verdict.geometry.finding, verdict.evidence
@@ -162,8 +206,9 @@ def verdict_lines(verdict: Verdict, names: Names = BUNDLED) -> list[str]:
 
 
 def verdict_text(verdict: Verdict, names: Names = BUNDLED) -> str:
-    """Return the answer and, below it, `verdict_lines`."""
-    return "\n  - ".join([f"verdict: {verdict.answer}", *verdict_lines(verdict, names)])
+    """Return the answer and, below it, `plain_sentence` and `verdict_lines`."""
+    first = f"verdict: {verdict.answer}\n{plain_sentence(verdict, names)}"
+    return "\n  - ".join([first, *verdict_lines(verdict, names)])
 
 
 def rule(thresholds: Thresholds, names: Names = BUNDLED) -> str:

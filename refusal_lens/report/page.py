@@ -13,13 +13,6 @@ from ..interventions.cross_ablation import Intervention
 from ..uncertainty.effects import auroc_interval
 from .figures import Curves, figures, intervention_names
 
-HEADLINES = {
-    "distinct": "Refusal is a mechanism of its own here",
-    "shared": "Refusal and {other} share a mechanism here",
-    "partly shared": "Refusal and {other} share part of a mechanism here",
-    "inconclusive": "Nothing can be concluded here",
-}
-
 
 def write_report(results: Results, path: str | Path) -> Path:
     """Write the report of the results to a file and return the path; InputError on failure."""
@@ -49,7 +42,6 @@ def html(results: Results) -> str:
     return template.render(
         results=results,
         other=other,
-        headline=HEADLINES[results.verdict.answer].format(other=other),
         figures=[(figure, _numbers(figure.curves)) for figure in light],
         measures=[(name, f"{cosine:+.4f}", rule) for name, cosine, rule in results.table()],
         decodable=_decodable(results),

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.verdict import Estimate, Evidence, Thresholds, judge, published_rule
-from refusal_lens.experiment.wording import Names, rule, verdict_lines, verdict_text
+from refusal_lens.experiment.wording import (
+    Names,
+    plain_sentence,
+    rule,
+    verdict_lines,
+    verdict_text,
+)
 from refusal_lens.prompts.contrast import Contrast
 
 
@@ -223,6 +229,34 @@ def test_reasons_give_number_interval_and_threshold():
     ) in text
 
 
+@pytest.mark.parametrize(
+    ("evidence", "says"),
+    [
+        (
+            DISTINCT,
+            "own here. Removing negativity leaves 96 % of refusal; adding it brings 0 %.",
+        ),
+        (SHARED, "share a mechanism here. Removing negativity leaves 10 % of refusal; adding it"),
+        (
+            replace(SHARED, cross_ablation=near(0.4), cross_ablation_share=near(0.1, 0.4)),
+            "99 % of harmful and 2 % of negative prompts. Removing negativity leaves 90 % of refusal",
+        ),
+        (replace(DISTINCT, cross_ablation_share=near(-0.2)), "leaves 100 % of refusal"),
+        (
+            replace(DISTINCT, refused_gap=near(0), refused_harmful=0.04),
+            "refuses 4 % of harmful and 1 % of harmless prompts: there is too little refusal",
+        ),
+        (replace(DISTINCT, n_prompts=5), "With 5 prompts in the smallest set nothing can be told."),
+        (replace(DISTINCT, reliability_negativity=0.1), "would give another negativity direction"),
+        (replace(DISTINCT, chance_ablation=1.2), "Removing a random direction does as much"),
+    ],
+)
+def test_every_verdict_has_a_plain_sentence_with_the_effects_behind_it(evidence, says):
+    verdict = judge(evidence)
+    assert says in plain_sentence(verdict)
+    assert plain_sentence(verdict) in verdict_text(verdict)
+
+
 def test_a_verdict_on_other_contrasts_has_their_names_and_not_the_bundled_ones():
     named = {"target_name": "rude", "baseline_name": "polite"}
     concepts = [
@@ -284,6 +318,7 @@ def test_any_evidence_gets_one_answer_with_reasons(
     verdict = judge(evidence)
     assert verdict.answer in ("distinct", "shared", "partly shared", "inconclusive")
     assert all(verdict_lines(verdict))
+    assert plain_sentence(verdict).endswith(".")
     if any(ratio.value != ratio.value for ratio in (closed, risen)):
         assert verdict.answer != "distinct"
 
