@@ -1,43 +1,85 @@
-"""GGUF files of llama.cpp: what transformers does not check, or leaves out, when it reads one."""
+"""GGUF files of llama.cpp: what gguf and transformers do not check, or leave out, in reading one."""
 
-import math
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import gguf
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FORMATS = dict(enumerate(("B", "b", "<H", "<h", "<I", "<i", "<f", "?", "", "", "<Q", "<q", "<d")))
-STRING, LIST = 8, 9  # numbers of the two types of value that have no format
 LONGEST_LIST = 4096  # numbers in a list that says something about the model, not about its words
 ROPE_FACTORS = "rope_freqs.weight"
+_INSTEAD = "load the model's Hugging Face directory or hub name instead"
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a GGUF file says about itself: its entries (of a list, the length) and its tensors."""
+class Reader(gguf.GGUFReader):
+    """The header and the tensors of a file, all of them inside it, without the words of a vocabulary.
 
-    path: Path
-    entries: dict[str, Any]
-    tensors: dict[str, tuple[tuple[int, ...], int, int]]  # shape, quantisation, place in the file
+    gguf cuts off what a file claims beyond its end, keeps four arrays for every word (150 MB for
+    98,000 words), and follows a list's stated length. This reader raises ValueError beyond the end,
+    and skips lists of words and long lists.
+    """
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError("a part of it ends after the end of the file")
+        return found
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        length, end = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
+        if item == GGUFValueType.STRING:
+            content: Any = memoryview(self.data)  # type: ignore[arg-type]
+            for _ in range(length):  # fails at the end of the file
+                end += 8 + struct.unpack_from("<Q", content, end)[0]
+        elif length <= LONGEST_LIST:
+            return super()._get_field_parts(orig_offs, raw_type)
+        else:
+            end += self._get(end, self.gguf_scalar_to_np[item], length).nbytes
+        types = [GGUFValueType.ARRAY, GGUFValueType.STRING]
+        return end - orig_offs, [np.zeros(1, np.uint8)], [0] * length, types
+
+    def _build_tensors(self, start_offs: Any, fields: Any) -> None:
+        for field in fields:
+            try:
+                quantisation = GGMLQuantizationType(field.parts[4][0])
+                block = np.zeros((1, GGML_QUANT_SIZES[quantisation][1]), np.uint8)
+                gguf.quants.dequantize(block, quantisation)
+            except (ValueError, NotImplementedError) as error:
+                what = f"the quantisation of {field.name} in {self.path} can't be read ({error})"
+                advice = "take another file of the model, such as Q4_K_M or Q8_0"
+                raise InputError(f"{what}: {advice}") from None
+        super()._build_tensors(start_offs, fields)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(str(self.data.filename))
+
+    def entry(self, key: str) -> Any:
+        """A number or text of the header; `None` if there is none."""
+        return self.fields[key].contents() if key in self.fields else None
 
     def of_architecture(self, key: str) -> Any:
         """The entry of a name that begins with the architecture; `None` if there is none."""
-        return self.entries.get(f"{self.entries.get('general.architecture')}.{key}")
+        return self.entry(f"{self.entry('general.architecture')}.{key}")
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> Reader:
     """Read the header of a GGUF file that holds a whole model.
 
     Raises:
@@ -49,79 +91,21 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is no GGUF file: give one, or a Hugging Face directory")
-        try:
-            header = _header(path.absolute(), file)
-        except (struct.error, ValueError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({error}): download it again") from error
-    whole = r"(.*)-\d{5}-of-(\d{5})\.gguf"
-    named, parts = re.fullmatch(whole, path.name), header.entries.get("split.count", 1)
-    if parts > 1 or (named and int(named[2]) > 1):
+    try:
+        reader = Reader(path.absolute())
+        parts = reader.entry("split.count") or 1
+    except InputError:
+        raise
+    except Exception as error:  # whatever gguf raises on damaged bytes
+        raise InputError(f"{path} is damaged ({error}): download it again") from error
+    named = re.fullmatch(r".*-\d{5}-of-(\d{5})\.gguf", path.name)
+    if parts > 1 or (named and int(named[1]) > 1):
         merge = "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
         raise InputError(f"{path} is one part of a split model: make one file of them with {merge}")
-    return header
+    return reader
 
 
-def _header(path: Path, file: BinaryIO) -> Header:
-    version, n_tensors, n_entries = struct.unpack("<IQQ", file.read(20))
-    if version not in (2, 3):
-        raise ValueError(f"it says version {version}, and 2 and 3 are known")
-    entries: dict[str, Any] = {}
-    size = path.stat().st_size
-    for _ in range(n_entries):
-        key = _string(file)
-        (kind,) = struct.unpack("<I", file.read(4))
-        entries[key] = _value(file, kind, size)
-    infos = {}
-    for _ in range(n_tensors):
-        name, (n_dims,) = _string(file), struct.unpack("<I", file.read(4))
-        numbers = struct.unpack(f"<{min(n_dims, 8)}QIQ", file.read(8 * min(n_dims, 8) + 12))
-        infos[name] = numbers[:-2][::-1], numbers[-2], numbers[-1]
-    alignment = entries.get("general.alignment", 32)
-    start = math.ceil(file.tell() / alignment) * alignment
-    tensors = {name: (shape, kind, start + at) for name, (shape, kind, at) in infos.items()}
-    for name, (shape, kind, place) in tensors.items():
-        if place + _n_bytes(path, name, shape, kind) > size:
-            raise ValueError(f"its tensor {name} ends after the end of the file")
-    return Header(path, entries, tensors)
-
-
-def _string(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    return file.read(min(length, 2**20)).decode(errors="replace")
-
-
-def _value(file: BinaryIO, kind: int, size: int) -> Any:
-    """One value, a list as its length."""
-    if kind == STRING:
-        return _string(file)
-    if kind != LIST:
-        (value,) = struct.unpack(FORMATS[kind], file.read(struct.calcsize(FORMATS[kind])))
-        return value
-    item, length = struct.unpack("<IQ", file.read(12))
-    if item != STRING:
-        file.seek(min(struct.calcsize(FORMATS[item]) * length, size), 1)
-        return length
-    for _ in range(length):  # ends at the end of the file, whatever length the list claims
-        _string(file)
-    return length
-
-
-def _n_bytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
-
-    try:
-        quantisation = GGMLQuantizationType(kind)
-        block, block_bytes = GGML_QUANT_SIZES[quantisation]
-        quants.dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
-    except (ValueError, NotImplementedError) as error:
-        what = f"the quantisation of {name} in {path} can't be read ({error})"
-        raise InputError(
-            f"{what}: take another file of the model, such as Q4_K_M or Q8_0"
-        ) from None
-    return math.prod(shape) // block * block_bytes
-
-
-def complete_config(config: "PretrainedConfig", header: Header) -> None:
+def complete_config(config: "PretrainedConfig", header: Reader) -> None:
     """Write the stretching of positions, which transformers leaves out, into a configuration."""
     kind = header.of_architecture("rope.scaling.type")
     if kind in (None, "none") or config.rope_parameters["rope_type"] != "default":
@@ -137,30 +121,11 @@ def complete_config(config: "PretrainedConfig", header: Header) -> None:
 
 @contextmanager
 def without_words() -> Iterator[None]:
-    """Let transformers read a file's configuration and weights without the words of its vocabulary.
+    """Let transformers read a file's configuration and weights by `Reader`.
 
-    `gguf.GGUFReader` keeps four arrays for every word, 150 MB for 98,000 words, and transformers
-    makes a reader for each part of a model that it reads. Neither part needs the words. The table of
-    tensor names, which transformers makes anew for every module, is made once.
+    transformers makes a reader for each part of a model that it reads, and neither part needs the
+    words. The table of tensor names, which transformers makes anew for every module, is made once.
     """
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
-            if raw_type != LIST:
-                return super()._get_field_parts(orig_offs, raw_type)
-            data: Any = self.data
-            content, end = memoryview(data), orig_offs + 12
-            item, length = struct.unpack_from("<IQ", content, orig_offs)
-            if item != STRING and length <= LONGEST_LIST:
-                return super()._get_field_parts(orig_offs, raw_type)
-            if item != STRING:
-                end += struct.calcsize(FORMATS[item]) * length
-            for _ in range(length if item == STRING else 0):
-                end += 8 + struct.unpack_from("<Q", content, end)[0]
-            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
-            return end - orig_offs, [np.zeros(1, np.uint8)], [0] * length, types
-
     names = cache(gguf.get_tensor_name_map)
     with patch.multiple(gguf, GGUFReader=Reader, get_tensor_name_map=names):
         yield
@@ -175,32 +140,21 @@ def loading_options() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def complete_model(hf_model: "PreTrainedModel", header: Header) -> None:
+def complete_model(hf_model: "PreTrainedModel", header: Reader) -> None:
     """Apply the tensor by which Llama 3.1 and later stretch positions, which transformers leaves out.
 
     Raises:
         InputError: if transformers left out any other tensor.
     """
-    tied = hf_model.config.tie_word_embeddings
-    elsewhere = {ROPE_FACTORS} | ({"output.weight"} if tied else set())
-    shapes = {name: shape for name, (shape, *_) in header.tensors.items() if name not in elsewhere}
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    factors = tensors.pop(ROPE_FACTORS, None)
+    if hf_model.config.tie_word_embeddings:
+        tensors.pop("output.weight", None)
     held = sum(weight.numel() for weight in hf_model.parameters())
-    if (stated := sum(map(math.prod, shapes.values()))) > held:
+    if (stated := sum(tensor.n_elements for tensor in tensors.values())) > held:
         what = f"transformers reads {held:,} of the {stated:,} numbers in {header.path}"
         raise InputError(f"{what}: {_INSTEAD}")
-    if ROPE_FACTORS in header.tensors:
-        shape, _, place = header.tensors[ROPE_FACTORS]
-        factors = np.fromfile(header.path, np.float32, math.prod(shape), offset=place)
-        _slow_rotation(hf_model, factors)
-
-
-_INSTEAD = "load the model's Hugging Face directory or hub name instead"
-
-
-def _slow_rotation(hf_model: "PreTrainedModel", factors: np.ndarray) -> None:
-    import torch
-
-    rotary: Any = hf_model.get_decoder().rotary_emb
-    for name in ("inv_freq", "original_inv_freq"):
-        frequencies: torch.Tensor = getattr(rotary, name)
-        frequencies.div_(torch.from_numpy(factors).to(frequencies))
+    if factors is not None:
+        rotary: Any = hf_model.get_decoder().rotary_emb
+        for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
+            frequencies.div_(frequencies.new_tensor(factors.data))

@@ -39,7 +39,7 @@ class Checkpoint:
     name: str
     directory: Path
     revision: str | None = None
-    header: gguf.Header | None = None
+    header: gguf.Reader | None = None
 
     @property
     def source(self) -> dict[str, Any]:

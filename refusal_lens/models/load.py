@@ -294,7 +294,7 @@ def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | N
     from transformers import AutoTokenizer
 
     header = checkpoint.header
-    if header and "tokenizer.ggml.tokens" not in header.entries:
+    if header and "tokenizer.ggml.tokens" not in header.fields:
         return None
     files = ("tokenizer*.json", "tokenizer.model", "vocab.*")
     if not header and not checkpoint.holds(files):

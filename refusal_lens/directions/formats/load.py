@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from safetensors import safe_open
 from torch import Tensor
 
 from ...activations import disk
 from ...errors import InputError
+from ...models.gguf import Reader
 from .directions_file import GGUF_PREFIX, Directions, FileMetadata, parse_metadata
 
 MOST_POSITIONS = 32  # a longer first axis of three is an axis of prompts
-LONGEST_LIST = 4096  # items of a list in the header of a GGUF file; a control vector needs no list
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 _PLAIN |= {f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")}
@@ -232,20 +232,9 @@ def _read_pt(path: Path) -> Contents:
     return tensors, _published_metadata(path)
 
 
-class _ControlVectorReader(GGUFReader):
-    """Rejects long lists: gguf loops over a list's stated length, even past the end of the file."""
-
-    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
-        if raw_type == GGUFValueType.ARRAY:
-            length = self._get(orig_offs + 4, np.uint64)[0]
-            if length > LONGEST_LIST:
-                raise ValueError(f"it claims a list of {length} items in its header")
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
 def _read_control_vector(path: Path) -> Contents:
     """repeng numbers directions by block; llama.cpp one higher, with a signed `layer_count`."""
-    reader = _ControlVectorReader(path)
+    reader = Reader(path)
     entries = {name: field.contents() for name, field in reader.fields.items()}
     kind = str(entries.get("general.architecture"))
     if kind != "controlvector":
