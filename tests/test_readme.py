@@ -2,9 +2,11 @@
 
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from refusal_lens.cli import main as cli
 
@@ -49,8 +51,25 @@ def test_the_python_shown_runs_and_gives_a_figure_and_files(tmp_path, monkeypatc
     assert (tmp_path / "runs" / "specific" / "directions.safetensors").is_file()
 
 
-def test_the_first_block_is_eight_lines():
-    assert len([line for line in BLOCKS["python"][0].splitlines() if line.strip()]) == 8
+def test_the_first_block_is_five_lines():
+    assert len([line for line in BLOCKS["python"][0].splitlines() if line.strip()]) == 5
+
+
+def test_what_comes_before_the_reference_is_read_in_a_few_minutes():
+    assert len(README.split("\n## Reference\n")[0].split()) <= 900
+
+
+def test_the_citation_names_the_version_that_is_here():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == version("refusal_lens")
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_the_results_that_the_readme_points_to_link_to_files():
+    page = ROOT / "tests" / "benchmarks" / "results" / "README.md"
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("words", commands("refusal-lens"), ids=" ".join)
@@ -106,7 +125,7 @@ def test_nothing_is_left_to_be_filled_in():
 
 @pytest.mark.slow
 def test_the_table_of_verdicts_is_what_the_demo_prints(tmp_path, capsys):
-    cli.main(["demo", "--prompts", "108", "--quiet", "--out", str(tmp_path / "demo")])
+    cli.main(["demo", "--quiet", "--out", str(tmp_path / "demo")])
     printed = capsys.readouterr().out
     rows = re.findall(r"\| `(\w+)` \|[^|]*\| ([+-][\d.]+) \| ([\w -]+) \| ([\w ]+) \|", README)
     assert [row[0] for row in rows] == ["specific", "entangled", "oblivious"]

@@ -40,7 +40,7 @@ class Demo:
     """
 
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
-    prompts: int = 48  # Prompts to use of every set; 108 is all.
+    max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
     quiet: bool = False  # Print nothing but the results.
     verbose: bool = False  # Log progress and problems on stderr.
 
@@ -69,7 +69,7 @@ class Demo:
         print(f"Written to {self.out}: open {path} and the report.html of each organism")
 
     def _run(self, organism: str, progress: bool) -> "rl.Results":
-        config = rl.Config(model=f"organism:{organism}", max_prompts=self.prompts)
+        config = rl.Config(model=f"organism:{organism}", max_prompts=self.max_prompts)
         results = rl.run_experiment(config, progress=progress)
         results.save(self.out / organism)
         rl.write_report(results, self.out / organism / "report.html")
@@ -109,6 +109,7 @@ class Run(ProtocolOptions, ModelOptions):
     repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
     cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
     no_cache: bool = False  # Neither store nor use finished work.
+    explain: bool = False  # Print the rule that decides, with its thresholds.
 
     def __call__(self) -> None:
         """Run the command."""
@@ -122,7 +123,7 @@ class Run(ProtocolOptions, ModelOptions):
             results.save(out)
             rl.write_report(results, out / "report.html")
         written = f"Written to {out}: open {out / 'report.html'}"
-        print(results, results.rule(), written, sep="\n\n")
+        print(results, *[results.rule()] * self.explain, written, sep="\n\n")
 
     def _config(self) -> "rl.Config":
         same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}

@@ -772,7 +772,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
         "can't write",
     ),
     "demo: out is a file": (lambda w: ["demo", "--out", str(w.file("o", b"x"))], "can't write"),
-    "demo: no prompts": (lambda w: ["demo", "--prompts", "0"], "at least one"),
+    "demo: no prompts": (lambda w: ["demo", "--max-prompts", "0"], "at least one"),
     "tokens: a position": (lambda w: ["tokens", "hi", "--position", "-900"], "before the start"),
     "tokens: a lone surrogate": (lambda w: ["tokens", "a\udc80"], "half a surrogate"),
     "tokens: no such model": (

@@ -119,7 +119,7 @@ def test_a_mistake_ends_the_run_with_one_line(options, fails, message, checkpoin
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["demo", "--prompts", "6"],
+        ["demo", "--max-prompts", "6"],
         ["sensitivity", "--model", "organism:oblivious", "--causal-prompts", "4"],
         ["select", "--model", "organism:oblivious"],
     ],
