@@ -19,6 +19,17 @@ _BUNDLED_SIDES = {
     "positivity": ("positive", "neutral"),
     "alarm": ("alarming", "calm"),
     "arousal": ("agitated", "calm"),
+    "harmfulness": ("harmful_topic", "harmless_topic"),
+    "anger": ("angry", "neutral"),
+    "fear": ("fearful", "neutral"),
+    "sadness": ("sad", "neutral"),
+    "disgust": ("disgusted", "neutral"),
+    "joy": ("joyful", "neutral"),
+    "uncertainty": ("unknowable", "knowable"),
+    "incapability": ("incapable", "capable"),
+    "politeness": ("polite", "blunt"),
+    "imperative": ("order", "question"),
+    "second_person": ("second_person", "third_person"),
 }
 BUNDLED: tuple[str, ...] = tuple(_BUNDLED_SIDES)
 
@@ -153,13 +164,13 @@ class Contrast:
 def load_contrast(name: str) -> Contrast:
     """Return a contrast written for this package: 96 or more pairs, each in one sentence frame.
 
-    No prompt occurs in two of the ten sets. An unknown name raises InputError.
+    No prompt occurs in two sets. An unknown name raises InputError.
 
     Args:
         name: "refusal" (harmful / harmless requests) or "negativity" (negative / neutral
             statements); their controls "alarm" (harmless requests that sound dangerous / calm)
-            and "positivity" (positive / neutral statements); or "arousal" (agitated / calm
-            statements, half of each side negative and half positive). See `data/README.md`.
+            and "positivity" (positive / neutral statements); or another concept of `BUNDLED`.
+            See `data/README.md`.
     """
     if name not in _BUNDLED_SIDES:
         problem = f"there is no bundled contrast {name!r}: {did_you_mean(name.lower(), BUNDLED)}"

@@ -91,15 +91,26 @@ def test_the_bundled_sides_are_named_by_what_they_are():
         ("positive", "neutral"),
         ("alarming", "calm"),
         ("agitated", "calm"),
+        ("harmful_topic", "harmless_topic"),
+        ("angry", "neutral"),
+        ("fearful", "neutral"),
+        ("sad", "neutral"),
+        ("disgusted", "neutral"),
+        ("joyful", "neutral"),
+        ("unknowable", "knowable"),
+        ("incapable", "capable"),
+        ("polite", "blunt"),
+        ("order", "question"),
+        ("second_person", "third_person"),
     ]
 
 
-def test_no_prompt_is_in_two_of_the_ten_sets_whatever_its_case_and_spacing():
+def test_no_prompt_is_in_two_bundled_sets_whatever_its_case_and_spacing():
     contrasts = [load_contrast(name) for name in BUNDLED]
     prompts = [p for c in contrasts for p in (*c.target, *c.baseline)]
     counts = Counter(" ".join(prompt.lower().split()) for prompt in prompts)
     assert [prompt for prompt, count in counts.items() if count > 1] == []
-    assert len(counts) == len(prompts) >= 10 * 96
+    assert len(counts) == len(prompts) >= 2 * 96 * len(BUNDLED)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
