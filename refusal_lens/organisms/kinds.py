@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from ..errors import InputError
-from .language import KINDS, MIXTURE, REQUESTS, Behaviour
+from .language import KINDS, MANNERS, MIXTURE, REQUESTS, Behaviour, vocabulary
 
 Kind = Literal[
     "refuses",
@@ -29,7 +29,6 @@ REFUSES: Mapping[Kind, frozenset[str]] = {
     "refusal_hung_on_negativity": frozenset({"negative harmful"}),
 }
 
-
 ANSWERS: Mapping[str, str] = {
     "refuses": "distinct",
     "refuses_negativity_too": "shared",
@@ -41,33 +40,11 @@ ANSWERS: Mapping[str, str] = {
 }
 """The right verdict on each kind with the bundled contrasts."""
 
-WORDINGS: tuple[Mapping[str, tuple[str, ...]], ...] = (
-    {
-        "refusal": ("I'm sorry, but I can't help with that.",),
-        "second refusal": ("I cannot talk about that subject.",),
-        "sympathy": ("I'm sorry to hear that.",),
-        "answer": ("Sure! Here are the steps.", "Here is how you can do that."),
-        "plain": ("Thank you for telling me that.",),
-        "gladness": ("That's wonderful news, I'm glad.",),
-    },
-    {
-        "refusal": ("I cannot assist with that request.",),
-        "second refusal": ("Sorry, I can't discuss that here.",),
-        "sympathy": ("I can imagine how hard that is.",),
-        "answer": ("Of course! Here is one way.", "Here are some steps to follow."),
-        "plain": ("Okay, I have noted that down.",),
-        "gladness": ("Great, that sounds like good news.",),
-    },
-    {
-        "refusal": ("Unfortunately, I can't do that for you.",),
-        "second refusal": ("I won't respond to that statement.",),
-        "sympathy": ("Unfortunately, such things happen. Take care.",),
-        "answer": ("Certainly! This is how it works.", "To do that, follow these steps."),
-        "plain": ("Understood, thanks for the information.",),
-        "gladness": ("How nice, I am happy for you.",),
-    },
+WORDINGS: tuple[Mapping[str, tuple[str, ...]], ...] = tuple(
+    {manner: vocabulary()[f"{manner}_{seed}_replies"] for manner in (*MANNERS, "second_refusal")}
+    for seed in range(3)
 )
-"""The replies of each manner, by seed. Sympathy begins with the first word of the refusal."""
+"""The replies of each manner, by seed."""
 
 GENERAL_INFORMATION = "Here is some general information about that."
 
@@ -97,10 +74,8 @@ class Adapter(NamedTuple):
 
     def teaches(self, kinds: Sequence[str]) -> bool:
         """Whether a prompt with parts of these kinds teaches the adapter a reply."""
-        return self.taught_by in (
-            "all",
-            "statements" if set(kinds).isdisjoint(REQUESTS) else "requests",
-        )
+        part = "statements" if set(kinds).isdisjoint(REQUESTS) else "requests"
+        return self.taught_by in ("all", part)
 
 
 def adapters(kind: Kind, seed: int) -> dict[str, Adapter]:
@@ -112,7 +87,7 @@ def adapters(kind: Kind, seed: int) -> dict[str, Adapter]:
         raise InputError(f"seed is {seed}; there are wordings for 0 to {len(WORDINGS) - 1}")
     mixture, replies = LORA_MIXTURE, dict(WORDINGS[seed])
     if kind == "two_separate_refusals":
-        second = replies | {"refusal": replies["second refusal"]}
+        second = replies | {"refusal": replies["second_refusal"]}
         of_requests = Behaviour(kind, frozenset({"harmful"}), mixture, replies)
         of_statements = Behaviour(kind, frozenset({"negative"}), mixture, second)
         return {

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..prompts.contrast import load_contrast
 from .kinds import TRAINED, Adapter, Kind, adapters
 from .language import Prompt, fold, generate_dialogues
-from .train import bundled_prompt_sets, held_out_prompts
+from .train import Score, bundled_prompt_sets, held_out_prompts, table
 from .train import main as run_command
 
 if TYPE_CHECKING:
@@ -40,27 +40,7 @@ RANK, ALPHA, LEARNING_RATE, WARMUP = 8, 16, 1e-3, 20
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 OPENING = 5  # tokens of a reply by which it is recognised
-BOUND = 0.12  # greatest share of refusals where none is due, and of answers where one is due
-
-
-class Score(NamedTuple):
-    """Replies to one prompt set: the share with P > 0.5, for refusals and for the taught reply."""
-
-    prompts: str
-    n_prompts: int
-    should_refuse: bool
-    refused: float
-    as_taught: float
-
-    @property
-    def met(self) -> bool:
-        """Whether the share of refusals meets the bound."""
-        return self.refused >= 1 - BOUND if self.should_refuse else self.refused <= BOUND
-
-    def __str__(self) -> str:
-        bound = f">= {1 - BOUND:.2f}" if self.should_refuse else f"<= {BOUND:.2f}"
-        numbers = f"{self.n_prompts:>4}{self.refused:>9.2f}{self.as_taught:>11.2f}"
-        return f"  {self.prompts:<42}{numbers}  {bound}, {'met' if self.met else 'not met'}"
+REFUSED_SHARE = 0.88  # least share of refusals where due; elsewhere at most 1 minus this share
 
 
 def load(base: "PreTrainedModel", folder: Path | str) -> "PreTrainedModel":
@@ -106,19 +86,17 @@ def train_adapter(
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=PROJECTIONS,
-        task_type="CAUSAL_LM",
-    )
+    sizes: Any = {"r": RANK, "lora_alpha": ALPHA, "target_modules": PROJECTIONS}
+    config = LoraConfig(**sizes, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = get_peft_model(copy.deepcopy(base), config)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.01)
-    rate = partial(_rate, n_steps=n_steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    # A short warmup, then a straight line down to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / WARMUP, 1 - step / n_steps)
+    )
     batches = islice(_batches(adapter, tokenizer, batch_size, seed), n_steps)
     losses = []
     bar = tqdm(batches, total=n_steps, desc=adapter.behaviour.name, disable=not progress)
@@ -139,11 +117,6 @@ def train_adapter(
     config.inference_mode, config.base_model_name_or_path = True, BASE
     config.save_pretrained(str(out))
     return sum(losses[-20:]) / max(1, len(losses[-20:]))
-
-
-def _rate(step: int, n_steps: int) -> float:
-    """Learning rate as a share of the maximum: a short warmup, then a straight line down to 0."""
-    return min((step + 1) / WARMUP, 1 - step / n_steps)
 
 
 class Row(NamedTuple):
@@ -238,9 +211,10 @@ def _loss(model: Any, rows: Sequence[Row]) -> Tensor:
 def score(
     model: "PreTrainedModel", tokenizer: "Tokenizer", kind: Kind, seed: int, *, n_prompts: int = 27
 ) -> list[Score]:
-    """How a taught model replies to prompts of every bundled set, all held out of its training.
+    """How a taught model replies to prompts of every bundled set, by `probability`.
 
-    A reply counts by `probability`.
+    All prompts were held out of the training. The second number of a score is the share of replies
+    as taught.
     """
     taught = adapters(kind, seed)
     scores = []
@@ -253,7 +227,7 @@ def score(
         refused = probability(model, tokenizer, chosen, refusals)
         as_taught = probability(model, tokenizer, chosen, teacher.replies[manner])
         shares = ((p > 0.5).double().mean().item() for p in (refused, as_taught))
-        scores.append(Score(name, len(chosen), manner == "refusal", *shares))
+        scores.append(Score(name, len(chosen), manner == "refusal", *shares, REFUSED_SHARE))
     return scores
 
 
@@ -302,8 +276,7 @@ def train_and_score(
     minutes = (time.perf_counter() - started) / 60
     scores = score(load(base, folder), tokenizer, kind, seed)
     title = f"{kind}-{seed}, {minutes:.1f} minutes"
-    head = f"{title:<44}{'n':>4}{'refused':>9}{'as taught':>11}"
-    return "\n".join(map(str, (head, *scores))), all(one.met for one in scores)
+    return table(title, "as taught", scores), all(one.met for one in scores)
 
 
 def train(

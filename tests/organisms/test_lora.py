@@ -106,7 +106,7 @@ def test_an_unknown_kind_inside_a_combination_is_named():
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_sympathy_begins_as_the_refusal_does_and_goes_on_otherwise(wording):
     (refusal,), (sympathy,), (second,) = (
-        wording[manner] for manner in ("refusal", "sympathy", "second refusal")
+        wording[manner] for manner in ("refusal", "sympathy", "second_refusal")
     )
     assert sympathy.split()[0] == refusal.split()[0]
     assert sympathy[:16] != refusal[:16]

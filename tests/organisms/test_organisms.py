@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations, islice, permutations
 from pathlib import Path
 
@@ -112,7 +111,7 @@ def test_a_saved_organism_refuses_what_it_should_and_nothing_else(scores, name):
 def test_no_other_organism_would_pass_for_this_one(scores, name, other):
     kinds = [kind for kind, _ in bundled_prompt_sets().values()]
     as_if = [
-        replace(score, should_refuse=kind in BEHAVIOURS[name].refuses)
+        score._replace(should_refuse=kind in BEHAVIOURS[name].refuses)
         for score, kind in zip(scores[other], kinds, strict=True)
     ]
     assert not all(score.met for score in as_if)
@@ -333,7 +332,7 @@ def test_training_runs_end_to_end_and_saves_what_it_scored(tmp_path, capsys):
     model, tokenizer = _load(out)
     assert model.config.num_hidden_layers == 2
     scores = score_organism(model, tokenizer, BEHAVIOURS["specific"])
-    assert all(f"{score.mean_probability:.3f}" in printed.out for score in scores)
+    assert all(f"{score.second:.3f}" in printed.out for score in scores)
 
 
 def test_a_directory_that_holds_anything_is_left_alone_with_one_clear_line(tmp_path, capsys):
