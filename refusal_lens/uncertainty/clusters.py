@@ -4,7 +4,9 @@ Labels say which prompts form a cluster. A label is a value such as a topic. A p
 a topic and a sentence frame, says that prompts are clustered in two crossed ways.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import chain
 from math import log
 
 import torch
@@ -92,22 +94,16 @@ def near_duplicates(tokens: Sequence[Sequence[Hashable]]) -> tuple[int, ...]:
     Args:
         tokens: token numbers, or words, of each prompt; of a pair, those of both sides.
     """
+    from scipy.sparse.csgraph import connected_components
+
     own = [{*prompt} for prompt in tokens]
-    known = {token: i for i, token in enumerate(dict.fromkeys(t for p in own for t in p))}
-    entries = torch.tensor([(i, known[t]) for i, p in enumerate(own) for t in p]).reshape(-1, 2)
-    frequency = entries[:, 1].bincount()
-    weight = torch.tensor([log((len(own) + 1) / int(n)) for n in frequency], dtype=torch.float32)
-    present = torch.zeros(len(own), len(known))
-    present[entries[:, 0], entries[:, 1]] = weight[entries[:, 1]].sqrt()
-    shared = present @ present.T
-    total = present.square().sum(-1)
+    frequency = Counter(chain.from_iterable(own))
+    weight = torch.tensor([log((len(own) + 1) / n) for n in frequency.values()])
+    present = torch.tensor([[token in prompt for token in frequency] for prompt in own]).float()
+    shared = present * weight @ present.T
+    total = shared.diagonal()
     linked = shared >= SIMILAR * (total[:, None] + total - shared)
-    label = torch.arange(len(own))
-    while True:
-        smallest = torch.where(linked, label, len(own)).amin(-1).minimum(label)
-        if torch.equal(smallest, label):
-            return tuple(label.tolist())
-        label = smallest
+    return tuple(connected_components(linked.numpy())[1].tolist())
 
 
 def _by_each_label(contrast: str, clusters: Sequence[Hashable] | Tensor, most: int) -> list[Codes]:

@@ -47,31 +47,43 @@ class Unmeasured:
         object.__setattr__(self, "cause", Cause(self.cause))  # a saved result holds a string
 
 
-@dataclass(frozen=True)
-class CosineStatistics:
+@dataclass(frozen=True, kw_only=True)
+class CosineEstimate:
+    """The true cosine of two directions at each layer; float64.
+
+    Attributes:
+        unbiased, lower, upper: cosine of the true directions and its interval; may leave [-1, 1].
+        band_lower, band_upper: edges of the band that holds the true cosines of all layers at once.
+        reasons: per layer, why the estimate is NaN; None where there is an estimate.
+        cautions: per layer, why the interval may cover less than it says.
+    """
+
+    unbiased: Float[Tensor, " layer"]
+    lower: Float[Tensor, " layer"]
+    upper: Float[Tensor, " layer"]
+    band_lower: Float[Tensor, " layer"]
+    band_upper: Float[Tensor, " layer"]
+    reasons: tuple[Unmeasured | None, ...]
+    cautions: tuple[tuple[Caution, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineStatistics(CosineEstimate):
     """Similarity of two directions at each layer, and its uncertainty; float64.
 
     Attributes:
         plain: cosine of the two sampled directions; noise biases `plain` towards 0.
-        unbiased, lower, upper: cosine of the true directions and its interval; may leave [-1, 1].
-        band_lower, band_upper: edges of the band that holds the true cosines of all layers at once.
+        unbiased, lower, upper, band_lower, band_upper, reasons, cautions: see `CosineEstimate`.
         reliability_a, reliability_b: expected cosine with the direction from as many new prompts.
         ceiling: expected plain cosine if the true cosine is 1; 0 where a reliability is negative.
         p_value, p_adjusted: two-sided permutation test that the true cosine is 0; the adjusted
             p-value stays valid for a layer picked after seeing all layers.
         null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
         random_lower, random_upper: the same for `a` and random directions.
-        reasons: per layer, why the estimate is NaN; None where there is an estimate.
-        cautions: per layer, why the interval may cover less than it says.
         n_resamples, confidence: the settings of `cosine_statistics`.
     """
 
     plain: Float[Tensor, " layer"]
-    unbiased: Float[Tensor, " layer"]
-    lower: Float[Tensor, " layer"]
-    upper: Float[Tensor, " layer"]
-    band_lower: Float[Tensor, " layer"]
-    band_upper: Float[Tensor, " layer"]
     reliability_a: Float[Tensor, " layer"]
     reliability_b: Float[Tensor, " layer"]
     ceiling: Float[Tensor, " layer"]
@@ -81,10 +93,8 @@ class CosineStatistics:
     null_upper: Float[Tensor, " layer"]
     random_lower: Float[Tensor, " layer"]
     random_upper: Float[Tensor, " layer"]
-    reasons: tuple[Unmeasured | None, ...]
     n_resamples: int
     confidence: float
-    cautions: tuple[tuple[Caution, ...], ...] = ()
 
 
 def cosine_statistics(
@@ -163,19 +173,6 @@ def cosine_statistics_from_gram(
     )
 
 
-@dataclass(frozen=True)
-class CosineEstimate:
-    """The fields of `CosineStatistics` that estimate the true cosine."""
-
-    unbiased: Float[Tensor, " layer"]
-    lower: Float[Tensor, " layer"]
-    upper: Float[Tensor, " layer"]
-    band_lower: Float[Tensor, " layer"]
-    band_upper: Float[Tensor, " layer"]
-    reasons: tuple[Unmeasured | None, ...]
-    cautions: tuple[tuple[Caution, ...], ...]
-
-
 def estimate_cosine(
     gram: Gram, *, n_resamples: int, confidence: float, generator: torch.Generator
 ) -> CosineEstimate:
@@ -185,27 +182,27 @@ def estimate_cosine(
     `cosine_statistics_from_gram`.
     """
     reasons = _obstacles(gram, confidence)
-    values = torch.full((5, len(gram.aa)), torch.nan, dtype=torch.float64)
+    names = ("unbiased", "lower", "upper", "band_lower", "band_upper")
+    values = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
     warned: list[tuple[Caution, ...]] = [()] * len(gram.aa)
-    clear = torch.tensor([reason is None for reason in reasons])
-    if clear.any():
-        shown = gram.at(clear)
+    clear = [layer for layer, reason in enumerate(reasons) if reason is None]
+    if clear:
+        shown = gram.at(torch.tensor([reason is None for reason in reasons]))
         squared = shown.unbiased_squared_norms
         noises = [Noise.of(way, squared) for way in (shown, *shown.crossed)]
-        ends = cosine_intervals(noises, n_resamples, confidence, generator)
-        bounded = ~(ends[0].isnan() | ends[1].isnan())
-        found = torch.stack([unbiased_cosine(noises), *ends])
-        values[:, clear] = torch.where(bounded, found, torch.nan)
-        for layer in clear.nonzero()[~bounded, 0].tolist():
-            reasons[layer] = Unmeasured(Cause.UNBOUNDED)
-        for layer, found_here in zip(
-            clear.nonzero()[:, 0].tolist(), cautions(shown, noises[-1]), strict=True
+        found = (
+            unbiased_cosine(noises),
+            *cosine_intervals(noises, n_resamples, confidence, generator),
+        )
+        bounded = ~(found[1].isnan() | found[2].isnan())
+        values[:, clear] = torch.where(bounded, torch.stack(found), torch.nan)
+        for layer, is_bounded, caution in zip(
+            clear, bounded, cautions(shown, noises[-1]), strict=True
         ):
-            warned[layer] = found_here
-    unbiased, lower, upper, band_lower, band_upper = values
-    return CosineEstimate(
-        unbiased, lower, upper, band_lower, band_upper, tuple(reasons), tuple(warned)
-    )
+            warned[layer] = caution
+            reasons[layer] = None if is_bounded else Unmeasured(Cause.UNBOUNDED)
+    curves = dict(zip(names, values, strict=True))
+    return CosineEstimate(**curves, reasons=tuple(reasons), cautions=tuple(warned))
 
 
 def fewest_resamples(confidence: float) -> int:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import InputError
-from .clusters import Clusters, Ways, cluster_weights, two_way, ways
+from .clusters import Clusters, Ways, cluster_weights, ways
 from .gram import Gram, mean_weights, plain_squared_norm, slices
 
 
@@ -51,7 +51,6 @@ def total_interval(
     """Sum of the means of independent `samples`, with Student's interval.
 
     `[a, -b]` gives a difference of means. The smallest sample sets the degrees of freedom.
-
     """
     drawn, quantile = _sampling([sample.shape[-1] for sample in samples], clusters, confidence)
     total = torch.stack([sample.double().mean(-1) for sample in samples]).sum(0)
@@ -121,18 +120,17 @@ def cosine_difference(first: Gram, second: Gram, *, confidence: float = 0.95) ->
     `first` and `second` are Gram matrices under two specifications; row i must belong to the same
     prompt or pair. A jackknife over the rows of both contrasts, with Student's t, cancels a
     prompt's common influence on the two cosines (Efron and Stein 1981, doi:10.1214/aos/1176345462).
-    The ends are NaN with fewer than two rows in a group. InputError if the groups differ.
+    The ends are NaN with fewer than two rows in a group. Of crossed clusters, the first way counts.
+    InputError if the groups differ.
     """
     one, other = ([len(w) for w in (*gram.groups_a, *gram.groups_b)] for gram in (first, second))
     if one != other:
         raise InputError(f"the rows are {one} and {other}: a difference needs the same prompts")
     value = second.plain - first.plain
-    variances = []
-    for pair in zip((first, *first.crossed), (second, *second.crossed), strict=True):
-        moved = [after - before for before, after in zip(*map(left_out_cosines, pair), strict=True)]
-        each = [change.var(-1, correction=0) * (change.shape[-1] - 1) for change in moved]
-        variances.append(torch.stack(each).sum(0))
-    half = _student_quantile(first.n_clusters, confidence) * two_way(variances).sqrt()
+    variance = torch.zeros_like(value)
+    for before, after in zip(left_out_cosines(first), left_out_cosines(second), strict=True):
+        variance += (after - before).var(-1, correction=0) * (after.shape[-1] - 1)
+    half = _student_quantile(first.n_clusters, confidence) * variance.sqrt()
     return Interval(value, value - half, value + half)
 
 
