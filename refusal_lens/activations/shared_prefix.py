@@ -21,10 +21,9 @@ def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: in
     (taken from the mask) and a sliding window must hold every prompt. The model must be free of
     hooks, since a hook may address a token by its index, and must be measured to keep its keys.
     """
-    windows = [getattr(model.cfg, name, None) for name in ("window_size", "sliding_window")]
     return (
         model.cfg.positional_embedding_type == "rotary"
-        and all(longest <= window for window in windows if window)
+        and longest <= (generation(model).window(model) or longest)
         and not any(point.has_hooks() for point in model.hook_dict.values())
         and generation(model).keeps_keys(model)
     )

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+ROOM_ON_CPU, ROOM_ON_GPU = 2**28, 2**33  # bytes of the keys, values and logits of a pass
+
+
 class Interventions(NamedTuple):
     """Directions and the layers after which each is added; without layers they are ablated.
 
@@ -36,6 +39,14 @@ class Interventions(NamedTuple):
         return Interventions(directions, layers, references, self.last_position)
 
 
+def most_rows(model: "HookedTransformer | TransformerBridge", n_recorded: int) -> int:
+    """How many rows may run at a time, each with its own keys and values of so many tokens."""
+    cfg, weight = model.cfg, next(model.parameters())
+    width = 2 * cfg.n_layers * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    a_row = width * n_recorded * weight.element_size() + 4 * cfg.d_vocab
+    return max(1, (ROOM_ON_GPU if weight.is_cuda else ROOM_ON_CPU) // a_row)
+
+
 def last_logits(
     model: "HookedTransformer | TransformerBridge",
     tokens: Int[Tensor, "_ pos"],
@@ -45,10 +56,10 @@ def last_logits(
 ) -> Float[Tensor, "_ 1 d_vocab"]:
     """Logits of the last position, where `start` replaces the embedding's output.
 
-    Most models take the rows from `start`, and so one row of tokens is enough for the pass.
+    Most models take the rows from `start`, and so as many rows of tokens as of the mask are enough.
     """
     if can_join_rows(model):
-        tokens = tokens[:1]
+        tokens = tokens[: len(arguments["attention_mask"])]
     else:
         arguments = {"attention_mask": torch.ones_like(tokens)}
     embedded: Hook = (stream_after(model, EMBEDDING), lambda x, hook: start)

@@ -6,7 +6,7 @@ so earlier layers run once for all additions. Further savings:
 
 - an intervention at the last position alone runs one token; the tokens before it run once for all;
 - the tokens that all prompts begin with run once for each intervention;
-- only prompts of equal length share a pass, so no row is padded;
+- prompts of all lengths share a pass, padded behind their shared tokens, unless rows join later;
 - only the last position is unembedded;
 - a reply's openings run behind the keys and values of the prompt.
 """
@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..models.forward import input_device, undisturbed
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import encode_prompts
-from .batch_rows import Interventions, hooks_by_row, joining_hooks, last_logits
+from .batch_rows import Interventions, hooks_by_row, joining_hooks, last_logits, most_rows
 from .hooks import Hook, can_join_rows, check_interventions, stream_after
 from .opening_scores import opening_scores
 from .reply_openings import ReplyOpenings
@@ -123,26 +123,37 @@ def run_interventions(
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     layers = interventions.layers
     order = sorted(range(n), key=lambda i: layers[i] if layers else 0)
-    n_rows = max(2, batch_size or budget // max(n_shared, longest - n_shared))
+    most = batch_size or most_rows(model, longest)
+    n_rows = max(2, batch_size or min(most, budget // max(n_shared, longest - n_shared)))
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # memory errors come first
     with tqdm(total=len(ids) * max(1, n), unit="prompt", disable=not progress) as bar:
         for part in _even_parts(order, n_rows - 1) or [[]]:
             these = interventions.at(part, device)
             prefix = _recorded(model, ids[0][:n_shared], these) if can_share else None
-            for length, same in groupby(by_length, key=lambda i: len(ids[i])):
-                n_rows = batch_size or budget // (length - n_shared)
-                for group in _even_parts(list(same), n_rows // (1 + len(part))):
-                    tokens = torch.tensor([ids[i][n_shared:] for i in group], device=device)
-                    if these.last_position and prefix:
-                        found = _forward_last(model, tokens, these, read_layers, prefix)
-                    else:
-                        found = _forward(model, tokens, these, read_layers, prefix)
+            pads = can_share and (these.layers is None or these.last_position)
+            for length, alike in groupby(by_length, key=lambda i: longest if pads else len(ids[i])):
+                n_rows = min(most, budget // (length - n_shared))
+                for group in _even_parts(list(alike), n_rows // (1 + len(part))):
+                    tokens, mask = _padded([ids[i][n_shared:] for i in group], device)
+                    run = _forward_last if these.last_position and prefix else _forward
+                    found = run(model, tokens, mask, these, read_layers, prefix)
                     logits, residual, whole = found
                     refusal = logits.new_empty(0, 0)
                     if openings:
                         refusal = opening_scores(model, openings, tokens, these, whole, logits)
                     yield Outcome(group, part, logits, residual, refusal)
                     bar.update(len(group) * max(1, len(part)))
+
+
+def _padded(
+    rows: list[list[int]], device: torch.device
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "_ pos"]]:
+    """Rows padded on the left, and their mask, which has one row if none is padded."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.arange(-width, 0) >= -torch.tensor([[len(row)] for row in rows])
+    mask = mask[:1] if mask.all() else mask
+    return tokens.to(device), mask.to(device, torch.long)
 
 
 def _recorded(
@@ -153,7 +164,8 @@ def _recorded(
     if shared:
         row = torch.tensor([shared], device=input_device(model))
         first = Interventions(these.directions[:0]) if these.last_position else these
-        _forward(model, row, first, (), None, prefix.recording(len(shared)))
+        one = torch.ones_like(row)
+        _forward(model, row, one, first, (), None, prefix.recording(len(shared)))
     return prefix
 
 
@@ -177,22 +189,23 @@ def _checked_ids(
 def _forward(
     model: "HookedTransformer | TransformerBridge",
     tokens: Int[Tensor, "prompt pos"],
+    mask: Int[Tensor, "_ pos"],
     these: Interventions,
     read_layers: Sequence[int],
     prefix: SharedPrefix | None,
     arguments: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, SharedPrefix | None]:
-    """One pass over prompts of equal length: last logits, last residual stream, keys and values."""
-    mask, whole = torch.ones_like(tokens[:1]), None
+    """One pass over padded prompts: last logits, last residual stream, keys and values."""
+    whole, n = None, 1 + len(these.directions)
     if arguments is None:
         arguments = {"attention_mask": mask}
         if prefix is not None:
+            mask = mask if len(mask) == 1 else repeat(mask, "prompt pos -> (i prompt) pos", i=n)
             whole, arguments = prefix.extended(mask, rows=len(tokens))
     with undisturbed(model):
         every = tokens
         start = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
         if these.layers is None or these.last_position or not can_join_rows(model):
-            n = 1 + len(these.directions)
             every, start = (repeat(x, "prompt ... -> (i prompt) ...", i=n) for x in (tokens, start))
             rows = torch.arange(n).repeat_interleave(len(tokens))
             position = -1 if these.last_position else None
@@ -206,21 +219,22 @@ def _forward(
 def _forward_last(
     model: "HookedTransformer | TransformerBridge",
     tokens: Int[Tensor, "prompt pos"],
+    mask: Int[Tensor, "_ pos"],
     these: Interventions,
     read_layers: Sequence[int],
     prefix: SharedPrefix,
 ) -> tuple[Tensor, Tensor, SharedPrefix | None]:
     """As `_forward`, for interventions on the last token: the tokens before it run once."""
-    n_prompts, one = len(tokens), torch.ones_like(tokens[:1, :1])
-    before, arguments = prefix.extended(torch.ones_like(tokens[:1, 1:]), rows=n_prompts)
+    n_prompts, last = len(tokens), mask[:1, -1:]
+    before, arguments = prefix.extended(mask[:, :-1], rows=n_prompts)
     rows = torch.arange(n_prompts * (1 + len(these.directions)))
     with undisturbed(model):
         start = model(tokens, attention_mask=torch.ones_like(tokens), stop_at_layer=0)
         last_logits(model, tokens[:, :-1], start[:, :-1], [], arguments)
-        whole, arguments = before.extended(one, rows=(rows % n_prompts, n_prompts))
-        start = start[rows % n_prompts, -1:]
+        whole, arguments = before.extended(last, rows=(rows % n_prompts, n_prompts))
+        tokens, start = (x[rows % n_prompts, -1:] for x in (tokens, start))
         hooks = hooks_by_row(model, these, rows // n_prompts)
-        run = partial(last_logits, model, tokens[:, -1:], start, arguments=arguments)
+        run = partial(last_logits, model, tokens, start, arguments=arguments)
         return *_read(model, run, hooks, read_layers, n_prompts), whole
 
 

@@ -82,9 +82,10 @@ class CrossEffects:
     Attributes:
         kind, layer: "ablation" or "addition"; the layer of the directions and of the addition.
         interventions, norms: intervention of each row, `NONE` first, and the norm of its direction.
-            Rows are NaN where a direction has no part orthogonal to the other. Random directions
-            run on one set alone, some harmful prompts under ablation and harmless under addition;
-            nothing is added "to zero".
+            Rows are NaN where a direction has no part orthogonal to the other, and where nothing
+            ran: statements are run with the two directions ablated, whole; a random direction runs
+            on some harmful prompts under ablation and some harmless ones under addition; nothing is
+            added "to zero".
         read_layers: the layers of the class scores.
         refusal, negativity: effects on the prompts of each contrast.
     """
@@ -172,25 +173,24 @@ def _runs(
     sizes: Sequence[int],
     protocol: Protocol,
 ) -> Iterator[_Run]:
-    """The named interventions on both contrasts, random ones on harmful or on harmless prompts.
+    """The interventions on requests, two of them on statements, random ones on some requests.
 
     `added_after` is the layer of an addition, None for an ablation; `sizes` are those of the sides.
     """
+    (n_harmful, n_harmless, *_), n_all = sizes, sum(sizes)
+    requests = range(n_harmful + n_harmless)
     known = [i for i in range(4) if not directions[i].isnan().any()]
-    for contrast, baseline in enumerate(baselines):
-        prompts = range(sum(sizes[: 2 * contrast]), sum(sizes[: 2 * contrast + 2]))
-        if added_after is None:
-            references = affine_references(directions, baseline, hook=protocol.hook)
-            these = Interventions(directions, None, references, last_position=True)
-            yield Interventions(directions), [4, 5], prompts
-        else:
-            these = Interventions(directions, [added_after] * len(directions), last_position=True)
-        yield these, known, prompts
-        if contrast == 0:
-            harmful, harmless = prompts[: sizes[0]], prompts[sizes[0] :]
-            random = [*range(6, len(directions))]
-            of = harmful if added_after is None else harmless
-            yield these, random, of[:: max(1, len(of) // CHANCE_PROMPTS)]
+    random, of = [*range(6, len(directions))], requests[:n_harmful]
+    these = Interventions(directions, last_position=True)
+    if added_after is None:
+        yield Interventions(directions), [4, 5], requests
+        own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
+        yield these._replace(references=others), [0, 1], range(len(requests), n_all)
+        these = these._replace(references=own)
+    else:
+        these, of = these._replace(layers=[added_after] * len(directions)), requests[n_harmful:]
+    yield these, known, requests
+    yield these, random, of[:: max(1, len(of) // CHANCE_PROMPTS)]
 
 
 def random_directions(

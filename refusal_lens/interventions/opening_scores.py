@@ -8,14 +8,12 @@ from torch import Tensor
 
 from ..activations.shared_prefix import SharedPrefix
 from ..models.forward import undisturbed
-from .batch_rows import Interventions, hooks_by_row, last_logits
+from .batch_rows import Interventions, hooks_by_row, last_logits, most_rows
 from .reply_openings import Mass, Node, ReplyOpenings
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
-
-LOGITS_ON_CPU, LOGITS_ON_GPU = 2**28, 2**31  # bytes of the logits behind openings at a time
 
 
 class _Rows(NamedTuple):
@@ -56,10 +54,9 @@ def opening_scores(
     mass = Mass(openings, len(rows))
     mass.add((), rows, logits.flatten(0, 1))
     waiting = [(whole, _likely(mass, _Rows(rows, rows, [()] * len(rows))))]
-    room = LOGITS_ON_GPU if tokens.device.type == "cuda" else LOGITS_ON_CPU
-    step = max(1, room // (model.cfg.d_vocab * 4))
     while waiting:
         prefix, found = waiting.pop()
+        step = most_rows(model, prefix.length + 1 if prefix else 0)
         for first in range(0, len(found.of), step):
             part = found.take(slice(first, first + step))
             longer, behind = _next_token(model, tokens, these, prefix, part)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
-from .forward import after_prefix, input_device, undisturbed
+from .forward import after_prefix, input_device, mask_after_prefix, undisturbed
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -43,6 +43,12 @@ def without_logits(model: "TransformerBridge") -> dict[str, Any]:
     """Arguments that end a forward pass before the unembedding and keep no cache."""
     nothing = {"output_attentions": False, "return_type": None, "use_cache": False}
     return {"logits_to_keep": torch.arange(0), **nothing}
+
+
+def window(model: "TransformerBridge") -> int | None:
+    """How many tokens back some layer's attention reaches, if not to the first."""
+    config: Any = model.original_model.config
+    return getattr(config.get_text_config(), "sliding_window", None)
 
 
 def keeps_keys(model: "TransformerBridge") -> bool:
@@ -97,6 +103,7 @@ class PrefixCache:
     def __init__(self, model: "TransformerBridge"):
         self._cache: Any = Cache(layers=[_PrefixLayer() for _ in range(model.cfg.n_layers)])
         self._argument = _cache_argument(model)
+        self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))
 
     def copy(self) -> "PrefixCache":
         """A cache of the same keys and values, which records further ones by itself."""
@@ -106,12 +113,12 @@ class PrefixCache:
 
     def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
         """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
-        length = self._cache.get_seq_length()
-        if not records and not length:
+        if not records and not self._mask.shape[1]:
             return {"attention_mask": mask, "use_cache": False}
         for layer in self._cache.layers:
             layer.records, layer.rows = records, rows
-        whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
+        whole = mask_after_prefix(self._mask, mask, rows=rows)
+        self._mask = whole if records else self._mask
         return {"attention_mask": whole, self._argument: self._cache, "use_cache": True}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import einops
 import psutil
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -42,6 +42,20 @@ def hook_points(model: "HookedTransformer | TransformerBridge", hook: str) -> li
     if hook == "every_stream":
         return ["blocks.0.hook_resid_pre", *hook_points(model, "resid_post")]
     return [f"blocks.{layer}.hook_{hook}" for layer in range(model.cfg.n_layers)]
+
+
+def effective_unembedding(
+    model: "HookedTransformer | TransformerBridge",
+) -> Float[Tensor, "d_model d_vocab"]:
+    """Return the unembedding with the final norm's weight multiplied in, on the CPU."""
+    unembedding = model.W_U.detach()
+    # Measured, because some norms multiply by their weight and some by one more than it.
+    signs = torch.ones_like(unembedding[:, 0])
+    signs[1::2] = -1
+    with undisturbed(model):
+        ends: Any = model.ln_final(torch.stack([signs, -signs])[:, None])
+    weight = (ends[0, 0] - ends[1, 0]).float() / 2 * signs
+    return unembedding.float().cpu() * weight.cpu()[:, None]
 
 
 @contextmanager
@@ -103,10 +117,25 @@ def after_prefix(
     number of prompts. Rows beyond the recorded ones have not joined the batch at this layer: they
     are still the unmodified model's, `row % n_prompts`.
     """
-    if isinstance(rows, int):
-        old = [einops.repeat(each, "row ... -> (row n) ...", n=rows) for each in prefix]
-    else:
-        wanted, n_prompts = rows[0].to(prefix[0].device), rows[1]
-        wanted = torch.where(wanted < len(prefix[0]), wanted, wanted % n_prompts)
-        old = [each.index_select(0, wanted) for each in prefix]
+    old = [_of_rows(each, rows) for each in prefix]
     return tuple(torch.cat(pair, dim) for pair in zip(old, new, strict=True))
+
+
+def mask_after_prefix(
+    prefix: Int[Tensor, "_ prefix"],
+    new: Int[Tensor, "_ pos"],
+    *,
+    rows: int | tuple[Int[Tensor, " row"], int],
+) -> Int[Tensor, "_ whole"]:
+    """The mask over a prefix and new tokens; a mask of one row is that of all rows."""
+    old = prefix if len(prefix) == 1 else _of_rows(prefix, rows)
+    n_rows = max(len(old), len(new))
+    return torch.cat([old.expand(n_rows, -1), new.expand(n_rows, -1)], dim=1)
+
+
+def _of_rows(recorded: Tensor, rows: int | tuple[Int[Tensor, " row"], int]) -> Tensor:
+    if isinstance(rows, int):
+        return einops.repeat(recorded, "row ... -> (row n) ...", n=rows)
+    wanted, n_prompts = rows[0].to(recorded.device), rows[1]
+    wanted = torch.where(wanted < len(recorded), wanted, wanted % n_prompts)
+    return recorded.index_select(0, wanted)

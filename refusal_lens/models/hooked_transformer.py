@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from .forward import after_prefix
+from .forward import after_prefix, input_device, mask_after_prefix
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -217,6 +217,11 @@ def without_logits(model: "HookedTransformer") -> dict[str, Any]:
     return {"stop_at_layer": model.cfg.n_layers}
 
 
+def window(model: "HookedTransformer") -> int | None:
+    """How many tokens back some layer's attention reaches, if not to the first."""
+    return model.cfg.window_size
+
+
 def keeps_keys(model: "HookedTransformer") -> bool:
     """Whether every attention fills the cache it is given."""
     return True
@@ -232,6 +237,7 @@ class PrefixCache:
         cfg = model.cfg
         nothing = torch.empty(1, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
         self._layers = [_PrefixLayer(nothing) for _ in range(cfg.n_layers)]
+        self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))
 
     def copy(self) -> "PrefixCache":
         """A cache of the same keys and values, which records further ones by itself."""
@@ -241,8 +247,11 @@ class PrefixCache:
 
     def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
         """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
-        if not records and not self._layers[0].keys.shape[1]:
+        if not records and not self._mask.shape[1]:
             return {"attention_mask": mask}
+        self._whole = mask_after_prefix(self._mask, mask, rows=rows)
+        self._mask = self._whole if records else self._mask
+        mask = mask.expand(len(self._whole), -1)
         for layer in self._layers:
             layer.records, layer.rows, layer.n_token_rows = records, rows, len(mask)
         return {"attention_mask": mask, "past_kv_cache": self}
@@ -252,7 +261,7 @@ class PrefixCache:
 
     def append_attention_mask(self, mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row whole"]:
         """The mask over the prefix and the tokens after it."""
-        return torch.cat([mask.new_ones(len(mask), self._layers[0].keys.shape[1]), mask], dim=1)
+        return self._whole
 
 
 class _PrefixLayer:

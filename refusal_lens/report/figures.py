@@ -116,7 +116,7 @@ def _cross_effects(results: Results, effects: CrossEffects, verb: str, theme: Th
     return plotting.cross_effects(
         changes.value.float(),
         interventions=[f"{verb} {names[effects.interventions[row]]}" for row in rows],
-        outcomes=list(results.prompts()),
+        outcomes=list(results.prompts())[: changes.value.shape[1]],
         interval=(changes.lower.float(), changes.upper.float()),
         quantity="change in refusal log-odds (nats)",
         title=f"Cross-effects of {effects.kind}: directions of layer {effects.layer}",
@@ -128,15 +128,16 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     """Return changes of the mean refusal log-odds, `[intervention outcome]`, and their rows.
 
     The last row is the random direction whose effect is the median, on some harmful prompts under
-    ablation and some harmless ones under addition. Rows "to zero" belong to ablation alone.
+    ablation and some harmless ones under addition. Rows "to zero" and the columns of statements
+    belong to ablation alone.
     """
+    added = effects.kind == "addition"
     columns = [
         log_odds - log_odds[:1]
-        for part in (effects.refusal, effects.negativity)
+        for part in (effects.refusal, effects.negativity)[: 2 - added]
         for log_odds in (part.target_log_odds, part.baseline_log_odds)
     ]
     random = effects.rows(Intervention.RANDOM)
-    added = effects.kind == "addition"
     left_out = {Intervention.NONE, Intervention.RANDOM}
     if added:
         left_out |= {Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO}

@@ -552,7 +552,8 @@ def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted)
         as_alone(planted, [], prompts, tokens, found[0])
         for intervention, direction in directions.items():
             row = effects.rows(intervention)[-1]
-            if intervention is Intervention.RANDOM and prompts != HARMFUL:
+            random = intervention is Intervention.RANDOM
+            if (random and prompts != HARMFUL) or (contrast and "without" in intervention):
                 assert found[row].isnan().all()
                 continue
             references = activations[contrast][1].mean(0) @ direction / direction.norm()
@@ -560,7 +561,7 @@ def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted)
             as_alone(planted, hooks, prompts, tokens, found[row])
 
 
-def test_removals_of_the_whole_component_act_on_every_token(planted):
+def test_removals_of_the_whole_component_act_on_every_token_of_requests(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
     effects, tokens, random = planted_effects(planted, pair, activations, **options)
@@ -568,18 +569,24 @@ def test_removals_of_the_whole_component_act_on_every_token(planted):
     for name in ("REFUSAL", "NEGATIVITY"):
         [row] = effects.rows(Intervention[f"{name}_TO_ZERO"])
         hooks = ablate_direction(planted, directions[Intervention[name]])
-        for prompts, found, _ in every_side(effects):
+        for prompts, found, contrast in every_side(effects):
+            if contrast:  # statements
+                assert found[row].isnan().all()
+                continue
             as_alone(planted, hooks, prompts, tokens, found[row])
             last = refusal_log_odds(last_logits(planted, at_the_last_token(hooks), prompts), tokens)
             assert (found[row] - last).abs().max() > 0.01  # the control: every token matters
 
 
-def test_cross_additions_add_at_the_last_token_and_nothing_to_zero(planted):
+def test_cross_additions_add_at_the_last_token_of_requests_and_nothing_to_zero(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "addition", "layer": 1}
     effects, tokens, random = planted_effects(planted, pair, activations, **options)
     directions = every_direction(activations, random)
-    for prompts, found, _ in every_side(effects):
+    for prompts, found, contrast in every_side(effects):
+        if contrast:
+            assert found.isnan().all()
+            continue
         for intervention in (Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO):
             assert found[effects.rows(intervention)].isnan().all()
         for intervention, direction in directions.items():
