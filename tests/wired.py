@@ -188,7 +188,7 @@ def _prompt_sets() -> list[tuple[str, Sequence[str]]]:
     """Kind and prompts of every bundled set; agitated and calm statements are negative or positive."""
     sets = list(bundled_prompt_sets().values())
     arousal = load_contrast("arousal")
-    valences = [topic.split()[0] for topic in arousal.topics]
+    valences = [topic.split()[0] for topic, _ in arousal.clusters]
     for side in (arousal.target, arousal.baseline):
         sets += [(valence, [prompt]) for valence, prompt in zip(valences, side, strict=True)]
     return sets

@@ -154,11 +154,8 @@ def read_residual_stream(
     yielded after the next one has started.
 
     Args:
-        model: the model, which stays unchanged.
+        model, batch_size, progress, labels: as in `get_prompt_activations`, a row for a prompt.
         inputs: rows of tokens, padded on the left, and the positions to read.
-        batch_size: rows in a batch, halved where memory runs out; `None` derives it.
-        progress: show a progress bar over the rows.
-        labels: a name for each row in error messages; `None` numbers them.
         only: the rows to run; `None` runs all.
 
     Raises:

@@ -4,8 +4,8 @@ import copy
 import logging
 import tempfile
 import weakref
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -199,11 +199,8 @@ def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> Any:
 def _config(checkpoint: Checkpoint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    try:
-        with gguf.without_words():
-            config = AutoConfig.from_pretrained(**checkpoint.source)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise _unreadable("configuration", checkpoint, error) from error
+    with _reading("configuration", checkpoint), gguf.without_words():
+        config = AutoConfig.from_pretrained(**checkpoint.source)
     if checkpoint.header:
         gguf.complete_config(config, checkpoint.header)
     _refuse_quantised(config, checkpoint.name)
@@ -252,18 +249,14 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
 def _hf_model(
     checkpoint: Checkpoint, config: "PretrainedConfig", dtype: torch.dtype, device_map: Any
 ) -> "PreTrainedModel":
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options: Any = {"dtype": dtype, "device_map": device_map, "attn_implementation": ATTENTION}
     options |= {"output_loading_info": True} | checkpoint.source
     if checkpoint.header:
         options |= gguf.loading_options() | {"config": config}
-    try:
-        with gguf.without_words():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable("weights", checkpoint, error) from error
+    with _reading("weights", checkpoint), gguf.without_words():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
     hf_model, found = loaded
     if missing := sorted(found["missing_keys"]):
         what = f"{checkpoint.name} lack {missing[0]} ({len(missing)} in all)"
@@ -299,23 +292,18 @@ def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | N
     files = ("tokenizer*.json", "tokenizer.model", "vocab.*")
     if not header and not checkpoint.holds(files):
         return None
-    with tempfile.TemporaryDirectory(prefix="empty-") as empty:
-        source = checkpoint.source
+    source = checkpoint.source
+    with tempfile.TemporaryDirectory(prefix="empty-") as empty, _reading("tokenizer", checkpoint):
         if header:  # files beside a GGUF file would replace its own tokenizer and chat template
             source |= {"pretrained_model_name_or_path": empty, "gguf_file": str(header.path)}
-        load = partial(AutoTokenizer.from_pretrained, **source)
-        try:
-            # TransformerLens would load any other tokenizer a second time, from where this one was.
-            if header:
-                tokenizer = load()
-                tokenizer.init_kwargs["add_bos_token"] = True
-                return tokenizer
-            if architecture in FAMILIES and _lens() is hooked_transformer:
-                with suppress(ValueError):
-                    return load(add_bos_token=True)
-            return load()
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable("tokenizer", checkpoint, error) from error
+        # TransformerLens would load any other tokenizer a second time, from where this one was.
+        elif architecture in FAMILIES and _lens() is hooked_transformer:
+            with suppress(ValueError):
+                return AutoTokenizer.from_pretrained(**source, add_bos_token=True)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        if header:
+            tokenizer.init_kwargs["add_bos_token"] = True
+        return tokenizer
 
 
 def _sharing_weights(hf_model: "PreTrainedModel") -> "PreTrainedModel":
@@ -334,6 +322,12 @@ def _lens() -> ModuleType:
     return import_module(".bridge" if generation >= 4 else ".hooked_transformer", __package__)
 
 
-def _unreadable(part: str, checkpoint: Checkpoint, error: Exception) -> InputError:
-    why = str(error).strip().split("\n")[0]
-    return InputError(f"the {part} of {checkpoint.name} can't be read: {why}")
+@contextmanager
+def _reading(part: str, checkpoint: Checkpoint) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise InputError(f"the {part} of {checkpoint.name} can't be read: {why}") from error

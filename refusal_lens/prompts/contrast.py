@@ -13,25 +13,11 @@ from typing import Any
 
 from ..errors import InputError
 
-_BUNDLED_SIDES = {
-    "refusal": ("harmful", "harmless"),
-    "negativity": ("negative", "neutral"),
-    "positivity": ("positive", "neutral"),
-    "alarm": ("alarming", "calm"),
-    "arousal": ("agitated", "calm"),
-    "harmfulness": ("harmful_topic", "harmless_topic"),
-    "anger": ("angry", "neutral"),
-    "fear": ("fearful", "neutral"),
-    "sadness": ("sad", "neutral"),
-    "disgust": ("disgusted", "neutral"),
-    "joy": ("joyful", "neutral"),
-    "uncertainty": ("unknowable", "knowable"),
-    "incapability": ("incapable", "capable"),
-    "politeness": ("polite", "blunt"),
-    "imperative": ("order", "question"),
-    "second_person": ("second_person", "third_person"),
-}
-BUNDLED: tuple[str, ...] = tuple(_BUNDLED_SIDES)
+BUNDLED = (  # files in `data`
+    *("refusal", "negativity", "positivity", "alarm", "arousal", "harmfulness", "anger", "fear"),
+    *("sadness", "disgust", "joy", "uncertainty", "incapability", "politeness", "imperative"),
+    "second_person",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,16 +32,15 @@ class Contrast:
         target, baseline: prompts with and without the concept; iterables, stored as tuples.
         target_name, baseline_name: names of the two sets, "harmful" and "harmless" for instance.
         paired: whether row `i` of `target` belongs to row `i` of `baseline`.
-        topics: topic of each pair, for paired contrasts; empty if unknown.
         clusters: labels of prompts that are not independent of others with the same label. A label
             each pair, or a tuple of labels where pairs are clustered in several ways; if unpaired,
             two lists, the labels of the targets and those of the baselines. Empty if unknown.
         keep_duplicates: whether a prompt may be repeated within its side.
 
     Raises:
-        InputError: if a set is empty; if a prompt, topic or cluster is blank or no string; if a
-            prompt is repeated up to white space; if paired sets, topics or clusters differ in
-            length; if clusters differ in form. The message names the row.
+        InputError: if a set is empty; if a prompt or cluster is blank or no string; if a prompt is
+            repeated up to white space; if paired sets or clusters differ in length; if clusters
+            differ in form. The message names the row.
     """
 
     name: str
@@ -64,12 +49,11 @@ class Contrast:
     target_name: str = "target"
     baseline_name: str = "baseline"
     paired: bool = False
-    topics: tuple[str, ...] = ()
     clusters: tuple[Any, ...] = ()
     keep_duplicates: bool = False
 
     def __post_init__(self):
-        for field in ("target", "baseline", "topics", "clusters"):
+        for field in ("target", "baseline", "clusters"):
             rows = getattr(self, field)
             if isinstance(rows, str) or not isinstance(rows, Iterable):
                 raise InputError(f"`{field}` is {quoted(rows)}: give a list of strings instead")
@@ -84,13 +68,6 @@ class Contrast:
         sides = {"target": target, "baseline": baseline}
         checked_sides(sides, paired=self.paired, keep_duplicates=self.keep_duplicates)
         object.__setattr__(self, "clusters", self._checked_clusters())
-        if self.topics and not self.paired:
-            raise InputError("topics belong to the rows of a paired contrast: set paired=True")
-        if self.topics and len(self.topics) != len(self.target):
-            sizes = f"{len(self.topics)} and {len(self.target)}"
-            raise InputError(f"topics and rows differ in number, {sizes}: give each row its topic")
-        for row, topic in enumerate(self.topics):
-            check_filled(f"topics[{row}]", topic)
 
     def _checked_clusters(self) -> tuple[Any, ...]:
         """The clusters with lists as tuples."""
@@ -116,7 +93,7 @@ class Contrast:
         return labels[0] if self.paired else tuple(labels)
 
     def subset(self, target_rows: Iterable[int], baseline_rows: Iterable[int]) -> "Contrast":
-        """Return the contrast of these rows with their topics and clusters.
+        """Return the contrast of these rows with their clusters.
 
         Args:
             target_rows, baseline_rows: indices from 0, in the order wanted. InputError if they
@@ -135,7 +112,6 @@ class Contrast:
             self,
             target=some(self.target, rows[0]),
             baseline=some(self.baseline, rows[1]),
-            topics=some(self.topics, rows[0]),
             clusters=clusters[0] if self.paired else tuple(clusters),
         )
 
@@ -148,9 +124,8 @@ class Contrast:
     def __repr__(self) -> str:
         target = f"{len(self.target)} {brief(self.target_name)}"
         baseline = f"{len(self.baseline)} {brief(self.baseline_name)}"
-        topics = f", {len(set(self.topics))} topics" if self.topics else ""
         paired = ", paired" if self.paired else ""
-        return f"<Contrast {brief(repr(self.name))}: {target} / {baseline}{paired}{topics}>"
+        return f"<Contrast {brief(repr(self.name))}: {target} / {baseline}{paired}>"
 
     def _repr_html_(self) -> str:
         table = f"<caption>{html.escape(repr(self).strip('<>'))}</caption>"
@@ -172,15 +147,14 @@ def load_contrast(name: str) -> Contrast:
             and "positivity" (positive / neutral statements); or another concept of `BUNDLED`.
             See `data/README.md`.
     """
-    if name not in _BUNDLED_SIDES:
+    if name not in BUNDLED:
         problem = f"there is no bundled contrast {name!r}: {did_you_mean(name.lower(), BUNDLED)}"
         raise InputError(f"{problem}there are {', '.join(BUNDLED)}; or use `contrast_from_file`")
-    sides, path = _BUNDLED_SIDES[name], Path(__file__).with_name("data") / f"{name}.csv"
+    path = Path(__file__).with_name("data") / f"{name}.csv"
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    target, baseline, topics = (tuple(row[x] for row in rows) for x in (*sides, "topic"))
-    clusters = tuple((row["topic"], row["frame"]) for row in rows)
-    return Contrast(name, target, baseline, *sides, True, topics, clusters)
+        (_, _, *sides), *rows = csv.reader(file)  # topic, frame, and the two sides by name
+    topics, frames, target, baseline = zip(*rows, strict=True)
+    return Contrast(name, target, baseline, *sides, True, (*zip(topics, frames, strict=True),))
 
 
 Cells = list[tuple[str, Any]]  # place and value; messages name the place, "target[3]" for instance

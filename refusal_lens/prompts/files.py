@@ -27,7 +27,6 @@ def contrast_from_file(
     baseline: str | int,
     prompt: str | None = None,
     label: str | None = None,
-    topics: str | None = None,
     name: str | None = None,
     paired: bool = False,
     split: str | None = None,
@@ -49,7 +48,6 @@ def contrast_from_file(
             A path names prompts inside cells: "messages.0.content".
         prompt, label: columns of prompts and labels (1 matches "1", and the second name of class
             labels); other labels are ignored.
-        topics: column of the topics, for a paired contrast without `label`.
         name: name of the contrast; the file's name without its suffix if None.
         paired: whether the two prompts of a row belong together.
         split: split of a folder, or several, "train+test"; may be None if there is only one.
@@ -60,8 +58,8 @@ def contrast_from_file(
             that `Contrast` refuses. The message names file, row and column.
     """
     table = read_table(str(path), split)
-    sides = _sides(table, (str(target), str(baseline)), (prompt, label, topics), paired)
-    return _contrast(name or Path(path).stem, *sides, paired, keep_duplicates)
+    sides = _sides(table, (str(target), str(baseline)), prompt, label, paired)
+    return _contrast(name or Path(path).stem, sides, paired, keep_duplicates)
 
 
 def contrast_from_dataset(
@@ -71,7 +69,6 @@ def contrast_from_dataset(
     baseline: str | int,
     prompt: str | None = None,
     label: str | None = None,
-    topics: str | None = None,
     name: str | None = None,
     paired: bool = False,
     split: str | None = None,
@@ -86,7 +83,7 @@ def contrast_from_dataset(
     Args:
         dataset: a `Dataset`, a `DatasetDict`, or a name for `datasets.load_dataset`.
         subset, revision: configuration, and commit, tag or branch, of a dataset given by name.
-        target, baseline, prompt, label, topics, name, paired, split, keep_duplicates: as in
+        target, baseline, prompt, label, name, paired, split, keep_duplicates: as in
             `contrast_from_file`; the name of the contrast is the dataset's if None.
 
     Raises:
@@ -96,8 +93,8 @@ def contrast_from_dataset(
     source = dataset if isinstance(dataset, str) else "dataset"
     loaded = load_dataset(dataset, subset, revision) if isinstance(dataset, str) else dataset
     table = table_of_dataset(source, loaded, split)
-    sides = _sides(table, (str(target), str(baseline)), (prompt, label, topics), paired)
-    return _contrast(name or source, *sides, paired, keep_duplicates)
+    sides = _sides(table, (str(target), str(baseline)), prompt, label, paired)
+    return _contrast(name or source, sides, paired, keep_duplicates)
 
 
 def contrast_from_prompts(
@@ -123,7 +120,7 @@ def contrast_from_prompts(
     if sides[0].name == sides[1].name:
         sides = [sides[0]._replace(name="target"), sides[1]._replace(name="baseline")]
     name = name or Path(_split_source(target)[0].split("@")[0]).stem
-    return _contrast(name, sides, [], paired, keep_duplicates)
+    return _contrast(name, sides, paired, keep_duplicates)
 
 
 def load_prompts(source: FilePath) -> tuple[str, ...]:
@@ -153,39 +150,31 @@ class _Side(NamedTuple):
 
 
 def _sides(
-    table: Table, names: tuple[str, str], columns: tuple[str | None, ...], paired: bool
-) -> tuple[list[_Side], Cells]:
-    """The two sides, and the topics of the pairs."""
-    prompt, label, topics = columns
+    table: Table, names: tuple[str, str], prompt: str | None, label: str | None, paired: bool
+) -> list[_Side]:
     if (prompt is None) != (label is None):
         raise InputError("`prompt` and `label` go together: give both columns or neither")
     if names[0] == names[1]:
         raise InputError(f"`target` and `baseline` are both {names[0]!r}: name two different ones")
     if prompt is None or label is None:
-        sides = [_column_side(table, name, may_end_early=not paired) for name in names]
-        return sides, _beside(table, topics, names[0], sides[0].prompts)
-    if topics is not None:
-        raise InputError("`topics` goes with a column for each side, not with a column of labels")
-    return [_labelled_side(table, prompt, label, name) for name in names], []
+        return [_column_side(table, name, may_end_early=not paired) for name in names]
+    return [_labelled_side(table, prompt, label, name) for name in names]
 
 
-def _contrast(name: str, sides: list[_Side], topics: Cells, paired: bool, keep: bool) -> Contrast:
+def _contrast(name: str, sides: list[_Side], paired: bool, keep: bool) -> Contrast:
     kept = _distinct(sides, paired=paired, keep=keep)
     cells = {s.name: [s.prompts[row] for row in rows] for s, rows in zip(sides, kept, strict=True)}
     target, baseline = checked_sides(cells, paired=paired, keep_duplicates=keep)
     clusters = [[s.clusters[i] for i in r] for s, r in zip(sides, kept, strict=True) if s.clusters]
-    for place, label in chain(topics, *clusters):
+    for place, label in chain(*clusters):
         check_filled(place, None if label is None else str(label))
     labels = tuple(
         tuple(tuple(map(str, x)) if isinstance(x, list) else str(x) for _, x in side)
         for side in clusters
     )
-    return Contrast(
-        *(name, target, baseline, sides[0].name, sides[1].name, paired),
-        topics=tuple(topics[row][1] for row in kept[0]) if topics else (),
-        clusters=labels[0] if labels and paired else labels,
-        keep_duplicates=keep,
-    )
+    names = (sides[0].name, sides[1].name)
+    labels = labels[0] if labels and paired else labels
+    return Contrast(name, target, baseline, *names, paired, labels, keep_duplicates=keep)
 
 
 def _distinct(sides: list[_Side], *, paired: bool, keep: bool) -> list[list[int]]:
@@ -245,16 +234,16 @@ def _inside(cell: Any, key: str) -> Any:
 
 def _column_side(table: Table, name: str, *, may_end_early: bool) -> _Side:
     prompts = _column(table, name, may_end_early=may_end_early)
-    return _Side(name, prompts, _beside(table, CLUSTER, name, prompts))
+    return _Side(
+        name, prompts, _beside(table, CLUSTER, prompts) if CLUSTER in table.columns else []
+    )
 
 
-def _beside(table: Table, name: str | None, of: str, prompts: Cells) -> Cells:
-    """The cells of another column; empty if `name` is None or a table needn't have this column."""
-    if name is None or (name == CLUSTER and CLUSTER not in table.columns):
-        return []
+def _beside(table: Table, name: str, prompts: Cells) -> Cells:
+    """The cells of another column, one for each prompt."""
     cells = _column(table, name)
     if len(cells) < len(prompts):
-        sizes = f"{len(prompts)} cells in {of!r} and {len(cells)} in {name!r}"
+        sizes = f"{len(prompts)} prompts and {len(cells)} in {name!r}"
         raise InputError(f"{table.source} has {sizes}: give each prompt one")
     return cells
 
@@ -262,7 +251,7 @@ def _beside(table: Table, name: str | None, of: str, prompts: Cells) -> Cells:
 def _labelled_side(table: Table, prompt: str, label: str, wanted: str) -> _Side:
     """The prompts of the rows with a label, or with the class label of this number."""
     prompts, clusters = _column_side(table, prompt, may_end_early=False)[1:]
-    labels = [cell for _, cell in _beside(table, label, prompt, prompts)][: len(prompts)]
+    labels = [cell for _, cell in _beside(table, label, prompts)][: len(prompts)]
     texts = [x.strip() if isinstance(x, str) else json.dumps(x, default=str) for x in labels]
     numbered = {str(number): name for number, name in enumerate(table.classes.get(label, ()))}
     name = wanted if wanted in texts else numbered.get(wanted, wanted)

@@ -54,4 +54,5 @@ def test_few_of_a_contrast_s_prompts_keep_their_clusters(tmp_path, config_of):
     assert contrast.target == ("a", "c")
     assert contrast.clusters == (("q", "s"), ("q", "s"))
     bundled = config_of("--max-prompts", "3").contrasts()["refusal"]
-    assert [topic for topic, _ in bundled.clusters] == list(bundled.topics)
+    assert len(bundled.clusters) == 3
+    assert set(bundled.clusters) < set(rl.load_contrast("refusal").clusters)

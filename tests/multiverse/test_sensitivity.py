@@ -232,7 +232,7 @@ def test_subsets_keep_pairs_together_and_differ_from_draw_to_draw(contrasts):
     assert [s.n_prompts for s in subsets] == [5, 5, 5]
     assert all(s.rows[0] == s.rows[1] and s.rows[2] == s.rows[3] for s in subsets)
     assert len({s.rows for s in subsets}) == 3
-    unpaired = tuple(replace(c, paired=False, topics=()) for c in contrasts)
+    unpaired = tuple(replace(c, paired=False) for c in contrasts)
     free = [s for s in specify(unpaired, sizes=(5,), draws=1, seed=0) if s.family is Family.SUBSET]
     assert free[0].rows[0] != free[0].rows[1]
 

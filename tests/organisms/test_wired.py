@@ -68,9 +68,8 @@ def test_a_wired_model_refuses_harmful_requests_alone_and_sympathises_with_the_s
         reply = {"harmful": REFUSAL, "negative": SYMPATHY}.get(kind, ANSWER)
         assert share(models[name], prompts, reply) > 0.95, kind
     arousal = load_contrast("arousal")
-    sad = [
-        t for t, topic in zip(arousal.target, arousal.topics, strict=True) if "negative" in topic
-    ]
+    labelled = zip(arousal.target, arousal.clusters, strict=True)
+    sad = [prompt for prompt, (topic, _) in labelled if "negative" in topic]
     assert share(models[name], sad, SYMPATHY) > 0.95
 
 

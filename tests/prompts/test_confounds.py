@@ -82,14 +82,14 @@ def test_the_datasheet_tells_the_sides_and_what_words_alone_tell_of_each_contras
         assert rows[name] == [f"{told_apart(name, asked):.2f}" for asked in BUNDLED]
 
 
-def valences(topics: tuple[str, ...]) -> Counter:
-    return Counter(topic.split()[0] for topic in topics)
+def valences(clusters: tuple[tuple[str, str], ...]) -> Counter:
+    return Counter(topic.split()[0] for topic, _ in clusters)
 
 
 def test_arousal_is_as_often_negative_as_positive_in_every_frame_and_domain():
     arousal = load_contrast("arousal")
     by_frame = Counter((frame, topic.split()[0]) for topic, frame in arousal.clusters)
-    by_domain = Counter(arousal.topics)
+    by_domain = Counter(topic for topic, _ in arousal.clusters)
     cells = Counter((topic.split()[1], frame) for topic, frame in arousal.clusters)
     assert (len(by_frame), set(by_frame.values())) == (24, {4})
     assert (len(by_domain), set(by_domain.values())) == (16, {6})
@@ -97,9 +97,9 @@ def test_arousal_is_as_often_negative_as_positive_in_every_frame_and_domain():
 
 
 def test_arousal_stays_balanced_where_a_part_of_the_pairs_is_used():
-    topics = load_contrast("arousal").topics
-    assert valences(topics[3::4]) == {"negative": 12, "positive": 12}
+    clusters = load_contrast("arousal").clusters
+    assert valences(clusters[3::4]) == {"negative": 12, "positive": 12}
     for most in range(2, 97):
         config = Config(max_prompts=most, controls=("arousal",))
-        counts = valences(config.contrasts()["arousal"].topics)
+        counts = valences(config.contrasts()["arousal"].clusters)
         assert abs(counts["negative"] - counts["positive"]) <= 4, most

@@ -81,7 +81,7 @@ def test_a_bundled_contrast_has_96_pairs_or_more_each_with_a_topic(name):
     contrast = load_contrast(name)
     assert contrast.name == name
     assert contrast.paired
-    assert len(contrast.target) == len(contrast.baseline) == len(contrast.topics) >= 96
+    assert len(contrast.target) == len(contrast.baseline) == len(contrast.clusters) >= 96
 
 
 def test_the_bundled_sides_are_named_by_what_they_are():
@@ -191,10 +191,10 @@ def test_an_unknown_name_is_answered_with_the_names_there_are():
 
 def test_a_contrast_takes_any_iterables_and_keeps_tuples():
     sides = ["a", "b"], (prompt for prompt in "cd")
-    contrast = UncheckedContrast("c", *sides, paired=True, topics=["x", "y"])
+    contrast = UncheckedContrast("c", *sides, paired=True, clusters=["x", "y"])
     assert contrast.target == ("a", "b")
     assert contrast.baseline == ("c", "d")
-    assert contrast.topics == ("x", "y")
+    assert contrast.clusters == ("x", "y")
 
 
 def test_clusters_given_as_lists_are_kept_as_tuples():
@@ -206,11 +206,11 @@ def test_clusters_given_as_lists_are_kept_as_tuples():
     assert unpaired.clusters == (("p", "q"), ("p", "r"))
 
 
-def test_a_subset_keeps_topics_and_clusters_with_their_prompts():
+def test_a_subset_keeps_clusters_with_their_prompts():
     sides = ("c", ("a", "b", "d"), ("x", "y", "z"), "bad", "good")
-    paired = Contrast(*sides, True, ("s", "t", "u"), ("p", "q", "r"), keep_duplicates=True)
+    paired = Contrast(*sides, True, ("p", "q", "r"), keep_duplicates=True)
     assert paired.subset([2, 0], [2, 0]) == Contrast(
-        *("c", ("d", "a"), ("z", "x"), "bad", "good", True, ("u", "s"), ("r", "p")), True
+        *("c", ("d", "a"), ("z", "x"), "bad", "good", True, ("r", "p")), True
     )
     unpaired = Contrast(*sides, clusters=(("p", "q", "r"), ("p", "p", "s")))
     assert unpaired.subset(range(2), iter([2])) == Contrast(
@@ -253,10 +253,6 @@ def test_a_contrast_is_frozen():
             r"baseline\[2\] has no partner \(2 target and 3 b",
         ),
         ({"baseline": ("x",), "paired": True}, r"target\[1\] has no partner \(2 target and 1 b"),
-        ({"topics": ("t", "t")}, r"topics belong to .* paired=True"),
-        ({"topics": ("t",), "paired": True}, r"topics and rows differ in number, 1 and 2: give"),
-        ({"topics": ("t", ""), "paired": True}, r"topics\[1\] is empty"),
-        ({"topics": ("t", 2), "paired": True}, r"topics\[1\] is 2, int, not a string"),
         ({"clusters": "ab"}, r'`clusters` is "ab": give a list'),
         ({"clusters": ("p", "q")}, r"`clusters` is one list: give two"),
         ({"clusters": (("p", "q"), 3)}, r"`clusters` is one list: give two"),
@@ -307,7 +303,7 @@ def test_contrasts_of_other_prompts_have_another_hash(prompts, data):
 
 def test_a_contrast_shows_itself_in_one_line():
     assert repr(load_contrast("refusal")) == (
-        "<Contrast 'refusal': 108 harmful / 108 harmless, paired, 12 topics>"
+        "<Contrast 'refusal': 108 harmful / 108 harmless, paired>"
     )
     assert repr(Contrast("c", ("a",), ("b", "d"))) == "<Contrast 'c': 1 target / 2 baseline>"
 
@@ -398,17 +394,6 @@ def test_one_column_may_end_early_where_the_contrast_is_not_paired(tmp_path):
     assert message.startswith("'good' in row 2 of mine.csv is empty")
 
 
-def test_topics_come_from_their_column(tmp_path):
-    path = tmp_path / "mine.csv"
-    path.write_text("about,bad,good\nt,a,x\nu,b,y\n")
-    options = {"target": "bad", "baseline": "good", "topics": "about"}
-    assert contrast_from_file(path, **options, paired=True).topics == ("t", "u")
-    assert "paired=True" in error_of(contrast_from_file, path, **options)
-    path.write_text("about,bad,good\nt,a,x\n,b,y\n")
-    message = error_of(contrast_from_file, path, **options, paired=True)
-    assert message.startswith("'about' in row 2 of mine.csv is empty: write")
-
-
 def test_a_published_set_with_labels_is_read(reference):
     path = reference / "prompts" / "xstest_prompts.csv"
     options = {"prompt": "prompt", "label": "label"}
@@ -465,7 +450,6 @@ LABELS = {"prompt": "p", "label": "k"}
         broken_csv("p,k\na,1\nb,0\n", r"`prompt` and `label` go together", prompt="p"),
         broken_csv("p,k\na,1\nb,0\n", r".*no row whose 'k' is 'bad': .*\"0\", \"1\"", **LABELS),
         broken_csv("p,k\na,bad\n,good\n", r"'p' in row 2 of mine\.csv is empty", **LABELS),
-        broken_csv("p,k\na,bad\nb,good\n", r"`topics` goes with a", **LABELS, topics="p"),
         broken_csv("bad,good\na,b\n", r"`target` and `baseline` are both 'bad'", baseline="bad"),
         broken_json("", r".*mine\.json .* it is empty"),
         broken_json("[]", r".*mine\.json .* it holds \[\]; give a list"),
@@ -502,7 +486,9 @@ LABELS = {"prompt": "p", "label": "k"}
         broken_json(
             '[{"bad": "\\ud800", "good": "x"}]', r"'bad' in row 1 of mine\.json holds half"
         ),
-        broken_json('{"p": ["a", "b"], "k": ["bad"]}', r"mine\.json has 2 cells in 'p'", **LABELS),
+        broken_json(
+            '{"p": ["a", "b"], "k": ["bad"]}', r"mine\.json has 2 prompts and 1 in 'k'", **LABELS
+        ),
         broken_json(
             '{"bad": "a", "good": "x"}\n\n{"bad": "b"\n',
             r".*mine\.jsonl .* line 3: Expecting .* column 12",

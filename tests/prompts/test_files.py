@@ -122,7 +122,7 @@ def test_clusters_go_with_their_rows(tmp_path):
         contrast_from_file(path, **SIDES)
     nested = tmp_path / "mine.json"
     nested.write_text('{"bad": ["a", "b"], "good": ["x", "y"], "cluster": ["q"]}')
-    with pytest.raises(rl.InputError, match="2 cells in 'bad' and 1 in 'cluster': give each"):
+    with pytest.raises(rl.InputError, match="2 prompts and 1 in 'cluster': give each"):
         contrast_from_file(nested, **SIDES)
     nested.write_text('{"bad": ["a", "b"], "good": ["x", "y"], "cluster": [["q", 1], ["r", 2]]}')
     crossed = contrast_from_file(nested, **SIDES, paired=True)

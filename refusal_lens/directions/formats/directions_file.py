@@ -153,14 +153,13 @@ def write_control_vector(directions: Directions, path: str | Path, *, model_type
         path: the file, written atomically. InputError if the folder can't be written.
         model_type: `model_type` of the model's Hugging Face configuration, such as "llama".
     """
-    if _block_layers(directions)[0] == 0:
-        if len(directions.vectors) == 1:
-            problem = f"{directions.source} has only layer 0, which llama.cpp can't steer"
-            raise InputError(f"{problem}: give later layers")
-        note = "layer 0 left out, which llama.cpp can't steer"
-        later = directions.at(*_block_layers(directions)[1:])
-        directions = replace(later, notes=(*later.notes, note))
     layers, path = _block_layers(directions), Path(path)
+    if layers == (0,):
+        problem = f"{directions.source} has only layer 0, which llama.cpp can't steer"
+        raise InputError(f"{problem}: give later layers")
+    if layers[0] == 0:
+        layers, note = layers[1:], "layer 0 left out, which llama.cpp can't steer"
+        directions = replace(directions.at(*layers), notes=(*directions.notes, note))
     with disk.whole_directory(path.parent) as staging:
         writer = GGUFWriter(staging / path.name, "controlvector")
         writer.add_string("controlvector.model_hint", model_type)

@@ -259,9 +259,7 @@ def _read_control_vector(path: Path) -> Contents:
     hint = f"for models of type {str(entries.get('controlvector.model_hint', 'unknown'))[:80]}"
     count = reader.fields.get("controlvector.layer_count")
     if count is not None and count.types == [GGUFValueType.INT32]:
-        note = (
-            "if direction.{l + 1} is block l's output, as llama.cpp numbers, say hook='resid_pre'"
-        )
+        note = "if llama.cpp numbered them, direction.{l + 1} is block l's output: say hook='resid_pre'"
         return tensors, {"layers": layers, "notes": (f"{hint}; {note}",)}
     note = "direction.{l} is block l's output, as repeng numbers (the last: after the final norm)"
     return tensors, {"layers": layers, "hook": "resid_post", "notes": (f"{hint}; {note}",)}
