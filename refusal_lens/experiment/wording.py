@@ -111,6 +111,14 @@ SENTENCES = {  # by the measure of the first reason; else `EFFECTS`
         "prompts."
     ),
 }
+EFFECT_ROWS = {  # measure -> what it is, and the measure of random directions
+    "cross_ablation_share": ("ablate {negativity}: {harmful} prompts no longer refused", ""),
+    "cross_ablation": ("ablate {negativity}: drop of their refusal scores", "chance_ablation"),
+    "cross_addition_share": ("add {negativity}: {harmless} prompts refused", ""),
+    "cross_addition": ("add {negativity}: rise of their refusal scores", "chance_addition"),
+    "statement_share": ("{negative} prompts refused, beyond {neutral} ones", ""),
+    "statement_ablation": ("ablate {refusal}: drop of refusal scores of {negative} prompts", ""),
+}
 NATS = ("kl_negativity",)  # measures that are no shares
 FINDINGS = {
     "too low": ", below {threshold}",
@@ -191,10 +199,23 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     return re.sub(r"(\d)%", r"\1 %", text.format(**vars(e) | names._asdict() | effects))
 
 
+def effects(verdict: Verdict, names: Names = BUNDLED) -> list[list[str]]:
+    """Return rows: an effect that decides, its size relative to refusal's, and what chance does."""
+    numbers, words = vars(verdict.evidence), names._asdict()
+    return [
+        [
+            what.format(**words),
+            _percent(numbers[measure]),
+            _percent(numbers[chance]) if chance else "",
+        ]
+        for measure, (what, chance) in EFFECT_ROWS.items()
+    ]
+
+
 def verdict_lines(verdict: Verdict, names: Names = BUNDLED) -> list[str]:
     """Return every reason, then the cosine, as one sentence each."""
     finding, evidence = verdict.geometry.finding, verdict.evidence
-    cosine = f"the cosine at layer {evidence.layer} is {evidence.cosine}"
+    cosine = f"the cosine at layer {evidence.layer} is {_within_one(evidence.cosine)}"
     if finding == "not measured":
         cosine = f"the cosine at layer {evidence.layer} is not measurable"
     elif verdict.answer == "inconclusive":
@@ -235,14 +256,17 @@ def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:
 def uncertainty(statistics: CosineStatistics, layer: int) -> list[str]:
     """Return a line each on the interval, reliability and null of a cosine at one layer."""
     at = at_layer(statistics, layer)
+    here, everywhere = (
+        _within_one(Estimate(at["unbiased"], at[f"{band}lower"], at[f"{band}upper"]))
+        for band in ("", "band_")
+    )
     return [
-        f"true cosine {at['unbiased']:+.2f} (corrected for noise), "
-        f"{100 * statistics.confidence:g} % interval {at['lower']:+.2f} to {at['upper']:+.2f}, "
-        f"for all layers at once {at['band_lower']:+.2f} to {at['band_upper']:+.2f}",
+        f"true cosine, corrected for noise, with its {100 * statistics.confidence:g} % interval: "
+        f"{here}; for all layers at once {everywhere.split(maxsplit=1)[1]}",
         f"reliability of the directions {at['reliability_a']:.2f} and {at['reliability_b']:.2f}: "
         f"noise alone keeps the plain cosine below {at['ceiling']:.2f}",
-        f"were the true cosine 0, the plain one would lie between {at['null_lower']:+.2f} and "
-        f"{at['null_upper']:+.2f} (p {at['p_value']:.2g}, over all layers {at['p_adjusted']:.2g})",
+        f"were the true cosine 0, the plain one would lie between {at['null_lower']:z.2f} and "
+        f"{at['null_upper']:z.2f} (p {at['p_value']:.2g}, over all layers {at['p_adjusted']:.2g})",
         *(CAUTIONS[caution] for caution in (statistics.cautions or [()] * (layer + 1))[layer]),
     ]
 
@@ -265,6 +289,13 @@ def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
         numbers = {"value": _percent(value), "threshold": _percent(threshold)}
     sentence = MEASURES[reason.measure] + FINDINGS[reason.finding]
     return sentence.format(**numbers, layer=verdict.evidence.layer, **names._asdict())
+
+
+def _within_one(cosine: Estimate) -> str:
+    """Format a cosine with its interval, both cut at -1 and 1, and say so if they were."""
+    ends = [min(max(end, -1.0), 1.0) for end in vars(cosine).values()]
+    cut = "" if [*vars(cosine).values()] == ends else " (cut at 1)"
+    return f"{ends[0]:z.2f} [{ends[1]:z.2f}, {ends[2]:z.2f}]{cut}"
 
 
 def _percent(value: float | Estimate) -> str:

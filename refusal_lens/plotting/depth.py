@@ -21,7 +21,7 @@ Band = tuple[Values, Values]
 Bands = Band | Mapping[str, Band]
 T = TypeVar("T")
 
-PLOT_HEIGHT = 300  # approximate pixels of the plot area at the default height
+PLOT_HEIGHT = 220  # approximate pixels of the plot area at the default height
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def cosine_by_layer(
         cosine: `[layer]`, or a mapping from names to such curves.
         highlight: the layer marked on every curve that reaches it, with the curve's value.
         interval, band: lower and upper ends, pointwise and for all layers at once, by curve name.
-            A bare pair belongs to the first curve.
+            A bare pair belongs to the first curve. Ends beyond +-1, which a cosine can't be, are cut.
         null: range of the first curve under permuted labels.
         ceiling: the largest cosine that the reliability of the first curve's directions permits.
         unbiased: the first curve's estimate corrected for noise.
@@ -68,22 +68,24 @@ def cosine_by_layer(
     """
     curves = named_curves(cosine, "cosine similarity", theme)
     level = f"{100 * confidence:g} %"
-    subtitle = "1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite"
-    subtitle += f"; shaded: {level} intervals" if interval else ""
+    shades = {f"shaded: {level} intervals": interval, "lighter: for all layers at once": band}
+    shades["grey: permuted labels"] = null
+    meant = "".join(f"; {meaning}" for meaning, ends in shades.items() if ends)
+    subtitle = f"1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite{meant}"
     chart = figure(title, subtitle, theme=theme)
     if empty(chart, [curve.values for curve in curves], "cosine similarity"):
         return chart
     first, concepts = curves[0], palette(theme).concepts
-    add_bands(chart, f"permutation null, {level}", null, curves, 0.22, concepts["null"].colour)
-    add_bands(chart, f"{level} simultaneous band", band, curves, 0.14)
-    add_bands(chart, f"{level} interval", interval, curves, 0.28)
-    dotted = Style(first.style.colour, "dot", "circle-open")
+    grey, dotted = concepts["null"].colour, Style(first.style.colour, "dot", "circle-open")
+    add_bands(chart, f"permutation null, {level}", null, curves, 0.22, grey, largest=1.0)
+    add_bands(chart, f"{level} simultaneous band", band, curves, 0.14, largest=1.0)
+    add_bands(chart, f"{level} interval", interval, curves, 0.28, largest=1.0)
     estimates = {"noise ceiling": (ceiling, concepts["ceiling"])}
-    for label, (values, style) in (estimates | {"unbiased estimate": (unbiased, dotted)}).items():
+    for label, (values, style) in (estimates | {"corrected for noise": (unbiased, dotted)}).items():
         if values is not None:
             whose = {f"curve {first.name!r}": (first.values, "layer")}
             check_tensors(**whose, **{label: (values, "layer")})
-            add_curve(chart, Curve(label, values, style), width=1.6, legendrank=950)
+            add_curve(chart, Curve(label, values.clamp(-1, 1), style), width=1.6, legendrank=950)
     drawn = draw_curves(chart, curves, "cosine similarity")
     chart.update_yaxes(range=cosine_limits(drawn))
     if is_layer(strongest, len(first.values), "strongest"):
@@ -186,7 +188,7 @@ def metric_panel(
     columns = 2 if len(curves) in (2, 4) else max(1, min(3, len(curves)))
     rows = max(1, math.ceil(len(curves) / columns))
     subtitle = "thin: the other metrics, on the same scale"
-    chart = figure(title, subtitle, theme=theme, height=150 + 205 * rows)
+    chart = figure(title, subtitle, theme=theme, height=150 + 180 * rows)
     if empty(chart, [curve.values for curve in curves], "similarity"):
         return chart
     labels = [f"<b>{wrapped(curve.name, width=21, lines=2)}</b>" for curve in curves]
@@ -194,7 +196,7 @@ def metric_panel(
     if is_layer(highlight, depth):
         for i, curve in enumerate(curves):
             labels[i] += f"<br>{written(float(curve.values[highlight]))} at layer {highlight}"
-    grid = {"horizontal_spacing": 0.04, "vertical_spacing": 0.34 / rows, "shared_yaxes": True}
+    grid = {"horizontal_spacing": 0.04, "vertical_spacing": 0.4 / rows, "shared_yaxes": True}
     make_subplots(rows, columns, figure=chart, shared_xaxes=True, subplot_titles=labels, **grid)
     chart.update_annotations(font_size=12)
     for i, curve in enumerate(curves):
@@ -215,7 +217,7 @@ def metric_panel(
             mark_point(chart, curve, highlight, theme, **place)
     drawn = [v for curve in curves for v in numbers(curve.values) if v is not None]
     axis = layer_axis(depth)
-    axis |= {"title": None, "dtick": 2 * axis["dtick"], "showticklabels": True}
+    axis |= {"title": None, "showticklabels": True}
     chart.update_xaxes(axis).update_xaxes(title_text="layer", row=rows)
     chart.update_yaxes(range=cosine_limits(drawn), zeroline=True)
     chart.update_yaxes(title_text="similarity", col=1)
@@ -254,15 +256,18 @@ def add_bands(
     curves: Sequence[Curve],
     opacity: float,
     colour: str | None = None,
+    largest: float = math.inf,
 ) -> None:
-    """Shade from lower to upper ends. The legend lists a band only if one curve has it."""
+    """Shade from lower to upper ends, cut at +-`largest`. The subtitle explains bands, no legend."""
     named = by_curve(f"the {label}", bands or {}, curves)
     for curve in [curve for curve in curves if curve.name in named]:
-        ends = curve.bands[label] = named[curve.name]
+        ends = named[curve.name]
         whose = {f"curve {curve.name!r}": (curve.values, "layer")}
         for end in ends:
             check_tensors(**whose, **{f"its {label}": (end, "layer")})
-        low, high = map(numbers, ends)
+        lower, upper = (end.clamp(-largest, largest) for end in ends)
+        curve.bands[label] = lower, upper
+        low, high = numbers(lower), numbers(upper)
         known = [None not in pair for pair in zip(low, high, strict=True)]
         x: list[int | None] = []
         y: list[float | None] = []
@@ -281,7 +286,7 @@ def add_bands(
             line={"color": tint(shade, 2 * opacity), "width": 1},
             name=wrapped(f"{curve.name}: {label}" if len(curves) > 1 else label, lines=2),
             hoverinfo="skip",
-            showlegend=len(named) == 1,
+            showlegend=False,
         )
 
 
@@ -339,7 +344,7 @@ def mark_point(chart: go.Figure, curve: Curve, layer: int, theme: Theme, **place
 def mark_highlight(
     chart: go.Figure, curves: Sequence[Curve], layer: int | None, theme: Theme
 ) -> None:
-    """Mark a layer with a line, and every curve with a ring and its value, 20 pixels apart."""
+    """Mark a layer with a line, and every curve with a ring and its value, in their order."""
     depth = max(len(curve.values) for curve in curves)
     if not is_layer(layer, depth):
         return
@@ -347,18 +352,20 @@ def mark_highlight(
     known = sorted([at for at in at_layer if math.isfinite(at[0])], key=lambda at: -at[0])
     mark_layer(chart, layer, f"layer {layer}" + ("" if known else ": undefined"), theme)
     low, high = chart.layout.yaxis.range
-    ceiling, floor = PLOT_HEIGHT, 20 * len(known) - 10
+    ceiling, floor = PLOT_HEIGHT - 14, 20 * len(known) - 10
     for value, curve in known:
         mark_point(chart, curve, layer, theme)
         at_curve = PLOT_HEIGHT * (value - low) / (high - low)
         height = max(floor, min(at_curve + 24, ceiling))
         ceiling, floor = height - 20, floor - 20
+        # In the units of the axis labels keep their order at any size of the figure.
         chart.add_annotation(
+            ayref="y",
+            ay=low + height * (high - low) / PLOT_HEIGHT,
             text=f"<b>{written(value, curve.form)}</b>",
             x=layer,
             y=value,
             ax=34 if layer < 0.85 * depth else -34,
-            ay=at_curve - height,
             standoff=7,
             bgcolor=palette(theme).background,
             bordercolor=curve.style.colour,

@@ -38,7 +38,7 @@ def cosine_matrix(
     subtitle = "1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite; empty: undefined"
     if is_layer(highlight, min(matrix.shape)):
         subtitle += f"; layer {highlight}: {written(float(matrix[highlight, highlight]))}"
-    chart = figure(title, subtitle, theme=theme, height=600)
+    chart = figure(title, subtitle, theme=theme, height=460)
     if empty(chart, [matrix], "cosine matrix"):
         return chart
     hover = f"{escaped(a)} at layer %{{y}}<br>{escaped(b)} at layer %{{x}}<br>cosine %{{z:.3f}}"
@@ -152,7 +152,7 @@ def cross_effects(
     check_count("interventions", interventions, len(effects))
     check_count("outcomes", outcomes, effects.shape[1])
     subtitle = quantity + (", with its interval" if interval else "")
-    height = 190 + 56 * max(len(interventions), 2)
+    height = 170 + 46 * max(len(interventions), 2)
     chart = figure(title, subtitle, theme=theme, height=height)
     if empty(chart, [effects], quantity):
         return chart
@@ -172,13 +172,13 @@ def _write_cells(chart: go.Figure, effects: Tensor, ends: list[Any], limit: floa
     """Write every effect and its interval into its cell, in white where the cell is dark."""
     for i, row in enumerate(numbers(effects)):
         for j, value in enumerate(row):
-            note: dict[str, Any] = {"text": "not measured"}
+            note: dict[str, Any] = {"text": "not<br>measured", "font_size": 11}
             if value is not None:
                 dark = value <= (2 * DARK_SHARE - 1) * limit
                 between = " to ".join(written(end[i][j], ".1f") for end in ends)
                 small = f'<br><span style="font-size:11px">{between}</span>' if ends else ""
                 note["text"] = f"<b>{written(value, '.1f')}</b>{small}"
-                note["font_color"] = "#ffffff" if dark else "#000000"
+                note |= {"font_size": 12, "font_color": "#ffffff" if dark else "#000000"}
             chart.add_annotation(note, x=j, y=i, showarrow=False)
 
 

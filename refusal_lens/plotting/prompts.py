@@ -51,7 +51,7 @@ def prompts_in_plane(
         title, theme: the figure's title; "light" or "dark".
     """
     subtitle = "residual-stream units; the axes rescale with each layer"
-    chart = figure(title, subtitle, theme=theme, height=560)
+    chart = figure(title, subtitle, theme=theme, height=460)
     texts = _check_sets(coordinates, "prompt_{i} layer two", prompts)
     if any(each.shape[2] != 2 for each in coordinates.values()):
         raise InputError("coordinates have another shape: hand over [prompt layer 2]")
@@ -100,7 +100,7 @@ def projections_by_layer(
         title, theme: the figure's title; "light" or "dark".
     """
     title, auroc = title or f"Projections on the {direction} direction", auroc or {}
-    chart = figure(title, "residual-stream units", theme=theme, height=600)
+    chart = figure(title, "residual-stream units", theme=theme, height=500)
     texts = _check_sets(projections, "prompt_{i} layer", prompts, auroc)
     if empty(chart, projections.values(), "set of projections"):
         return chart

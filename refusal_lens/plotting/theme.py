@@ -118,7 +118,7 @@ def template(theme: Theme) -> go.layout.Template:
     )
 
 
-def figure(title: str, subtitle: str, *, theme: Theme, height: int = 470) -> go.Figure:
+def figure(title: str, subtitle: str, *, theme: Theme, height: int = 400) -> go.Figure:
     """An empty figure of a height in pixels, as wide as its page, with title and subtitle."""
     heading = headed(title, subtitle, theme)
     layout = {"template": template(theme), "title": {"text": heading}, "height": height}
@@ -162,12 +162,13 @@ def check_count(what: str, given: Sized, n: int) -> None:
 
 
 def layer_axis(n_layers: int) -> dict[str, Any]:
-    """The x axis of every figure across depth: whole layers, at most 16 of them labelled."""
+    """The x axis of every figure across depth: whole layers, at most 8 of them labelled."""
     return {
         "title": {"text": "layer (output of block)"},
         "unifiedhovertitle": {"text": "<b>layer %{x}</b>"},
         "range": [-0.6, max(n_layers, 1) - 0.4],
-        "dtick": 2 ** max(0, math.ceil(math.log2(max(n_layers, 1) / 16))),
+        "dtick": 2 ** max(0, math.ceil(math.log2(max(n_layers, 1) / 8))),
+        "tickangle": 0,  # so that the labels fit a phone
     }
 
 

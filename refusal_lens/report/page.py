@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..activations import disk
+from ..experiment import wording
 from ..experiment.results import Results
 from ..interventions.cross_ablation import Intervention
+from ..prompts.protocol import Protocol
 from ..uncertainty.effects import auroc_interval
 from .figures import Curves, figures, intervention_names
 
@@ -38,21 +41,59 @@ def html(results: Results) -> str:
     ]
     source = files(__package__).joinpath("page.html").read_text("utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-    other = results.names.negativity
     return template.render(
         results=results,
-        other=other,
-        figures=[(figure, _numbers(figure.curves)) for figure in light],
-        measures=[(name, f"{cosine:+.4f}", rule) for name, cosine, rule in results.table()],
+        names=results.names,
+        other=results.names.negativity,
+        lines=map(_minus, results.verdict_lines()),
+        effects=[[*map(_minus, row)] for row in wording.effects(results.verdict, results.names)],
+        figures={figure.name: (figure, _numbers(figure.curves)) for figure in light},
+        uncertainty=map(_minus, results.uncertainty()),
+        measures=[
+            (name, _minus(f"{cosine:+z.4f}"), rule) for name, cosine, rule in results.table()
+        ],
         decodable=_decodable(results),
         openings=_openings(results),
         replies=_replies(results),
-        protocol={k: json.dumps(v) for k, v in results.config.protocol.to_dict().items()},
+        protocol=map(_minus, _protocol(results.config.protocol)),
+        prompts=_prompts(results),
         contrasts=_contrasts(results),
         provenance=json.dumps(disk.plain(results.provenance), indent=1),
         plotly=get_plotlyjs(),
         data=_in_script(data),
     )
+
+
+def _minus(text: str) -> str:
+    """Return text with a true minus sign before each negative number."""
+    return re.sub(r"(?<![\w.,)-])-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def _protocol(p: Protocol) -> list[str]:
+    """Return a sentence on every choice about how a prompt becomes a vector."""
+    where = " and ".join(str(position).replace("_", " ") for position in p.positions)
+    side = "output" if p.hook == "resid_post" else "input"
+    own = "the model's own" if p.chat_template is None else p.chat_template[:200]
+    return [
+        f"The residual stream is read at the {side} of every block, at token {where}, counted "
+        "from the end.",
+        f"The chat template is {own}; templates that read the clock read {p.date}.",
+        f"The prompt ends with{'' if p.generation_prompt else 'out'} the header of the reply.",
+        "There is no system prompt."
+        if p.system_prompt is None
+        else f"The system prompt is {p.system_prompt!r}.",
+        f"A thinking model {'may think' if p.thinking else 'finds its block of thought closed'}.",
+        *(f"Known bug: {bug}." for bug in p.bugs),
+    ]
+
+
+def _prompts(results: Results) -> list[list[str]]:
+    """Return every prompt with its set and its projections at the highlighted layer."""
+    return [
+        [prompt, name, *(_minus(f"{x:z.2f}") for x in at.tolist())]
+        for name, prompts in results.prompts().items()
+        for prompt, at in zip(prompts, results.plane[name][:, results.layer], strict=True)
+    ]
 
 
 def _numbers(curves: Curves) -> list[list[str]]:

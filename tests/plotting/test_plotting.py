@@ -165,7 +165,7 @@ def test_hover_tells_every_number_of_a_layer(curve):
     assert "90" in text
     assert "95" not in text
     assert trace(figure, "noise ceiling").text[20] == "<b>0.900</b>"
-    assert trace(figure, "unbiased estimate").text[20] == f"<b>{written(2 * value)}</b>"
+    assert trace(figure, "corrected for noise").text[20] == f"<b>{written(2 * value)}</b>"
     assert figure.layout.hovermode == "x unified"
 
 
@@ -210,12 +210,40 @@ def test_labels_of_neighbouring_curves_do_not_touch():
     )
     low, high = figure.layout.yaxis.range
     labels = [note for note in figure.layout.annotations if note.ay is not None]
-    on_curve = [PLOT_HEIGHT * (note.y - low) / (high - low) for note in labels]
-    heights = sorted(at - note.ay for at, note in zip(on_curve, labels, strict=True))
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 19.9
-    assert 0 < heights[0] < heights[-1] < PLOT_HEIGHT
-    # the control: the labels would touch beside their points
-    assert max(on_curve) - min(on_curve) < 19.9
+    values = [note.y for note in labels]
+    heights = [PLOT_HEIGHT * (note.ay - low) / (high - low) for note in labels]
+    assert min(a - b for a, b in itertools.pairwise(heights)) >= 19.9
+    assert 0 < heights[-1] < heights[0] < PLOT_HEIGHT
+    assert values == sorted(values, reverse=True)  # in the order of their values
+    # The labels are placed by value, so they keep this order at any size; and the control:
+    assert {note.ayref for note in labels} == {"y"}
+    assert PLOT_HEIGHT * (max(values) - min(values)) / (high - low) < 19.9
+
+
+def test_no_interval_leaves_what_a_cosine_can_be(curve):
+    figure = plotting.cosine_by_layer(
+        curve, interval=(curve - 1, curve + 1), unbiased=curve + 0.9, highlight=None
+    )
+    band = trace(figure, "95 % interval")
+    assert (min(band.y), max(band.y)) == (-1, 1)
+    assert "\N{MINUS SIGN}0.700 to 1.000" in trace(figure, "cosine similarity").text[0]
+    assert max(trace(figure, "corrected for noise").y) == 1
+
+
+def test_the_legend_lists_curves_and_the_subtitle_explains_bands(curve):
+    ends = (curve - 0.1, curve + 0.1)
+    curves = {"a": curve, "b": curve + 0.1, "c": curve + 0.2}
+    figure = plotting.cosine_by_layer(
+        curves, interval=ends, band=ends, null=ends, ceiling=curve + 0.5, unbiased=curve
+    )
+    listed = [t.name for t in figure.data if t.showlegend is not False]
+    assert listed == ["noise ceiling", "corrected for noise", "a", "b", "c"]
+    for explained in (
+        "shaded: 95 % intervals",
+        "lighter: for all layers at once",
+        "grey: permuted",
+    ):
+        assert explained in figure.layout.title.text
 
 
 def test_mistakes_are_named(curve):
@@ -304,7 +332,7 @@ def test_cross_effects_write_each_effect_with_its_interval():
     first, second = notes(figure)
     assert "\N{MINUS SIGN}8.2" in first
     assert "\N{MINUS SIGN}9.2 to \N{MINUS SIGN}7.2" in first
-    assert second == "not measured"
+    assert second == "not<br>measured"
     assert figure.layout.yaxis.ticktext == ("ablate refusal",)
 
 

@@ -44,8 +44,8 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, report):
-    """The report, opened anew at desktop width, its figures drawn and the logs before it emptied."""
+def folded(browser, report):
+    """The report, opened anew at desktop width, its first figure drawn and the logs emptied."""
     browser.set_window_size(1200, 900)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
     for log in ("browser", "performance"):
@@ -53,6 +53,16 @@ def page(browser, report):
     browser.get(report.as_uri())
     wait_for(browser, "return document.body.dataset.drawn")
     return browser
+
+
+@pytest.fixture
+def page(folded):
+    """The report with every question opened, and every figure drawn."""
+    folded.execute_script(
+        "for (const details of document.querySelectorAll('details')) details.open = true"
+    )
+    wait_for(folded, "return document.body.dataset.drawn === '14'")
+    return folded
 
 
 def wait_for(browser, script: str, seconds: float = 20):
@@ -77,38 +87,52 @@ def test_every_figure_draws(page):
         assert height > 200, name
 
 
-def test_nothing_is_requested_but_the_file_and_the_console_is_empty(page, report):
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+def test_nothing_is_requested_but_the_file_and_the_console_is_empty(folded, report):
+    messages = [json.loads(entry["message"])["message"] for entry in folded.get_log("performance")]
     requested = {
         message["params"]["request"]["url"]
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     }
     assert {url for url in requested if not url.startswith(("data:", "blob:"))} == {report.as_uri()}
-    assert page.get_log("browser") == []
+    assert folded.get_log("browser") == []
 
 
-def test_the_slider_moves_the_prompts(page):
-    first = "document.getElementById('figure-plane').data[0].x[0]"
-    before = page.execute_script(f"return {first}")
-    page.execute_script(
-        "const chart = document.getElementById('figure-plane');"
-        "const step = chart.layout.sliders[0].steps[3];"
-        "return Plotly.update(chart, ...step.args)"
+def test_the_first_screen_has_the_verdict_one_figure_and_one_table(folded):
+    bottoms = folded.execute_script(
+        "return [...document.querySelectorAll('.verdict, .chart, table')]"
+        ".filter(each => !each.closest('details:not([open])'))"
+        ".map(each => each.getBoundingClientRect().bottom)"
     )
-    wait_for(page, f"return {first} !== {before}")
+    assert len(bottoms) == 3
+    assert max(bottoms) < 900
+    assert folded.execute_script("return document.body.dataset.drawn") == "1"
 
 
-def test_the_slider_can_be_clicked(page):
-    from selenium.webdriver.common.action_chains import ActionChains
+def test_with_every_question_open_the_page_stays_below_6000_pixels(folded):
+    folded.set_window_size(1280, 900)
+    folded.execute_script(
+        "for (const details of document.querySelectorAll('.question')) details.open = true"
+    )
+    wait_for(folded, "return document.body.dataset.drawn === '12'")
+    assert folded.execute_script("return document.documentElement.scrollHeight") < 6000
 
-    chart = page.find_element("id", "figure-plane")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
-    first = "document.getElementById('figure-plane').data[0].x[0]"
-    before = page.execute_script(f"return {first}")
-    rail = chart.find_element("css selector", ".slider-rail-touch-rect")
-    ActionChains(page).move_to_element_with_offset(rail, -150, 0).click().perform()
-    wait_for(page, f"return {first} !== {before}")
+
+def test_a_figure_has_one_slider(page):
+    assert page.execute_script("return document.querySelectorAll('.slider-container').length") == 0
+    assert len(page.find_elements("css selector", "input[type=range]")) == 4
+
+
+def test_the_slider_tells_the_numbers_of_its_layer(page):
+    figure = page.find_element("css selector", "figure:has(#figure-projections-refusal)")
+    told = "return arguments[0].querySelector('.told').textContent"
+    assert "layer 20; AUROC" in page.execute_script(told, figure)
+    page.execute_script(
+        "const input = arguments[0].querySelector('input');"
+        "input.value = 3; input.dispatchEvent(new Event('input'))",
+        figure,
+    )
+    assert "layer 3; AUROC" in page.execute_script(told, figure)
 
 
 def test_the_layers_can_be_reached_by_the_keyboard(page):
@@ -123,38 +147,43 @@ def test_the_layers_can_be_reached_by_the_keyboard(page):
     assert figure.find_element("css selector", "output").text == slider.get_attribute("value")
 
 
-def test_hover_tells_the_numbers_of_a_layer(page):
+def test_hover_tells_the_numbers_of_a_layer(folded):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    chart = page.find_element("id", "figure-cosine")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    chart = folded.find_element("id", "figure-cosine")
+    folded.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     drag = chart.find_element("css selector", ".nsewdrag")
-    ActionChains(page).move_to_element(drag).perform()
+    ActionChains(folded).move_to_element(drag).perform()
     text = wait_for(
-        page,
+        folded,
         "const hover = document.querySelector('#figure-cosine .hoverlayer');"
         "return hover && hover.textContent",
     )
     assert "layer" in text
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen(page):
+def test_on_a_phone_nothing_is_wider_than_the_screen(folded):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    folded.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
-        wide = page.execute_script("return document.documentElement.scrollWidth")
+        wide = folded.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 390
+        left, right = folded.execute_script(
+            "const chart = document.getElementById('figure-cosine').getBoundingClientRect();"
+            "return [chart.left, chart.right]"
+        )
+        assert (left >= 0, right <= 390) == (True, True)  # every layer is in view
     finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        folded.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_dark_is_dark_and_follows_the_system(page):
+def test_dark_is_dark_and_follows_the_system(folded):
     background = "return document.getElementById('figure-cosine').layout.template.layout"
-    light = page.execute_script(f"{background}.paper_bgcolor")
+    light = folded.execute_script(f"{background}.paper_bgcolor")
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    wait_for(page, f"{background}.paper_bgcolor !== '{light}'")
+    folded.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    wait_for(folded, f"{background}.paper_bgcolor !== '{light}'")
 
 
-def test_it_prints(page):
-    assert len(page.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 100_000
+def test_it_prints(folded):
+    assert len(folded.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 100_000
