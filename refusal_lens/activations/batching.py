@@ -74,13 +74,8 @@ def plan_batches(
 
     Long rows come first, so a batch too large shows at once. A batch's size depends on its longest
     row alone: passing a subset of these batches as `only` reproduces them exactly, and a resumed
-    run gives identical bits.
-
-    Args:
-        model, inputs: the model, and the tokens padded on the left.
-        batch_size: prompts in a batch; None derives the number from length and free memory.
-        labels: names of the rows in error messages; None numbers them.
-        only: the rows to run; None runs all.
+    run gives identical bits. A `batch_size` of None is derived from length and free memory. For the
+    arguments, see `read_residual_stream`.
     """
     rows = checked_rows(model, inputs, labels)
     if batch_size is not None and batch_size < 1:

@@ -110,7 +110,7 @@ def from_hugging_face(
         raise InputError(f"{kind} is no language model of transformers: use AutoModelForCausalLM")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"{type(tokenizer).__name__} is no tokenizer of transformers: use its own")
-    name = name or hf_model.name_or_path or type(hf_model).__name__
+    name = name or hf_model.name_or_path or kind
     _refuse_quantised(hf_model.config, name)
     devices = sorted({str(weight.device) for weight in hf_model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
@@ -119,7 +119,7 @@ def from_hugging_face(
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        own_tokenizer = _tokenizer(Checkpoint(name, Path(folder)), type(hf_model).__name__)
+        own_tokenizer = _tokenizer(Checkpoint(name, Path(folder)), kind)
         own_model = _sharing_weights(hf_model)
         theirs = hugging_face_pass(own_model)
         # TransformerLens 3 may load the tokenizer once more, so the folder must still exist.
@@ -131,12 +131,7 @@ def from_hugging_face(
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) -> "Tokenizer":
-    """Load a model's tokenizer without its weights; InputError if it can't be found.
-
-    Args:
-        name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
-        revision: the hub's branch, tag or commit; `None` takes the newest.
-    """
+    """Load the tokenizer of what `load_model` loads, without weights; InputError if there is none."""
     tokenizer = _tokenizer(find_checkpoint(name, hub.TOKENIZER_FILES, revision=revision))
     if tokenizer is None:
         raise InputError(f"{name} has no tokenizer: tokenizer.json or tokenizer.model is needed")

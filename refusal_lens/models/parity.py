@@ -51,16 +51,11 @@ def hugging_face_pass(hf_model: "PreTrainedModel") -> Pass:
 def check_parity(
     model: "HookedTransformer | TransformerBridge", theirs: Pass, *, name: str
 ) -> None:
-    """Raise InputError if a model computes something else than Hugging Face did.
+    """Raise InputError if a model, `name` in messages, computes something else than `theirs`.
 
     At every layer the difference of the two streams, relative to the norm of Hugging Face's, must be
     below `rounding_bound`, in the median over tokens: where experts are chosen, rounding alone can
     send single tokens to another. The logits of the next token likewise.
-
-    Args:
-        model: a model that wraps, or was converted from, the weights of `theirs`.
-        theirs: the result of `hugging_face_pass`.
-        name: the model's name, for the message.
     """
     points = hook_points(model, "resid_post")
     tokens = _tokens(len(theirs.logits)).to(input_device(model))

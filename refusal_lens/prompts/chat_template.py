@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
@@ -12,25 +13,12 @@ from .thinking import with_closed_thinking
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-LLAMA3_CHAT_TEMPLATE = (  # as Llama-3-Instruct's tokenizer has it
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-PLAIN = "plain"  # name of the template below, for models without one
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize + ': ' + message['content'] | trim + '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# In front of a template that reads the clock. Jinja drops the newline after the macro.
-FIXED_CLOCK = (
-    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
-    "{% for code in clock %}{% set now.text = now.text | replace(code, clock[code]) %}{% endfor %}"
-    "{{ now.text }}{% endmacro %}\n"
-)
+_TEMPLATES = Path(__file__).with_name("templates")
+# As Llama-3-Instruct's tokenizer has it.
+LLAMA3_CHAT_TEMPLATE = (_TEMPLATES / "llama3.jinja").read_text("utf-8").rstrip()
+PLAIN = "plain"  # name of a template for models without one
+# In front of a template that reads the clock. Jinja drops the newlines after its statements.
+FIXED_CLOCK = (_TEMPLATES / "fixed_clock.jinja").read_text("utf-8")
 
 _PLACEHOLDERS = {"system": "sys3e7c1f90a2d4b586", "prompt": "usr8b41d65c7f0e92a3"}
 
@@ -69,13 +57,8 @@ def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Pro
 def chat_template_of(tokenizer: "Tokenizer", protocol: Protocol) -> str:
     """Return the Jinja text of a protocol's chat template for a tokenizer.
 
-    Args:
-        tokenizer: a tokenizer with one template, several named ones, or none.
-        protocol: its `chat_template` is Jinja, the name of one of the tokenizer's templates, or
-            "plain". None is the tokenizer's only template, or the one that it names `default`.
-
-    Raises:
-        InputError: if there is no such template; the message names those there are.
+    None in the protocol is the tokenizer's only template, or the one that it names `default`.
+    InputError if there is no such template; the message names those there are.
     """
     own: Any = getattr(tokenizer, "chat_template", None) or {}
     named: dict[str, str] = own if isinstance(own, dict) else {"default": own}
@@ -85,7 +68,8 @@ def chat_template_of(tokenizer: "Tokenizer", protocol: Protocol) -> str:
     if asked == PLAIN:
         # A model that was trained with BOS in front of a text has it in front of a chat as well.
         begins = tokenizer("").input_ids[:1]
-        return "{{ bos_token }}" * (begins == [tokenizer.bos_token_id]) + PLAIN_CHAT_TEMPLATE
+        plain = (_TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
+        return "{{ bos_token }}" * (begins == [tokenizer.bos_token_id]) + plain
     if "{" in asked:
         return asked
     problem = f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template"

@@ -154,7 +154,8 @@ def load_contrast(name: str) -> Contrast:
     with path.open(encoding="utf-8", newline="") as file:
         (_, _, *sides), *rows = csv.reader(file)  # topic, frame, and the two sides by name
     topics, frames, target, baseline = zip(*rows, strict=True)
-    return Contrast(name, target, baseline, *sides, True, (*zip(topics, frames, strict=True),))
+    clusters = tuple(zip(topics, frames, strict=True))
+    return Contrast(name, target, baseline, sides[0], sides[1], paired=True, clusters=clusters)
 
 
 Cells = list[tuple[str, Any]]  # place and value; messages name the place, "target[3]" for instance

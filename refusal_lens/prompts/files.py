@@ -168,7 +168,7 @@ def _contrast(name: str, sides: list[_Side], paired: bool, keep: bool) -> Contra
     clusters = [[s.clusters[i] for i in r] for s, r in zip(sides, kept, strict=True) if s.clusters]
     for place, label in chain(*clusters):
         check_filled(place, None if label is None else str(label))
-    labels = tuple(
+    labels: Any = tuple(
         tuple(tuple(map(str, x)) if isinstance(x, list) else str(x) for _, x in side)
         for side in clusters
     )
@@ -252,9 +252,10 @@ def _labelled_side(table: Table, prompt: str, label: str, wanted: str) -> _Side:
     """The prompts of the rows with a label, or with the class label of this number."""
     prompts, clusters = _column_side(table, prompt, may_end_early=False)[1:]
     labels = [cell for _, cell in _beside(table, label, prompts)][: len(prompts)]
+    classes = {str(number): name for number, name in enumerate(table.classes.get(label, ()))}
     texts = [x.strip() if isinstance(x, str) else json.dumps(x, default=str) for x in labels]
-    numbered = {str(number): name for number, name in enumerate(table.classes.get(label, ()))}
-    name = wanted if wanted in texts else numbered.get(wanted, wanted)
+    texts = [classes.get(text, text) for text in texts]
+    name = wanted if wanted in texts else classes.get(wanted, wanted)
     if name not in texts:
         problem = f"{table.source} has no row whose {label!r} is {wanted!r}"
         raise InputError(f"{problem}: its labels are {listed(sorted(set(texts)))}")

@@ -22,7 +22,7 @@ class Table(NamedTuple):
     """Columns by name.
 
     `place(i)` names row `i` in error messages: "row 3" or "line 7". `classes` names the numbers in
-    columns of class labels; the cells of these columns are names.
+    columns of class labels.
     """
 
     source: str
@@ -89,7 +89,7 @@ def table_of_dataset(source: str, dataset: Any, split: str | None) -> Table:
     columns = {name: dataset[name] for name in dataset.column_names}
     features = (dataset.features or {}).items()
     classes = {name: names for name, f in features if (names := getattr(f, "names", None))}
-    return Table(source, _with_names(columns, classes), "row {}".format, classes)
+    return Table(source, columns, "row {}".format, classes)
 
 
 def listed(names: Iterable[object]) -> str:
@@ -97,16 +97,6 @@ def listed(names: Iterable[object]) -> str:
     shown = [quoted(name) for name in names]
     more = [f"and {len(shown) - 12} more"] if len(shown) > 12 else []
     return ", ".join(shown[:12] + more) or "none"
-
-
-def _with_names(
-    columns: Mapping[str, Iterable[Any]], classes: Mapping[str, Sequence[str]]
-) -> dict[str, Iterable[Any]]:
-    """The columns, with a name for each number of a class label (-1 stands for unknown)."""
-    named = dict(columns)
-    for name, names in classes.items():
-        named[name] = [None if i in (None, -1) else names[i] for i in columns[name]]
-    return named
 
 
 def _parse(source: str, suffix: str, content: bytes) -> Table:
@@ -141,7 +131,7 @@ def _parse_parquet(source: str, content: bytes) -> Table:
     written_by_datasets = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = written_by_datasets.get("info", {}).get("features", {}).items()
     classes = {name: f["names"] for name, f in features if isinstance(f, dict) and "names" in f}
-    return Table(source, _with_names(columns, classes), classes=classes)
+    return Table(source, columns, classes=classes)
 
 
 def _decode(source: str, content: bytes) -> str:

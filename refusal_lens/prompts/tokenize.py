@@ -74,12 +74,9 @@ def build_inputs_with_chat_template(
 def encode_prompts(
     tokenizer: "Tokenizer", prompts: Sequence[str], *, protocol: Protocol = DEFAULT
 ) -> list[list[int]]:
-    """Return the token ids of each prompt in its chat format, unpadded.
+    """Return the ids of each row of `build_inputs_with_chat_template`, unpadded.
 
-    Args:
-        tokenizer: a fast tokenizer, which is left unchanged.
-        prompts: texts of the user's turn.
-        protocol: system prompt and template; a protocol that reads padding raises InputError.
+    InputError, too, for a protocol that reads padding.
     """
     refuse_padding(protocol)
     return [one.ids for one in _formatted(tokenizer, prompts, protocol)]

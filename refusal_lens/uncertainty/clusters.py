@@ -73,14 +73,11 @@ def cluster_means(
     rows: Float[Tensor, "row d_model"], groups: tuple[Codes, ...]
 ) -> Float[Tensor, "cluster d_model"]:
     """Mean row of every cluster, one group after the other."""
-    start, codes = 0, []
-    for group in groups:
-        codes.append(group + start)
-        start += int(group.amax()) + 1
-    if start == len(rows):
+    sizes = [int(group.amax()) + 1 for group in groups]
+    if sum(sizes) == len(rows):
         return rows
-    code = torch.cat(codes).to(rows.device)
-    summed = rows.new_zeros(start, rows.shape[1]).index_add_(0, code, rows)
+    code = torch.cat([group + sum(sizes[:i]) for i, group in enumerate(groups)]).to(rows.device)
+    summed = rows.new_zeros(sum(sizes), rows.shape[1]).index_add_(0, code, rows)
     return summed / code.bincount()[:, None]
 
 

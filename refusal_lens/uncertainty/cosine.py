@@ -43,9 +43,6 @@ class Unmeasured:
     cause: Cause
     directions: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cause", Cause(self.cause))  # a saved result holds a string
-
 
 @dataclass(frozen=True, kw_only=True)
 class CosineEstimate:

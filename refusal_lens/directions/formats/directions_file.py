@@ -122,10 +122,8 @@ def parse_metadata(entries: Mapping[str, object], source: str) -> FileMetadata:
 def write_directions(directions: Directions, path: str | Path) -> Path:
     """Write `directions` with their metadata, atomically, for `read_directions`.
 
-    Args:
-        directions: the directions.
-        path: `NAME.safetensors` with the metadata inside, or `NAME.npy` (bfloat16 as float32) with
-            `NAME.npy.json` beside. InputError for another ending, or an unwritable folder.
+    `path` is `NAME.safetensors` with the metadata inside, or `NAME.npy` (bfloat16 as float32) with
+    `NAME.npy.json` beside. InputError for another ending, or an unwritable folder.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".npy"):
