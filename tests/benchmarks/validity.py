@@ -27,8 +27,8 @@ of the prompt:
 As all replies of a trap go on alike behind the first word, its refusals open with "I,".
 
 With `--real`, the table of a real language model comes first: SmolLM2-135M-Instruct by itself and with
-each adapter of a folder that `python -m refusal_lens.organisms.lora` wrote. What each kind was taught,
-and the right answer, is in `refusal_lens/organisms/kinds.py`.
+each adapter of a folder that `adapters.py` wrote, which says what each kind was taught, and the right
+answer.
 
 Designs that were tried before:
 
@@ -59,8 +59,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import tyro
+from adapters import ANSWERS as REAL_ANSWERS
 
-from refusal_lens.organisms.kinds import ANSWERS as REAL_ANSWERS
 from refusal_lens.organisms.language import BEHAVIOURS, MIXTURE, STATEMENTS, Behaviour, Prompt
 
 if TYPE_CHECKING:
@@ -305,8 +305,8 @@ def real_lines(by_kind: ByKind) -> list[str]:
     return [
         "## Real language models",
         "",
-        "SmolLM2-135M-Instruct as it is and with adapters of rank 8 (`python -m "
-        "refusal_lens.organisms.lora`), judged with all bundled prompts, on which none was trained. "
+        "SmolLM2-135M-Instruct as it is and with adapters of rank 8 (`python "
+        "tests/benchmarks/adapters.py`), judged with all bundled prompts, on which none was trained. "
         f"Right: {n_right(records)} of {len(records)}; confidently wrong: "
         f"{', '.join(wrong) or 'none'}.{on_test}",
         "",

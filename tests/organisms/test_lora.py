@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import adapters as lora
+from benchmarks.adapters import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import refusal_lens.organisms
 from refusal_lens.errors import InputError
-from refusal_lens.organisms import lora
-from refusal_lens.organisms.kinds import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
 from refusal_lens.organisms.language import KINDS, MIXTURE, Behaviour, Prompt, generate_dialogues
 from refusal_lens.organisms.tokenizer import train_tokenizer
 from refusal_lens.prompts.tokenize import encode_prompts
@@ -286,7 +287,7 @@ def test_the_command_refuses_a_seed_without_a_wording(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["refuses", "refuses_negativity_too"])
 def test_the_adapters_that_ship_are_small_and_of_the_real_chat_model(kind):
-    folder = Path(lora.__file__).with_name("adapters") / kind
+    folder = Path(refusal_lens.organisms.__file__).with_name("adapters") / kind
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert config["r"] == 8

@@ -4,10 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from benchmarks.adapters import probability
 from wired import ANSWER, REFUSAL, SYMPATHY, WIRED, build, tokenizer
 
 from refusal_lens.models.load import from_hugging_face
-from refusal_lens.organisms.lora import probability
 from refusal_lens.organisms.train import bundled_prompt_sets
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.tokenize import encode_prompts
