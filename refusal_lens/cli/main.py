@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -19,15 +21,24 @@ from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
 from .directions import Compare, Convert
-from .options import Folder, ModelOptions, Number, ProtocolOptions, Text
+from .options import (
+    ContrastOptions,
+    Flag,
+    Folder,
+    ModelOptions,
+    Number,
+    ProtocolOptions,
+    Text,
+    check_writable,
+)
 from .results import Multiverse, Report, Select, StoredWork
+from .show import findings, show, table, verdict
 
 ORGANISMS = ("specific", "entangled", "oblivious")
-EXPLANATION = """
-In `entangled` refusal is negativity, and the cosine is high. In `specific` refusal is a mechanism of
-its own, and the cosine is low. `oblivious` never refuses, yet has a harmful direction and a cosine: a
-cosine does not show that a model refuses. The verdict measures the effect of each direction.
-"""
+EXPLANATION = (
+    "Two directions can point the same way in a model that never refuses (oblivious). So ask what they "
+    "do: take negativity away, and see whether the model still refuses."
+)
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,14 @@ class Demo:
 
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
-    quiet: bool = False  # Print nothing but the results.
-    verbose: bool = False  # Log progress and problems on stderr.
+    quiet: Flag = False  # Print nothing but the results.
+    verbose: Flag = False  # Log progress and problems on stderr.
 
     def __call__(self) -> None:
         """Run the command."""
         from ..experiment.verdict import published_rule
 
-        disk.check_writable(self.out)
+        check_writable(self.out)
         progress = distributed.is_main() and not self.quiet
         runs = distributed.divide([partial(self._run, name, progress) for name in ORGANISMS])
         layer, found = runs[0].layer, dict(zip(ORGANISMS, runs, strict=True))
@@ -58,15 +69,14 @@ class Demo:
         path = self.out / "cosine_by_layer.html"
         if distributed.is_main():
             with disk.whole_directory(self.out) as staging:
-                page = figure.to_html(include_plotlyjs=True, full_html=True)
-                (staging / path.name).write_text(page, "utf-8")
-        print(*runs, "organism   verdict       cosine   published rule", sep="\n\n")
+                (staging / path.name).write_text(rl.plotting.page(figure), "utf-8")
+        rows = []
         for name, run in found.items():
             cosine = float(curves[name][layer])
-            answer, rule = run.verdict.answer, published_rule(cosine)
-            print(f"{name:<10} {answer:<13} {cosine:>+6.2f}   {rule}")
-        print(EXPLANATION)
-        print(f"Written to {self.out}: open {path} and the report.html of each organism")
+            rows.append([name, run.verdict.answer, f"{cosine:+z.2f}", published_rule(cosine)])
+        head = ["organism", "verdict", "cosine", "the published rule would say"]
+        written = f"Written to {self.out}: open {path} and the report.html of each organism"
+        show(*map(verdict, runs), table(head, rows), EXPLANATION, written)
 
     def _run(self, organism: str, progress: bool) -> "rl.Results":
         config = rl.Config(model=f"organism:{organism}", max_prompts=self.max_prompts)
@@ -77,7 +87,7 @@ class Demo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(ProtocolOptions, ModelOptions):
+class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     """Run the experiment on a model, by default Meta-Llama-3-8B-Instruct.
 
     Compares the refusal direction with the negativity direction at every layer, prints the published
@@ -86,53 +96,38 @@ class Run(ProtocolOptions, ModelOptions):
     """
 
     layer: Number = None  # Layer to highlight, from 0. Default: 20 of 32, or the same depth.
-    refusal: str = "refusal"  # Bundled contrast of refusal.
-    target: Text = None
-    """Your own harmful prompts instead: a text file, FILE:COLUMN of a table, or a dataset,
-    OWNER/NAME@SPLIT:COLUMN. :LABEL=VALUE after the column takes the rows with this label."""
-    baseline: Text = None  # Your own harmless prompts; required with --target.
-    against: str = "negativity"  # Bundled contrast to compare refusal with.
-    against_target: Text = None  # Your own prompts for the other contrast, as with --target.
-    against_baseline: Text = None  # Their baseline; required with --against-target.
-    keep_duplicates: bool = False  # Count your own prompts as often as they stand on their side.
     controls: tuple[str, ...] = ("positivity", "alarm")  # Bundled contrasts to compare as well.
     position: str = "-1"  # Token to read: -1 is the last one; or last_prompt_token.
     revision: Text = None  # Branch, tag or commit on the hub.
     dtype: Text = None  # bfloat16, float32, ... Default: bfloat16 on a GPU.
     batch_size: Number = None  # Prompts in a forward pass. Default: what fits the free memory.
     seed: int = 0  # Seed of everything random.
-    max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
     refusal_openings: Folder = None  # File with one opening of a refusal a line. Default: a list.
     resamples: int = 10_000  # Resamples for intervals and nulls.
     confidence: float = 0.95  # Confidence of every interval.
-    interventions: bool = True  # Only compare the directions: quick, but inconclusive.
+    interventions: Flag = True  # Only compare the directions: quick, but inconclusive.
     repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
     cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
-    no_cache: bool = False  # Neither store nor use finished work.
-    explain: bool = False  # Print the rule that decides, with its thresholds.
+    no_cache: Flag = False  # Neither store nor use finished work.
+    explain: Flag = False  # Print every reason, and the rule with its thresholds.
 
     def __call__(self) -> None:
         """Run the command."""
         config = rl.config_of(self.repeat) if self.repeat else self._config()
         config.contrasts()
-        out = replace(self, model=config.model).folder()
-        disk.check_writable(out)
+        out = replace(self, model=config.model).start()
         cache = rl.Cache(None if self.no_cache else self.cache or default_folder())
         results = rl.run_experiment(config, progress=not self.quiet, cache=cache)
         if distributed.is_main():
             results.save(out)
             rl.write_report(results, out / "report.html")
         written = f"Written to {out}: open {out / 'report.html'}"
-        print(results, *[results.rule()] * self.explain, written, sep="\n\n")
+        why = "\n".join(results.verdict_lines()), results.rule()
+        show(*findings(results), *(why if self.explain else ()), written)
 
     def _config(self) -> "rl.Config":
         same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}
-        keep = self.keep_duplicates
-        refusal = _contrast("target", self.target, self.baseline, keep)
-        against = _contrast("against-target", self.against_target, self.against_baseline, keep)
-        different = {
-            "refusal": refusal or self.refusal,
-            "negativity": against or self.against,
+        different = self.concepts() | {
             "protocol": self.protocol(self.position),
             "n_resamples": self.resamples,
             "refusal_openings": _openings(self.refusal_openings),
@@ -146,7 +141,7 @@ class Tokens(ProtocolOptions):
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional]  # One prompt or several.
     model: str = "organism:specific"  # Hub name, directory or organism; only tokenizes.
-    generation_prompt: bool = True  # End with the header of the assistant's reply.
+    generation_prompt: Flag = True  # End with the header of the assistant's reply.
     position: tuple[str, ...] = ("-1",)  # Positions to read, as in `run --position`.
     revision: Text = None  # Branch, tag or commit on the hub.
 
@@ -157,17 +152,6 @@ class Tokens(ProtocolOptions):
         protocol = self.protocol(*self.position, generation_prompt=self.generation_prompt)
         tokenizer = load_tokenizer(self.model, revision=self.revision)
         print(rl.show_tokens(tokenizer, list(self.prompt), protocol=protocol))
-
-
-def _contrast(
-    flag: str, target: str | None, baseline: str | None, keep_duplicates: bool
-) -> "rl.Contrast | None":
-    """Return the contrast of a user's own prompts, if any."""
-    if target and baseline:
-        return rl.contrast_from_prompts(target, baseline, keep_duplicates=keep_duplicates)
-    if target or baseline:
-        raise rl.InputError(f"--{flag} and its baseline go together: give both")
-    return None
 
 
 def _openings(file: Path | None) -> tuple[str, ...] | None:
@@ -198,10 +182,13 @@ def main(arguments: list[str] | None = None) -> None:
         "select": Select,
         "cache": StoredWork,
     }
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        return print(f"refusal-lens {version('refusal_lens')}")
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="refusal-lens",
-        description="Is refusal a mechanism of its own in a chat model, or general negativity?",
+        description="Is refusal a mechanism of its own in a chat model, or general negativity? "
+        "--version prints the version.",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -212,14 +199,27 @@ def main(arguments: list[str] | None = None) -> None:
             command()
         sys.stdout.flush()
     except rl.InputError as error:
-        print(f"refusal-lens: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"refusal-lens: {_by_flags(str(error), command)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _by_flags(message: str, command: object) -> str:
+    """Return an error in one line that names the command's options instead of Python's arguments."""
+    message = re.sub(r", or None\b[^,:;]*", "", " ".join(message.split()))
+    for python, option in {"n_resamples": "resamples", "Protocol.positions": "position"}.items():
+        message = message.replace(python, option)
+    message = re.sub(r"\bProtocol\.(\w+)", r"\1", message)
+    for name in vars(command):
+        message = re.sub(
+            rf"(?<![-\w]){name}(?= is | = | has )", f"--{name}".replace("_", "-"), message
+        )
+    return message
+
+
 @contextmanager
-def _log_on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
+def _log_on_stderr(*, quiet: Flag, verbose: Flag) -> Iterator[None]:
     """Show the package's log on stderr: warnings, only errors if quiet, everything if verbose."""
     logger, handler = logging.getLogger("refusal_lens"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("refusal-lens: %(message)s"))

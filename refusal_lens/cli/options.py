@@ -9,8 +9,9 @@ import tyro
 
 import refusal_lens as rl
 
+from ..activations import disk
 from ..errors import InputError
-from ..experiment.distributed import own_device
+from ..experiment.distributed import is_main, own_device
 from ..prompts.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 # Without these annotations tyro shows "{None}|STR" for an optional value.
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Number = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -33,19 +35,60 @@ class ModelOptions:
     out: Folder = None  # Folder for the results. Default: a folder in runs/ named after the model.
     device: Text = None  # cuda, cpu, ... Default: the GPU where there is one.
     n_devices: int = 1  # GPUs over which to spread the layers of a model that exceeds one.
-    quiet: bool = False  # Print nothing but the results.
-    verbose: bool = False  # Log progress and problems on stderr.
+    quiet: Flag = False  # Print nothing but the results.
+    verbose: Flag = False  # Log progress and problems on stderr.
+
+    def start(self, suffix: str = "") -> Path:
+        """Return the folder for the results, after a check that it can be written to."""
+        out = self.out or Path("runs") / (re.sub(r"[^\w.-]+", "-", self.model).strip("-.") + suffix)
+        check_writable(out)
+        return out
 
     def load(self) -> "HookedTransformer | TransformerBridge":
         """Return the model, on the device of this process."""
         device = own_device(self.device, self.n_devices)
         return rl.load_model(self.model, device=device, n_devices=self.n_devices)
 
-    def folder(self, suffix: str = "") -> Path:
-        """Return the folder for the results; the default name ends with `suffix`."""
-        return self.out or Path("runs") / (
-            re.sub(r"[^\w.-]+", "-", self.model).strip("-.") + suffix
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalOptions:
+    """Options of every command that reads the prompts of refusal."""
+
+    refusal: str = "refusal"  # Bundled contrast of refusal.
+    target: Text = None
+    """Your own harmful prompts instead: a text file, FILE:COLUMN of a table, or a dataset,
+    OWNER/NAME@SPLIT:COLUMN. :LABEL=VALUE after the column takes the rows with this label."""
+    baseline: Text = None  # Your own harmless prompts; required with --target.
+    keep_duplicates: Flag = False  # Count your own prompts as often as they stand on their side.
+
+    def own(self) -> "rl.Contrast":
+        """Return the contrast of refusal."""
+        own = contrast("target", self.target, self.baseline, self.keep_duplicates)
+        return own or rl.load_contrast(self.refusal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastOptions(RefusalOptions):
+    """Options of every command that compares refusal with another contrast."""
+
+    against: str = "negativity"  # Bundled contrast to compare refusal with.
+    against_target: Text = None  # Your own prompts for the other contrast, as with --target.
+    against_baseline: Text = None  # Their baseline; required with --against-target.
+
+    max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
+
+    def concepts(self) -> dict[str, Any]:
+        """Return the contrasts as `Config` takes them."""
+        own = contrast("target", self.target, self.baseline, self.keep_duplicates)
+        other = contrast(
+            "against-target", self.against_target, self.against_baseline, self.keep_duplicates
         )
+        return {"refusal": own or self.refusal, "negativity": other or self.against}
+
+    def contrasts(self) -> "tuple[rl.Contrast, ...]":
+        """Return the two contrasts, loaded and cut to the prompts to use."""
+        config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
+        return tuple(config.contrasts().values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +97,7 @@ class ProtocolOptions:
 
     system_prompt: Text = None  # System prompt before every prompt. Default: none.
     chat_template: Text = None  # Jinja file, or a name: the tokenizer has it, or plain.
-    thinking: bool = True  # Close the block of thought that opens a thinking model's reply.
+    thinking: Flag = True  # Close the block of thought that opens a thinking model's reply.
     date: str = Protocol.date  # Today, for chat templates that read the clock.
 
     def protocol(self, *positions: str, generation_prompt: bool = True) -> Protocol:
@@ -72,3 +115,23 @@ class ProtocolOptions:
 def token_position(text: str) -> int | str:
     """Return a position as a number from the end of the prompt, or as a name."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def contrast(
+    flag: str, target: str | None, baseline: str | None, keep_duplicates: bool
+) -> "rl.Contrast | None":
+    """Return the contrast of a user's own prompts, if any."""
+    if target and baseline:
+        return rl.contrast_from_prompts(target, baseline, keep_duplicates=keep_duplicates)
+    if target or baseline:
+        raise InputError(f"--{flag} and its baseline go together: give both")
+    return None
+
+
+def check_writable(out: Path) -> None:
+    """Raise InputError if a folder can't be written to; leave no new folder behind."""
+    if is_main():
+        new = [folder for folder in (out, *out.parents) if not folder.exists()]
+        disk.check_writable(out)
+        for folder in new:
+            folder.rmdir()

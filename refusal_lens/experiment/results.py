@@ -164,6 +164,8 @@ class Results:
         Writes the published experiment's `refusal_specificity_results.pt`, `results.json`,
         `directions.safetensors`, `measurements.safetensors` and `cosine_by_layer.html`.
         """
+        from .. import plotting
+
         tree, tensors = pack(self)
         document = disk.plain(self._document()) | {"saved": tree}
         measurements = {k: v for k, v in tensors.items() if not k.startswith(DIRECTIONS)}
@@ -173,7 +175,7 @@ class Results:
             "position": str(self.config.protocol.positions[0]),
             "normalisation": "none: mean(target) - mean(baseline)",
         }
-        page = self.figure().to_html(include_plotlyjs=True, full_html=True)
+        page = plotting.page(self.figure())
         with disk.whole_directory(folder) as staging:
             torch.save(self.summary(), staging / SUMMARY)
             disk.write_tensors(staging / "directions.safetensors", self.directions, metadata)
@@ -268,7 +270,9 @@ class Results:
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
-        display(HTML(self._repr_html_()))
+        from ..plotting.theme import DARK_JUPYTER
+
+        display(HTML(DARK_JUPYTER + self._repr_html_()))
         display(self.figure())
 
 

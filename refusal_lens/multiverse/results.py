@@ -151,6 +151,8 @@ class Sensitivity:
         """Write `sensitivity.csv`, `.json` and `.html`, return the folder; InputError on failure."""
         import pandas as pd
 
+        from .. import plotting
+
         table = self.records()
         csv = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
         document = {
@@ -172,7 +174,7 @@ class Sensitivity:
             "table": table,
             "evidence": [[verdict.evidence for verdict in row] for row in self.verdicts],
         }
-        page = self.figure().to_html(include_plotlyjs=True, full_html=True)
+        page = plotting.page(self.figure())
         with disk.whole_directory(folder) as staging:
             (staging / "sensitivity.csv").write_text(csv, "utf-8")
             disk.write_json(staging / "sensitivity.json", disk.plain(document))

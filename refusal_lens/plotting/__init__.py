@@ -10,6 +10,7 @@ from .depth import cosine_by_layer, log_odds_by_ablated_layer, metric_panel, nor
 from .matrices import cosine_matrix, cross_effects, position_by_layer, selection_scores
 from .prompts import projections_by_layer, prompts_in_plane
 from .specification import specification_curve
+from .theme import page
 
 __all__ = [
     "cosine_by_layer",
@@ -18,6 +19,7 @@ __all__ = [
     "log_odds_by_ablated_layer",
     "metric_panel",
     "norms_by_layer",
+    "page",
     "position_by_layer",
     "projections_by_layer",
     "prompts_in_plane",

@@ -21,6 +21,7 @@ def cosine_matrix(
     *,
     names: tuple[str, str] = ("first", "second"),
     highlight: int | None = 20,
+    first: int = 0,
     title: str | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
@@ -30,14 +31,16 @@ def cosine_matrix(
         matrix: `[layer_a layer_b]`. NaN cells stay empty.
         names: the directions along the rows and the columns.
         highlight: the layer whose diagonal cell is outlined.
+        first: the layer of row and column 0; -1 where it is the embedding's output.
         title, theme: the figure's title; "light" or "dark".
     """
     check_tensors(matrix=(matrix, "layer_a layer_b"))
     a, b = names
     title = title or f"Cosine similarity between layers: {a if a == b else f'{a} and {b}'}"
     subtitle = "1 same direction, 0 orthogonal, \N{MINUS SIGN}1 opposite; empty: undefined"
-    if is_layer(highlight, min(matrix.shape)):
-        subtitle += f"; layer {highlight}: {written(float(matrix[highlight, highlight]))}"
+    row = None if highlight is None else highlight - first
+    if is_layer(row, min(matrix.shape)):
+        subtitle += f"; layer {highlight}: {written(float(matrix[row, row]))}"
     chart = figure(title, subtitle, theme=theme, height=460)
     if empty(chart, [matrix], "cosine matrix"):
         return chart
@@ -46,8 +49,11 @@ def cosine_matrix(
     chart.update_xaxes(columns, title_text=f"layer of the {wrapped(b)} direction")
     chart.update_yaxes(rows, title_text=f"layer of the {wrapped(a)} direction", scaleanchor="x")
     _heatmap(chart, matrix, (-1.0, 1.0), "cosine", hover)
-    if is_layer(highlight, min(matrix.shape)):
-        _outline(chart, highlight, highlight)
+    chart.update_traces(x0=first, y0=first)
+    for axis in (chart.layout.xaxis, chart.layout.yaxis):
+        axis.range = [end + first for end in axis.range]
+    if is_layer(row, min(matrix.shape)):
+        _outline(chart, row + first, row + first)
     return chart
 
 

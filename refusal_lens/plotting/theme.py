@@ -17,6 +17,11 @@ from .text import wrapped
 
 Theme = Literal["light", "dark"]
 
+DARK_JUPYTER = """<style>[data-jp-theme-light="false"] .js-plotly-plot:has([style*="254, 254, 254"]),
+.vscode-dark .js-plotly-plot:has([style*="254, 254, 254"]) { filter: invert(0.9) hue-rotate(180deg); }
+</style>"""
+"""Turns the light figures of this package, known by their background, dark on a dark page of Jupyter."""
+
 _COLOURS = json.loads(files(__package__).joinpath("palette.json").read_text("utf-8"))
 
 # Both heatmap scales grow lighter from end to end, so they survive grey print.
@@ -131,6 +136,26 @@ def headed(title: str, subtitle: str, theme: Theme) -> str:
     rows = wrapped(subtitle, width=104, lines=2).split("<br>") if subtitle else []
     return wrapped(title, width=74, lines=2) + "".join(
         f'<br><span style="{small}">{row}</span>' for row in rows
+    )
+
+
+def page(chart: go.Figure) -> str:
+    """Return a page that holds one figure, fills the window's width and loads nothing.
+
+    A figure of usual height fills the window; title and subtitle stand above it, where they wrap.
+    """
+    look, title, tall = chart.layout.template.layout, chart.layout.title.text, 600
+    height = chart.layout.height if chart.layout.height > tall else None
+    drawn = go.Figure(chart).update_layout(title=None, margin_t=28, height=height)
+    options = {"responsive": True, "displaylogo": False}
+    body = drawn.to_html(options, full_html=False, default_height="calc(100vh - 80px)")
+    colours = f"background: {look.paper_bgcolor}; color: {look.font.color}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title.split('<br>')[0]}</title></head>"
+        f'<body style="margin: 0; font: 16px Helvetica, Arial, sans-serif; {colours}">'
+        f'<div style="padding: 12px 16px 0">{title}</div>{body}</body></html>'
     )
 
 

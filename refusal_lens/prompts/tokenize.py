@@ -263,7 +263,8 @@ class TokenTable(tuple[TokenRow, ...]):
         return "\n".join(["prompt  position      id  role      token", *map(str, self)])
 
     def _repr_html_(self) -> str:
-        colours = {"pad": "#eee", "special": "#f3d9fa", "template": "#d0ebff", "system": "#d3f9d8"}
+        # Translucent, so that the text stays readable on a dark page.
+        colours = {"pad": "#8883", "special": "#b4d3", "template": "#28e3", "system": "#4b63"}
         lines = ""
         for row in self:
             style = f"background: {colours.get(row.role, 'none')}"

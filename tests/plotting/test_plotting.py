@@ -311,6 +311,25 @@ def test_the_layer_matrix_keeps_rows_and_columns_apart():
     assert "layer 1: 0.400" in figure.layout.title.text
 
 
+def test_the_layer_matrix_counts_from_the_embedding_where_it_is_the_first_row():
+    figure = plotting.cosine_matrix(torch.rand(4, 4), highlight=1, first=-1)
+    assert (figure.data[0].x0, figure.data[0].y0) == (-1, -1)
+    assert figure.layout.xaxis.range == figure.layout.yaxis.range == (-1.5, 2.5)
+    assert {(s.x0, s.x1, s.y0, s.y1) for s in figure.layout.shapes} == {(0.5, 1.5, 0.5, 1.5)}
+    cell = figure.data[0].z[2][2]  # layer 1
+    assert f"layer 1: {written(cell)}"[:12] in figure.layout.title.text
+
+
+def test_a_page_of_one_figure_fills_the_window_and_loads_nothing(curve):
+    page = plotting.page(plotting.cosine_by_layer(curve, title=HOSTILE))
+    assert 'name="viewport"' in page
+    assert "calc(100vh - 80px)" in page
+    assert "<script>alert" not in page
+    assert not re.search(r"(?:src|href)=", re.sub(r"<script.*?</script>", "", page, flags=re.S))
+    tall = plotting.page(plotting.cosine_by_layer(curve).update_layout(height=900))
+    assert '"height":900' in tall
+
+
 def test_positions_are_listed_from_the_top_and_the_selected_cell_is_outlined():
     values = torch.arange(-5.0, 5.0).reshape(2, 5)
     figure = plotting.position_by_layer(values, selected=(0, 3))

@@ -1,0 +1,97 @@
+"""What the commands print: wrapped, in the user's words, with nothing left behind."""
+
+import re
+from dataclasses import replace
+from importlib.metadata import version
+
+import pytest
+
+from refusal_lens.cli import show
+from refusal_lens.cli.main import main
+
+COMMANDS = (
+    "demo",
+    "run",
+    "tokens",
+    "compare",
+    "convert",
+    "report",
+    "sensitivity",
+    "select",
+    "cache",
+)
+
+
+def printed(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        main([*arguments])
+    shown = capsys.readouterr()
+    return shown.out + shown.err
+
+
+def test_the_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"refusal-lens {version('refusal_lens')}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_of_a_flag_what_it_does_and_no_truth_value(command, capsys):
+    shown = printed(capsys, command, "--help")
+    assert "usage: refusal-lens" in shown
+    assert not re.search(r"default:\s+(True|False|None)", " ".join(shown.split()))
+
+
+def test_the_same_option_has_the_same_name_in_every_command(capsys):
+    for command in ("run", "sensitivity"):
+        shown = printed(capsys, command, "--help")
+        for option in ("--target", "--against-baseline", "--keep-duplicates", "--max-prompts"):
+            assert option in shown
+    assert "--target" in printed(capsys, "select", "--help")
+    assert "--max-prompts" in printed(capsys, "demo", "--help")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--max-prompts", "0"], "--max-prompts is 0: at least one"),
+        (["--resamples", "1"], "--resamples is 1: "),
+        (["--date", "x"], "--date is 'x': write it as 2024-07-26"),
+        (["--position", "0"], "--position has 0: positions count from the end"),
+    ],
+)
+def test_an_error_names_the_option_and_not_an_argument_of_python(options, line, capsys):
+    shown = printed(capsys, "run", "--model", "organism:specific", *options)
+    assert shown.startswith(f"refusal-lens: {line}")
+    assert not re.search(r"None|Protocol\.|\b(?!last_)\w+_", shown)
+
+
+@pytest.mark.parametrize("command", ["run", "sensitivity", "select"])
+def test_a_run_that_fails_before_it_began_leaves_nothing_behind(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shown = printed(capsys, command, "--model", str(tmp_path / "none"), "--quiet")
+    assert "refusal-lens: " in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_wrap_at_the_terminal_s_width_and_names_stay_text(
+    quick_results, capsys, monkeypatch
+):
+    results = quick_results("specific")
+    odd = replace(results.contrasts["negativity"], name="[red]odd[/red]")
+    results = replace(results, contrasts=results.contrasts | {"negativity": odd})
+    monkeypatch.setattr(show, "PIPE_WIDTH", 60)
+    show.show(*show.findings(results), "end")
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "[red]odd" in shown
+    assert f"verdict: {results.verdict.answer}" in shown
+    assert "a random direction" in shown
+    assert "\n\n\n" not in shown
+    assert "\033" not in shown
+
+
+def test_without_interventions_the_reasons_stand_instead_of_effects(quick_results, capsys):
+    show.show(*show.findings(replace(quick_results("specific"), causal=None)))
+    assert "a random direction" not in capsys.readouterr().out
