@@ -20,7 +20,7 @@ Theme = Literal["light", "dark"]
 DARK_JUPYTER = """<style>[data-jp-theme-light="false"] .js-plotly-plot:has([style*="254, 254, 254"]),
 .vscode-dark .js-plotly-plot:has([style*="254, 254, 254"]) { filter: invert(0.9) hue-rotate(180deg); }
 </style>"""
-"""Turns the light figures of this package, known by their background, dark on a dark page of Jupyter."""
+"""Turns light figures of this package, known by their background, dark on dark Jupyter pages."""
 
 _COLOURS = json.loads(files(__package__).joinpath("palette.json").read_text("utf-8"))
 
