@@ -4,6 +4,11 @@ from .activations.extract import extract as extract
 from .activations.extract import get_layer_activations as get_layer_activations
 from .activations.extract import get_prompt_activations as get_prompt_activations
 from .activations.store import Cache as Cache
+from .attribution.components import component_writes as component_writes
+from .attribution.components import interchange as interchange
+from .attribution.components import same_writers as same_writers
+from .attribution.logit_lens import logit_lens as logit_lens
+from .attribution.logit_lens import without_direct_effect as without_direct_effect
 from .directions import formats as formats
 from .directions.covariance import WithinClassCovariance as WithinClassCovariance
 from .directions.estimators import logistic_probe as logistic_probe

@@ -146,6 +146,8 @@ def read_residual_stream(
     progress: bool = True,
     labels: Sequence[str] | None = None,
     only: Sequence[int] | None = None,
+    points: Sequence[str] = (),
+    combine: Callable[[list[Tensor]], Tensor] = partial(torch.stack, dim=2),  # noqa: B008
 ) -> Iterator[tuple[Int[Tensor, " batch"], Float[Tensor, "batch pos layer d_model"]]]:
     """Run tokens through the model and yield the rows and activations of each finished batch.
 
@@ -157,6 +159,8 @@ def read_residual_stream(
         model, batch_size, progress, labels: as in `get_prompt_activations`, a row for a prompt.
         inputs: rows of tokens, padded on the left, and the positions to read.
         only: the rows to run; `None` runs all.
+        points, combine: hook points to read instead of the protocol's at every layer, and what
+            makes one tensor of their values `[batch pos ...]`.
 
     Raises:
         InputError: if a row is not left-padded, exceeds context or memory, or is non-finite.
@@ -172,7 +176,9 @@ def read_residual_stream(
         recording = forward.without_logits(model) | prefix.recording(len(rows.prefix))
         with forward.undisturbed(model):
             model(rows.prefix[None].to(device), **recording)
-    batches = run_halving(lambda batch: _run_batch(model, rows, batch, prefix), plan, rows, device)
+    names = points or forward.hook_points(model, rows.hook)
+    run = partial(_run_batch, model, rows, prefix, names, combine)
+    batches = run_halving(run, plan, rows, device)
     if not forward.must_block(device):
         batches = one_behind(batches)
     done = n_rows - sum(map(len, plan))
@@ -192,8 +198,10 @@ def read_residual_stream(
 def _run_batch(
     model: "HookedTransformer | TransformerBridge",
     rows: Rows,
-    batch: list[int],
     prefix: SharedPrefix,
+    names: Sequence[str],
+    combine: Callable[[list[Tensor]], Tensor],
+    batch: list[int],
 ) -> tuple[list[int], Tensor, Bool[Tensor, "batch layer"], torch.cuda.Event | None]:
     """Rows, activations, whether these are finite, and when the CPU has them: never waits for CUDA."""
     lengths = rows.lengths[batch] - prefix.length
@@ -202,14 +210,13 @@ def _run_batch(
     columns, where = rows.from_end[batch].unique(return_inverse=True)
     tokens = forward.sent(rows.tokens[batch, -width:], forward.input_device(model))
     mask = forward.sent(mask.to(tokens.dtype), tokens.device)
-    names = forward.hook_points(model, rows.hook)
     options: Any = forward.without_logits(model) | prefix.following(mask, repeat=len(batch))
     # An int or a slice as `pos_slice` would be a view that keeps every layer's whole stream alive.
-    options |= {"names_filter": names, "pos_slice": forward.copy_columns(columns % width)}
+    options |= {"names_filter": [*names], "pos_slice": forward.copy_columns(columns % width)}
     with forward.undisturbed(model):
         _, cache = model.run_with_cache(tokens, return_cache_object=False, **options)
     device = cache[names[0]].device
-    streams = torch.stack([cache[name].to(device) for name in names], dim=2)
+    streams = combine([cache[name].to(device) for name in names])
     each_row = torch.arange(len(batch), device=device)[:, None]
     activations = streams[each_row, forward.sent(where, device)]
     # Before the copy, for a GPU sees a hundred times as fast whether a number is finite.
