@@ -36,6 +36,8 @@ from .interventions import ablate_direction as ablate_direction
 from .interventions import add_direction as add_direction
 from .interventions import find_refusal_tokens as find_refusal_tokens
 from .interventions import refusal_log_odds as refusal_log_odds
+from .interventions.direction import Direction as Direction
+from .interventions.replies import compare_replies as compare_replies
 from .interventions.selection import Selection as Selection
 from .interventions.selection import select_direction as select_direction
 from .models.load import from_hugging_face as from_hugging_face
@@ -43,6 +45,7 @@ from .models.load import load_model as load_model
 from .multiverse.results import Sensitivity as Sensitivity
 from .multiverse.run import run_sensitivity as run_sensitivity
 from .prompts.contrast import Contrast as Contrast
+from .prompts.contrast import bundled_contrasts as bundled_contrasts
 from .prompts.contrast import load_contrast as load_contrast
 from .prompts.files import contrast_from_dataset as contrast_from_dataset
 from .prompts.files import contrast_from_file as contrast_from_file

@@ -1,4 +1,14 @@
-"""InputError, the error for mistakes in the input, and the check of tensors that raises it."""
+"""InputError, the error for mistakes in the input, and what reads arguments and raises it."""
+
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class InputError(ValueError):
@@ -75,3 +85,117 @@ def _axis_lengths(name: str, tensor: object, axes: str) -> dict[str, int]:
     if len(shape) < len(named) or (len(shape) > len(named) and "*" not in axes):
         raise InputError(f"{name} has shape {shape}: hand over a tensor [{axes}]")
     return dict(zip(named, shape[len(shape) - len(named) :], strict=True))
+
+
+def _as_generator(seed: Any) -> Any:
+    from torch import Generator
+
+    return Generator().manual_seed(seed) if isinstance(seed, int) else seed
+
+
+READERS: dict[str, Callable[[Any], Any]] = {"Generator": _as_generator}
+"""How a value is read where the annotation has this word; steps add theirs."""
+
+
+def lenient(function: F) -> F:
+    """A function or class that takes arguments as people type them, or says what to write.
+
+    Where the signature has tensors, it takes arrays, lists and `Direction`s; where it has models or
+    contrasts, their names (`READERS`); for an integer, digits; for a generator, a seed, by default
+    0. Of a class's arguments only integers are read.
+
+    Raises:
+        InputError: when called, for a missing, unknown or surplus argument, or a wrong type.
+    """
+    if isinstance(function, type):
+        function.__init__ = lenient(function.__init__)  # type: ignore[misc]
+        return function
+    return _lenient(function)
+
+
+@functools.cache
+def _lenient(function: Any) -> Any:
+    name = function.__qualname__.removesuffix(".__init__")
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+    needed = [key for key, each in parameters.items() if each.default is each.empty]
+    seeds = {key: 0 for key in needed if "Generator" in str(parameters[key].annotation)}
+    known = [key for key in parameters if key != "self"]
+
+    @functools.wraps(function)
+    def read(*args: Any, **given: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **seeds | given)
+        except TypeError as error:
+            why = str(error)
+            for typed in [key for key in given if key not in known][:1]:
+                near = difflib.get_close_matches(typed, known, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                why = f"no argument is named {typed!r}{hint}"
+            raise InputError(f"{name}: {why}; it takes {', '.join(known)}") from None
+        for key, value in bound.arguments.items():
+            bound.arguments[key] = _read(value, parameters[key], of_class="self" in parameters)
+        return function(*bound.args, **bound.kwargs)
+
+    return read
+
+
+def _read(value: Any, parameter: inspect.Parameter, *, of_class: bool) -> Any:
+    """The value that a parameter stands for; InputError if its annotation excludes the value."""
+    annotation, words = parameter.annotation, {*re.findall(r"\w+", str(parameter.annotation))}
+    several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    integer = words <= {"class", "int", "None"}
+    if value is parameter.default or (of_class and not integer):
+        return value
+    if "Tensor" in words:
+        value = as_tensor(value, whole="Int" in words)
+        if get_origin(annotation) is not Mapping:
+            return value  # the function checks the shape
+    for word in words & READERS.keys() if value is not None else ():
+        value = READERS[word](value) if "str" not in words or "Mapping" in words else value
+    if integer and re.fullmatch(r"-?\d+", str(value)):
+        value = int(value)
+    if not several and not _fits(value, annotation):
+        wanted = re.sub(r"<class '|'>|\b\w+\.", "", str(annotation))
+        what = f"{str(value)[:60]!r} ({type(value).__name__})"
+        raise InputError(f"{parameter.name} is {what}: hand over {wanted}")
+    return value
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotation's class, whatever it holds inside."""
+    kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(annotation))
+    if not isinstance(kind, type) or kind in (Any, inspect.Parameter.empty):
+        return True
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def as_tensor(value: Any, *, whole: bool = False) -> Any:
+    """Arrays, lists of numbers and `Direction`s as tensors, also in tuples and mappings.
+
+    Integers become floating-point numbers unless `whole`. What holds no numbers is returned.
+    """
+    import numpy as np
+    import torch
+
+    value = getattr(value, "vectors", value)  # of a Direction
+    if isinstance(value, Mapping):
+        return {key: as_tensor(each, whole=whole) for key, each in value.items()}
+    if isinstance(value, tuple) and not all(isinstance(each, (int, float)) for each in value):
+        return tuple(as_tensor(each, whole=whole) for each in value)
+    is_list = isinstance(value, (list, tuple))
+    if isinstance(value, torch.Tensor) or not (is_list or hasattr(value, "__array__")):
+        return value
+    try:
+        if is_list and value and all(isinstance(each, torch.Tensor) for each in value):
+            return torch.stack(list(value))
+        array = np.array(value, order="C")
+    except (RuntimeError, TypeError, ValueError):  # rows of different lengths
+        return value
+    if array.dtype.kind not in "biuf":
+        return value
+    tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    exact = whole or (tensor.is_floating_point() and not is_list)
+    return tensor if exact else tensor.to(torch.get_default_dtype())

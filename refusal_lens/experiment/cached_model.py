@@ -55,7 +55,7 @@ class CachedModel:
             self.tokenizer: Any = tokenizer_of(model)
             return
         n_devices, device = config.n_devices, own_device(config.device, config.n_devices)
-        self._device, self._dtype = placement(config.model, device, config.torch_dtype(), n_devices)
+        self._device, self._dtype = placement(config.model, device, config.dtype, n_devices)
         checkpoint = find_checkpoint(config.model, revision=config.revision)
         self._revision = checkpoint.revision
         self.tokenizer = load_tokenizer(config.model, revision=self._revision)

@@ -1,21 +1,30 @@
 """The choices behind a run, as one frozen value."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..errors import InputError
+from ..errors import InputError, lenient
 from ..models.load import DEFAULT_MODEL
-from ..prompts.contrast import Contrast, load_contrast
+from ..prompts.contrast import Contrast, as_contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import fewest_resamples
 from .verdict import Thresholds
+
+WORDS = {"against": "negativity", "position": "positions", "resamples": "n_resamples"}
+"""Words of the command line for fields of `Config` and `Protocol`."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Every choice of a run.
+
+    >>> Config(model="organism:specific", against="alarm", positions=-2).protocol.positions
+    (-2,)
+
+    Takes the fields of `Protocol` and the command line's `against`, `position` and `resamples` too.
 
     Attributes:
         model: a hub name, a local directory, or `organism:` and `specific`, `entangled`, `oblivious`.
@@ -55,6 +64,14 @@ class Config:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     def __post_init__(self):
+        if not isinstance(self.model, (str, Path)):
+            name = type(self.model).__name__
+            raise InputError(f"model is a {name}: give its name, or run_experiment(model=model)")
+        object.__setattr__(self, "model", str(self.model))
+        if isinstance(self.controls, (str, Contrast)):
+            object.__setattr__(self, "controls", (self.controls,))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if self.max_prompts is not None and self.max_prompts < 1:
             raise InputError(f"max_prompts is {self.max_prompts}: at least one, or None for all")
         fewest = fewest_resamples(self.confidence)
@@ -62,14 +79,18 @@ class Config:
             need = f"{self.confidence:.0%} intervals need at least {fewest}"
             raise InputError(f"n_resamples is {self.n_resamples}: {need}")
 
-    def torch_dtype(self) -> torch.dtype | None:
-        """Return torch's dtype of this name; raise InputError if it is not a floating-point dtype."""
-        if self.dtype is None:
-            return None
-        found = getattr(torch, self.dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"no dtype {self.dtype!r}: choose bfloat16, float16 or float32")
-        return found
+    @classmethod
+    def of(cls, given: Any = None, **options: Any) -> "Config":
+        """A configuration from a model's name, a mapping or another one, with options replaced.
+
+        >>> Config.of("organism:specific", against="alarm", position=-2).negativity
+        'alarm'
+        """
+        if isinstance(given, cls):
+            return replace(given, **options)
+        if isinstance(given, Mapping):
+            return cls(**{**given, **options})
+        return cls(**options if given is None else {"model": given, **options})
 
     def contrasts(self) -> dict[str, Contrast]:
         """Return the contrasts of the run by part: `refusal`, `negativity`, then the controls.
@@ -77,8 +98,7 @@ class Config:
         Raises InputError if a name is unknown or two contrasts share a prompt, and so its noise.
         """
         given = (self.refusal, self.negativity, *self.controls)
-        loaded = [load_contrast(item) if isinstance(item, str) else item for item in given]
-        loaded = [self._subset(contrast) for contrast in loaded]
+        loaded = [self._subset(as_contrast(item)) for item in given]
         owner: dict[str, Contrast] = {}
         for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
@@ -102,3 +122,21 @@ class Config:
             return (i * last // max(1, most - 1) for i in range(most))
 
         return contrast.subset(some(contrast.target), some(contrast.baseline))
+
+
+def _with_words(init: Callable[..., None]) -> Callable[..., None]:
+    """`Config`'s own `__init__`, which takes the command line's words too."""
+    of_protocol = {field.name for field in fields(Protocol)}
+
+    @wraps(init)
+    def with_words(self: Config, *args: Any, **given: Any) -> None:
+        for word in WORDS.keys() & given.keys():
+            given[WORDS[word]] = given.pop(word)
+        if own := {name: given.pop(name) for name in of_protocol & given.keys()}:
+            given["protocol"] = replace(given.get("protocol", Protocol()), **own)
+        init(self, *args, **given)
+
+    return with_words
+
+
+Config.__init__ = _with_words(lenient(Config).__init__)  # type: ignore[method-assign]

@@ -7,7 +7,6 @@ activations and to mean differences.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum
@@ -19,12 +18,9 @@ from ..directions import estimators, similarity
 from ..directions.covariance import WithinClassCovariance
 from ..directions.estimators import mean, mean_difference
 from ..directions.similarity import cosine_similarity, unit
+from ..models.forward import effective_unembedding as effective_unembedding
 from ..uncertainty.effects import auroc_interval
 from .evidence import PARTS
-
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
 
 MASSIVE_DIMENSIONS = 4  # number that "without massive dimensions" leaves out
 PROBE_FOLDS = 5  # cross-validation of the logistic probe
@@ -200,15 +196,6 @@ def in_components(sets: Sets) -> dict[str, Float[Tensor, "_ layer 2"]]:
         for score, each in zip(scores, along, strict=True):
             score[:, layer] = each * signs
     return dict(zip(sets, scores, strict=True))
-
-
-def effective_unembedding(
-    model: "HookedTransformer | TransformerBridge",
-) -> Float[Tensor, "d_model d_vocab"]:
-    """Return the unembedding with the final norm's weight multiplied in, on the CPU."""
-    unembedding = model.W_U.detach().float().cpu()
-    weight = getattr(model.ln_final, "w", getattr(model.ln_final, "weight", None))
-    return unembedding if weight is None else unembedding * weight.detach().float().cpu()[:, None]
 
 
 def _project(

@@ -6,6 +6,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import READERS, InputError
 from . import gguf, hooked_transformer, hub
 from .forward import free_memory
 from .hooked_transformer import FAMILIES
@@ -179,6 +180,23 @@ def placement(
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype}: give a floating-point one, such as torch.bfloat16")
     return place, found
+
+
+def as_model(model: Any) -> Any:
+    """A model with hooks: loaded by its name, wrapped from `(hf_model, tokenizer)`, or as it is.
+
+    The last model that was given by its name is kept.
+    """
+    if isinstance(model, (str, Path)):
+        return _named(str(model))
+    if isinstance(model, tuple) and len(model) == 2:
+        return from_hugging_face(*model)
+    tokenizer_of(model)
+    return model
+
+
+_named = lru_cache(maxsize=1)(load_model)
+READERS["HookedTransformer"] = as_model
 
 
 def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> Any:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import READERS, InputError, lenient
 
 BUNDLED = (  # files in `data`
     *("refusal", "negativity", "positivity", "alarm", "arousal", "harmfulness", "anger", "fear"),
@@ -20,6 +20,7 @@ BUNDLED = (  # files in `data`
 )
 
 
+@lenient
 @dataclass(frozen=True, repr=False)
 class Contrast:
     """Two prompt sets; the difference of their activations, target minus baseline, is a direction.
@@ -157,6 +158,44 @@ def load_contrast(name: str) -> Contrast:
     clusters = tuple(zip(topics, frames, strict=True))
     return Contrast(name, target, baseline, sides[0], sides[1], paired=True, clusters=clusters)
 
+
+def bundled_contrasts() -> tuple[str, ...]:
+    """The names that `load_contrast` takes.
+
+    >>> bundled_contrasts()[:2]
+    ('refusal', 'negativity')
+    """
+    return BUNDLED
+
+
+def as_contrast(value: Any) -> Any:
+    """A contrast from its bundled name, its fields in a mapping, or a table of two columns.
+
+    Lists and mappings of contrasts are read item by item. InputError for other values.
+    """
+    if isinstance(value, str):
+        return load_contrast(value)
+    if isinstance(value, Mapping) and "target" in value:
+        return Contrast(**{"name": "contrast"} | dict(value))
+    if isinstance(value, Mapping):
+        return {key: as_contrast(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(as_contrast, value))
+    if hasattr(value, "columns") and hasattr(value, "dropna"):
+        if len(value.columns) != 2:
+            advice = "contrast_from_dataset(table, target='COLUMN', baseline='COLUMN')"
+            names = ", ".join(map(quoted, value.columns))
+            raise InputError(f"a contrast has two columns, not {names}: use {advice}")
+        sides = {str(column): tuple(value[column].dropna()) for column in value.columns}
+        return Contrast("contrast", *sides.values(), *sides)  # type: ignore[arg-type]
+    if not isinstance(value, Contrast):
+        raise InputError(
+            f"{quoted(value)} is no contrast: give a bundled one's name, or a Contrast"
+        )
+    return value
+
+
+READERS["Contrast"] = as_contrast
 
 Cells = list[tuple[str, Any]]  # place and value; messages name the place, "target[3]" for instance
 

@@ -1,11 +1,12 @@
 """Protocols: every choice about how a prompt becomes a vector, and three named protocols."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, lenient
 
 LAST_PROMPT_TOKEN = "last_prompt_token"
 LAST_TEMPLATE_TOKEN = "last_template_token"
@@ -19,6 +20,7 @@ _CHOICES = {"hook": ("resid_post", "resid_pre"), "bos": ("once", "twice")}
 _CHOICES |= {"padding": ("left", "right_in_twos")}
 
 
+@lenient
 @dataclass(frozen=True)
 class Protocol:
     """Every choice about how a prompt becomes a vector; stored with results.
@@ -29,8 +31,9 @@ class Protocol:
         name: name of the protocol.
         system_prompt: text of the system prompt; None for no system prompt.
         generation_prompt: whether the formatted prompt ends with the header of the reply.
-        positions: where activations are read: token indices from the end (-1 the last token),
-            "last_prompt_token" (the last with text of the prompt) or "last_template_token" (-1).
+        positions: where activations are read, one or several: token indices from the end (-1 the
+            last token), "last_prompt_token" (the last with text of the prompt) or
+            "last_template_token" (-1).
         chat_template: Jinja template, the name of one of the tokenizer's templates, or "plain" (for
             models without one); None for the tokenizer's own.
         hook: "resid_post", so that layer `l` is the output of block `l`; or "resid_pre", so that
@@ -61,6 +64,12 @@ class Protocol:
     date: str = "2024-07-26"
 
     def __post_init__(self):
+        given: Any = self.positions
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        numbered = [
+            int(p) if re.fullmatch(r"-?\d+", str(p)) else p for p in (given if several else [given])
+        ]
+        object.__setattr__(self, "positions", tuple(numbered))
         for name, kind in self.__annotations__.items():
             kind, value = getattr(kind, "__origin__", kind), getattr(self, name)
             if not isinstance(value, kind):

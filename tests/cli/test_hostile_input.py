@@ -107,7 +107,7 @@ class RunsCode:
 
 
 DIRECTION_CASES = {
-    "mean_difference: lists": (lambda w: rl.mean_difference([[1.0]], B), "target is a list"),
+    "mean_difference: text": (lambda w: rl.mean_difference(["a"], B), "target is a list"),
     "mean_difference: one axis": (lambda w: rl.mean_difference(A[0, 0], B), r"target has shape \[6\]"),
     "mean_difference: four axes": (lambda w: rl.mean_difference(A[None], B), "hand over a tensor"),
     "mean_difference: whole numbers": (lambda w: rl.mean_difference(A.long(), B), "holds int64"),
@@ -320,7 +320,10 @@ TEXT_CASES = {
     "Config: no prompts": (lambda w: rl.Config(max_prompts=0), "at least one"),
     "Config: few resamples": (lambda w: rl.Config(n_resamples=1), "at least"),
     "Config: a confidence of 2": (lambda w: rl.Config(confidence=2.0), "between 0 and 1"),
-    "Config: a dtype": (lambda w: rl.Config(dtype="int8").torch_dtype(), "no dtype 'int8'"),
+    "run_experiment: a dtype": (
+        lambda w: rl.run_experiment(rl.Config(model="organism:specific", dtype="int8")),
+        "dtype is int8",
+    ),
     "Config: no such contrast": (lambda w: rl.Config(refusal="refusl").contrasts(), "did you mean"),
     "Config: prompts shared": (lambda w: rl.Config(negativity="refusal").contrasts(), "share"),
     "Protocol: a position of nought": (lambda w: rl.Protocol(positions=(0,)), "count from the end"),
@@ -418,7 +421,7 @@ MODEL_CASES = {
         lambda w: rl.refusal_log_odds(draw(2, 9), [9]),
         "no token of this vocabulary",
     ),
-    "refusal_log_odds: a list": (lambda w: rl.refusal_log_odds([1.0], [0]), "logits is a list"),
+    "refusal_log_odds: text": (lambda w: rl.refusal_log_odds(["a"], [0]), "logits is a list"),
     "next_token_kl: two vocabularies": (
         lambda w: next_token_kl(draw(2, 9), draw(2, 8)),
         "differ in d_vocab",

@@ -1,0 +1,448 @@
+"""What people type: each call below works, or says in one line what to write instead.
+
+The tests' type checker is switched off here: users have none.
+"""
+
+import jaxtyping
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import refusal_lens as rl
+
+R = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+N = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+A = torch.randn(6, 32, 64, generator=torch.Generator().manual_seed(2))
+B = torch.randn(5, 32, 64, generator=torch.Generator().manual_seed(3))
+COSINE = rl.cosine_similarity(R, N)
+D = rl.Direction(R)
+NAME = "organism:specific"
+TABLE = pd.DataFrame({"rude": ["Go away.", "Be quiet."], "kind": ["Please stay.", None]})
+QUICK = {"progress": False}
+
+
+def same(a, b) -> bool:
+    return torch.equal(torch.as_tensor(a).double(), torch.as_tensor(b).double())
+
+
+WORKS = {
+    "cosine_similarity: arrays": lambda m: same(rl.cosine_similarity(R.numpy(), N.numpy()), COSINE),
+    "cosine_similarity: lists": lambda m: same(rl.cosine_similarity(R.tolist(), N), COSINE),
+    "cosine_similarity: lists of tensors": lambda m: same(rl.cosine_similarity([*R], N), COSINE),
+    "cosine_similarity: Directions": lambda m: same(
+        rl.cosine_similarity(D, rl.Direction(N)), COSINE
+    ),
+    "cosine_similarity: a DataFrame": lambda m: same(
+        rl.cosine_similarity(pd.DataFrame(R.numpy()), N), COSINE
+    ),
+    "cosine_similarity: by name": lambda m: same(rl.cosine_similarity(b=N, a=R), COSINE),
+    "cosine_matrix: arrays": lambda m: rl.cosine_matrix(R.numpy(), D).shape == (32, 32),
+    "mean_difference: arrays": lambda m: same(
+        rl.mean_difference(A.numpy(), B.numpy()), rl.mean_difference(A, B)
+    ),
+    "mean_difference: lists": lambda m: (
+        rl.mean_difference([[[1, 2]]], [[[0, 0]]]).tolist() == [[1, 2]]
+    ),
+    "orthogonal_part: an array": lambda m: rl.orthogonal_part(R[0].numpy(), N[0]).shape == (64,),
+    "massive_dimensions: k as text": lambda m: rl.massive_dimensions(A, k="2").shape == (32, 2),
+    "cosine_without_massive: an array": lambda m: (
+        rl.cosine_without_massive(R, N, np.zeros((32, 1), int)).shape == (32,)
+    ),
+    "cosine_statistics: without a generator": lambda m: (
+        rl.cosine_statistics(
+            A, B, A + 1, B - 1, a_paired=False, b_paired=False, n_resamples=400
+        ).plain.shape
+        == (32,)
+    ),
+    "cosine_statistics: a seed": lambda m: (
+        rl.cosine_statistics(
+            *(A, B, A + 1, B - 1), a_paired=False, b_paired=False, n_resamples=400, generator=7
+        ).plain.shape
+        == (32,)
+    ),
+    "refusal_log_odds: a list": lambda m: rl.refusal_log_odds([0.0, 1.0], [0]) < 0,
+    "load_contrast and its names": lambda m: (
+        rl.load_contrast(rl.bundled_contrasts()[1]).name == "negativity"
+    ),
+    "get_layer_activations: two names": lambda m: (
+        rl.get_layer_activations(NAME, "refusal", **QUICK).target.shape[1:] == (32, 64)
+    ),
+    "extract: a table": lambda m: (
+        rl.extract(m, [TABLE], **QUICK)["contrast"].baseline.shape == (1, 32, 64)
+    ),
+    "get_layer_activations: a mapping": lambda m: (
+        rl.get_layer_activations(
+            m, {"target": ["Go away."], "baseline": ["Stay."]}, **QUICK
+        ).target.shape
+        == (1, 32, 64)
+    ),
+    "ablate_direction: an array": lambda m: len(rl.ablate_direction(m, R[3].numpy())) > 32,
+    "ablate_direction: a Direction": lambda m: len(rl.ablate_direction(m, D.at(3))) > 32,
+    "add_direction: a layer as text": lambda m: (
+        rl.add_direction(m, R[3].tolist(), "3")[0][0] == "blocks.3.hook_resid_post"
+    ),
+    "add_direction: a numpy layer": lambda m: (
+        rl.add_direction(m, R[3], np.int64(3))[0][0] == "blocks.3.hook_resid_post"
+    ),
+    "Protocol: a position": lambda m: rl.Protocol(positions=-2).positions == (-2,),
+    "Protocol: a position as text": lambda m: rl.Protocol(positions="-2").positions == (-2,),
+    "Protocol: a named position": lambda m: (
+        rl.Protocol(positions="last_prompt_token").positions == ("last_prompt_token",)
+    ),
+    "Protocol: a list": lambda m: rl.Protocol(positions=[-2, "-1"]).positions == (-2, -1),
+    "Config: the command's words": lambda m: (
+        rl.Config(against="alarm", resamples=500, position=-2)
+        == rl.Config(negativity="alarm", n_resamples=500, protocol=rl.Protocol(positions=(-2,)))
+    ),
+    "Config: a system prompt": lambda m: (
+        rl.Config(system_prompt="Be kind.").protocol.system_prompt == "Be kind."
+    ),
+    "Config: a layer as text": lambda m: rl.Config(layer="20").layer == 20,
+    "Config: one control": lambda m: (
+        [*rl.Config(controls="arousal").contrasts()][2:] == ["arousal"]
+    ),
+    "Config: a list of controls": lambda m: len(rl.Config(controls=["alarm"]).contrasts()) == 3,
+    "Config: a dtype": lambda m: rl.Config(dtype=torch.bfloat16).dtype == "bfloat16",
+    "Config: a dtype as text": lambda m: rl.Config(dtype="torch.float32").dtype == "float32",
+    "Config: a table": lambda m: (
+        rl.Config(negativity=TABLE).contrasts()["negativity"].target_name == "rude"
+    ),
+    "Config.of: a mapping": lambda m: rl.Config.of({"model": NAME}, layer=3) == rl.Config(NAME, 3),
+    "the version": lambda m: rl.__version__.count(".") == 2,
+    "formats": lambda m: callable(rl.formats.read_directions),
+    "Contrast: arrays and Series": lambda m: (
+        rl.Contrast("c", TABLE["rude"], np.array(["x"])).target == ("Go away.", "Be quiet.")
+    ),
+    "show_tokens: one prompt": lambda m: len(rl.show_tokens(m.tokenizer, "Hello.")) > 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return rl.load_model(NAME)
+
+
+@pytest.fixture(autouse=True)
+def no_type_checker(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize("case", WORKS)
+def test_what_people_type_works(model, case):
+    assert WORKS[case](model)
+
+
+SLIPS = {
+    "cosine_similarity: one direction": (
+        lambda m: rl.cosine_similarity(R),
+        "argument: 'b'; it takes a",
+    ),
+    "cosine_similarity: three": (lambda m: rl.cosine_similarity(R, N, R), "too many positional"),
+    "cosine_similarity: a name": (lambda m: rl.cosine_similarity("refusal", R), "a is a str: hand"),
+    "cosine_similarity: None": (lambda m: rl.cosine_similarity(None, R), "a is a NoneType: hand"),
+    "cosine_similarity: two models": (
+        lambda m: rl.cosine_similarity(R, N[:, :8]),
+        "differ in d_model",
+    ),
+    "cosine_similarity: layer=": (
+        lambda m: rl.cosine_similarity(R, N, layer=20),
+        "named 'layer'; it",
+    ),
+    "cosine_similarity: words": (
+        lambda m: rl.cosine_similarity(["a"], R),
+        "a is a list: hand over a",
+    ),
+    "cosine_similarity: ragged": (lambda m: rl.cosine_similarity([[1], [1, 2]], R), "a is a list"),
+    "cosine_similarity: prompts": (lambda m: rl.cosine_similarity(A, N), "a has shape"),
+    "cosine_matrix: a number": (lambda m: rl.cosine_matrix(3, R), "a is a int: hand over a tensor"),
+    "mean_difference: a contrast": (lambda m: rl.mean_difference("refusal", A), "target is a str"),
+    "mean_difference: one set": (lambda m: rl.mean_difference(A), "argument: 'baseline'; it takes"),
+    "mean_difference: two layers": (lambda m: rl.mean_difference(A, B[:, :2]), "differ in layer"),
+    "mean_difference: swapped axes": (lambda m: rl.mean_difference(A[0], B), "target has shape"),
+    "massive_dimensions: k": (
+        lambda m: rl.massive_dimensions(A, k=1.5),
+        "k is '1.5' \\(float\\): hand",
+    ),
+    "logistic_probe: penalty": (lambda m: rl.logistic_probe(A, B, penalty=1), "mean 'penalties'"),
+    "whitened_cosine: a tensor": (lambda m: rl.whitened_cosine(R, N, R), "WithinClassCovariance"),
+    "orthogonal_part: shapes": (lambda m: rl.orthogonal_part(R, N[0]), "shapes .* one shape"),
+    "load_model: no name": (lambda m: rl.load_model(3), "name is '3' \\(int\\): hand over str"),
+    "load_model: path=": (lambda m: rl.load_model(path="x"), "no argument is named 'path'"),
+    "load_model: dtypes": (
+        lambda m: rl.load_model(NAME, dtype="int8"),
+        "dtype is int8: give a float",
+    ),
+    "load_model: torch_dtype": (lambda m: rl.load_model(NAME, torch_dtype=1), "mean 'dtype'"),
+    "load_model: no organism": (
+        lambda m: rl.load_model("organism:specifc"),
+        "no organism 'specifc'",
+    ),
+    "load_model: a device": (
+        lambda m: rl.load_model(NAME, device="gpu"),
+        "'gpu' is no device: try",
+    ),
+    "load_model: devices": (lambda m: rl.load_model(NAME, n_devices="two"), "n_devices is 'two'"),
+    "from_hugging_face: a name": (
+        lambda m: rl.from_hugging_face(NAME, None),
+        "str is no language mod",
+    ),
+    "load_contrast: a typo": (lambda m: rl.load_contrast("refusals"), "did you mean 'refusal'"),
+    "load_contrast: a number": (
+        lambda m: rl.load_contrast(3),
+        "name is '3' \\(int\\): hand over str",
+    ),
+    "load_contrast: nothing": (lambda m: rl.load_contrast(), "missing .*'name'; it takes name"),
+    "Contrast: no baseline": (
+        lambda m: rl.Contrast("c", ["a"]),
+        "missing .*'baseline'; it takes name",
+    ),
+    "Contrast: harmful=": (
+        lambda m: rl.Contrast("c", harmful=["a"]),
+        "named 'harmful'; it takes name",
+    ),
+    "Contrast: one string": (lambda m: rl.Contrast("c", "a", "b"), '`target` is "a": give a list'),
+    "Contrast: numbers": (
+        lambda m: rl.Contrast("c", [1], ["b"]),
+        "target\\[0\\] is 1, int, not a str",
+    ),
+    "Contrast: no pairs": (
+        lambda m: rl.Contrast("c", ["a", "b"], ["c"], paired=True),
+        "no partner",
+    ),
+    "contrast_from_file: no column": (
+        lambda m: rl.contrast_from_file("a.csv"),
+        "missing .*'target'",
+    ),
+    "contrast_from_file: no file": (
+        lambda m: rl.contrast_from_file("none.csv", target="a", baseline="b"),
+        "none.csv can't be read",
+    ),
+    "contrast_from_dataset: a list": (
+        lambda m: rl.contrast_from_dataset([1], target="a", baseline="b"),
+        "is no Hugging Face dataset",
+    ),
+    "load_prompts: a list": (
+        lambda m: rl.load_prompts(["a"]),
+        "source is .* \\(list\\): hand over",
+    ),
+    "get_layer_activations: prompts": (
+        lambda m: rl.get_layer_activations(m, ["How do I bake?"], **QUICK),
+        "no bundled contrast",
+    ),
+    "get_layer_activations: a wide table": (
+        lambda m: rl.get_layer_activations(m, TABLE.assign(topic="x"), **QUICK),
+        "two columns, not .* use contrast_from_dataset",
+    ),
+    "get_layer_activations: swapped": (
+        lambda m: rl.get_layer_activations(rl.load_contrast("refusal"), m),
+        "Contrast has no hooks: use",
+    ),
+    "get_layer_activations: a number": (
+        lambda m: rl.get_layer_activations(m, 3),
+        "3 is no contrast",
+    ),
+    "get_layer_activations: no contrast": (
+        lambda m: rl.get_layer_activations(m),
+        "argument: 'contr",
+    ),
+    "get_layer_activations: a layer": (
+        lambda m: rl.get_layer_activations(m, "refusal", layer=20),
+        "no argument is named 'layer'; it takes model, contrast, protocol",
+    ),
+    "get_layer_activations: batch": (
+        lambda m: rl.get_layer_activations(m, "refusal", batch=8),
+        "did you mean 'batch_size'",
+    ),
+    "get_layer_activations: a protocol": (
+        lambda m: rl.get_layer_activations(m, "refusal", protocol="arditi"),
+        "protocol is 'arditi' \\(str\\): hand over Protocol",
+    ),
+    "get_layer_activations: no model": (
+        lambda m: rl.get_layer_activations(None, "refusal"),
+        "NoneType has no hooks: use",
+    ),
+    "get_layer_activations: a missing folder": (
+        lambda m: rl.get_layer_activations("./nowhere", "refusal"),
+        "no directory ./nowhere",
+    ),
+    "get_prompt_activations: one prompt": (
+        lambda m: rl.get_prompt_activations(m, "Hello.", **QUICK),
+        "single string: give a list",
+    ),
+    "get_prompt_activations: a contrast": (
+        lambda m: rl.get_prompt_activations(m, rl.load_contrast("refusal"), **QUICK),
+        "prompts is .* \\(Contrast\\): hand over Sequence\\[str\\]",
+    ),
+    "get_prompt_activations: numbers": (
+        lambda m: rl.get_prompt_activations(m, [1, 2], **QUICK),
+        "prompts\\[0\\] is 1, int, not a string",
+    ),
+    "get_prompt_activations: none": (
+        lambda m: rl.get_prompt_activations(m, [], **QUICK),
+        "no prompts",
+    ),
+    "extract: one contrast": (lambda m: rl.extract(m, 3), "3 is no contrast: give"),
+    "extract: one name": (
+        lambda m: rl.extract(m, "refusal", **QUICK),
+        "contrasts is .* \\(Contrast\\): hand over Sequence\\[Contrast\\]",
+    ),
+    "build_inputs: the model": (
+        lambda m: rl.build_inputs_with_chat_template(m, ["a"]),
+        "is not a fast tokenizer",
+    ),
+    "show_tokens: a name": (lambda m: rl.show_tokens(NAME, ["a"]), "str is not a fast tokenizer"),
+    "ablate_direction: swapped": (
+        lambda m: rl.ablate_direction(R[0], m),
+        "Tensor has no hooks: use",
+    ),
+    "ablate_direction: text": (lambda m: rl.ablate_direction(m, "refusal"), "direction is a str"),
+    "ablate_direction: another model": (
+        lambda m: rl.ablate_direction(m, R[0, :8]),
+        "not fit this mod",
+    ),
+    "ablate_direction: zeros": (lambda m: rl.ablate_direction(m, [0] * 64), "is zero"),
+    "ablate_direction: NaN": (lambda m: rl.ablate_direction(m, R[0] * np.nan), "NaN or infinite"),
+    "ablate_direction: layer=": (lambda m: rl.ablate_direction(m, R[0], layer=20), "named 'layer'"),
+    "add_direction: no layer": (
+        lambda m: rl.add_direction(m, R[0]),
+        "missing .*'layer'; it takes mod",
+    ),
+    "add_direction: too deep": (lambda m: rl.add_direction(m, R[0], 32), "no layer 32: choose -1"),
+    "add_direction: half": (
+        lambda m: rl.add_direction(m, R[0], 1.5),
+        "layer is '1.5' \\(float\\): hand",
+    ),
+    "add_direction: words": (
+        lambda m: rl.add_direction(m, R[0], "last"),
+        "layer is 'last' \\(str\\)",
+    ),
+    "add_direction: coefficient": (
+        lambda m: rl.add_direction(m, R[0], 3, coefficient=2),
+        "no argument is named 'coefficient'; it takes model, direction, layer",
+    ),
+    "find_refusal_tokens: one prompt": (
+        lambda m: rl.find_refusal_tokens(m, ["a"], ["b"]),
+        "at least tw",
+    ),
+    "refusal_log_odds: no token": (lambda m: rl.refusal_log_odds(R[0], [99]), "99 is no token of"),
+    "Protocol: a typo": (lambda m: rl.Protocol(system="x"), "did you mean 'system_prompt'"),
+    "Protocol: from the start": (lambda m: rl.Protocol(positions=5), "count from the end"),
+    "Protocol: a word": (lambda m: rl.Protocol(positions="last"), "positions has 'last'"),
+    "Protocol: no position": (lambda m: rl.Protocol(positions=None), "positions has None"),
+    "Protocol: a fraction": (lambda m: rl.Protocol(positions=-1.5), "positions has -1.5"),
+    "Protocol: a hook": (lambda m: rl.Protocol(hook="resid_mid"), "choose resid_post or resid_pre"),
+    "Protocol: text for yes": (
+        lambda m: rl.Protocol(thinking="no"),
+        "thinking is 'no': make it a bool",
+    ),
+    "Config: a typo": (lambda m: rl.Config(modle=NAME), "did you mean 'model'"),
+    "Config: a model": (
+        lambda m: rl.Config(model=m),
+        "give its name, or run_experiment\\(model=model\\)",
+    ),
+    "Config: a layer": (
+        lambda m: rl.Config(layer="last"),
+        "layer is 'last' \\(str\\): hand over int",
+    ),
+    "Config: half a layer": (
+        lambda m: rl.Config(layer=2.5),
+        "layer is '2.5' \\(float\\): hand over int",
+    ),
+    "Config: no contrast": (lambda m: rl.Config(refusal=3).contrasts(), "3 is no contrast"),
+    "Config: a contrast's typo": (
+        lambda m: rl.Config(against="alarms").contrasts(),
+        "mean 'alarm'",
+    ),
+    "Config: too few resamples": (lambda m: rl.Config(n_resamples=3), "intervals need at least"),
+    "Config: no prompts": (lambda m: rl.Config(max_prompts=0), "max_prompts is 0: at least one"),
+    "Config: one contrast twice": (
+        lambda m: rl.Config(controls=("alarm", "alarm")).contrasts(),
+        "share the prompt",
+    ),
+    "analyse: nothing": (lambda m: rl.analyse(), "missing .*'activations'; it takes"),
+    "analyse: one contrast": (lambda m: rl.analyse({"refusal": (A, B)}), "lack 'negativity'"),
+    "analyse: directions": (
+        lambda m: rl.analyse({"refusal": R, "negativity": N}),
+        "lack 'refusal'",
+    ),
+    "analyse: a list": (lambda m: rl.analyse([A, B]), "hand over Mapping"),
+    "write_report: a folder": (
+        lambda m: rl.write_report("runs/x", "y"),
+        "results is .*: hand over Res",
+    ),
+    "Results.load: nowhere": (lambda m: rl.Results.load("nowhere"), "nowhere"),
+    "config_of: nowhere": (lambda m: rl.config_of("nowhere"), "nowhere"),
+    "judge: results": (lambda m: rl.judge("x"), "is 'x' \\(str\\): hand over Evidence"),
+    "select_direction: a list": (lambda m: rl.select_direction(m, ["a"]), "no bundled contrast"),
+    "run_sensitivity: one contrast": (
+        lambda m: rl.run_sensitivity(m, "refusal"),
+        "hand over tuple",
+    ),
+    "Direction: text": (lambda m: rl.Direction("refusal"), "vectors is a str: hand over a tensor"),
+    "Direction: prompts": (lambda m: rl.Direction(A), "vectors has shape"),
+    "Direction: layer=": (lambda m: rl.Direction(R, layer=3), "did you mean 'layers'"),
+    "Direction: other layers": (
+        lambda m: rl.Direction(R, layers=[1, 2]),
+        "give each vector its layer",
+    ),
+    "Direction.at: too deep": (lambda m: D.at(32), "no layer 32: it has layers 0 to 31"),
+    "Direction.at: a word": (lambda m: D.at("last"), "no layer 'last': it has layers"),
+    "Direction.ablate: all layers": (
+        lambda m: D.ablate(m),
+        "layers 0 to 31: choose one, as in .at",
+    ),
+    "Direction.ablate: no model": (lambda m: D.at(3).ablate(), "hand it over as model="),
+    "Direction.add: no layer": (
+        lambda m: rl.Direction(R[0]).add(1, m),
+        "Direction\\(..., layers=20\\)",
+    ),
+    "Direction.project: no model": (lambda m: D.project("Hello."), "hand it over as model="),
+    "Direction.project: one vector": (lambda m: D.project(R[0]), "hand over those of its layers"),
+    "Direction + a layer": (lambda m: D + N[0], "take one layer, r.at\\(20\\)"),
+    "Direction: two layers": (lambda m: D.at(2) - D.at(3), "of layer 2 and .* take one layer"),
+    "Direction.load: nowhere": (lambda m: rl.Direction.load("nowhere.pt"), "no file nowhere.pt"),
+    "compare_replies: nothing": (
+        lambda m: rl.compare_replies(m, "Hello."),
+        "give ablate=DIRECTION",
+    ),
+    "compare_replies: all layers": (
+        lambda m: rl.compare_replies(m, "Hello.", ablate=D),
+        "layers 0 to 31: choose one",
+    ),
+    "compare_replies: no layer": (
+        lambda m: rl.compare_replies(m, "Hello.", add=R[3]),
+        "layer of 'direction' is unknown",
+    ),
+    "compare_replies: a name": (
+        lambda m: rl.compare_replies(m, "Hello.", ablate="refusal"),
+        "vectors is a str",
+    ),
+    "compare_replies: two coefficients": (
+        lambda m: rl.compare_replies(m, "Hello.", add=D.at(3), coefficients=[1, 2]),
+        "did you mean 'coefficient'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+def test_a_slip_is_answered_in_one_line_that_says_what_to_write(model, case):
+    call, message = SLIPS[case]
+    with pytest.raises(rl.InputError, match=message) as error:
+        call(model)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_at_least_a_hundred_slips_are_tried():
+    assert len(SLIPS) + len(WORKS) > 140
+    assert len(SLIPS) >= 100
+
+
+def test_a_public_function_is_the_modules_own_with_its_name_and_signature():
+    import inspect
+
+    from refusal_lens.directions.similarity import cosine_similarity
+
+    assert rl.cosine_similarity.__wrapped__ is cosine_similarity
+    assert rl.cosine_similarity is rl.cosine_similarity
+    assert inspect.signature(rl.cosine_similarity) == inspect.signature(cosine_similarity)
