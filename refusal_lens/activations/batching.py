@@ -1,6 +1,7 @@
 """Divide rows into batches, and halve the batches when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.forward import free_memory, input_device
+from ..models.forward import free_memory, hook_points, input_device
 from ..prompts.tokenize import ChatInputs
 from .shared_prefix import can_share_prefix
 
@@ -32,9 +33,10 @@ class Rows(NamedTuple):
     tokens: Int[Tensor, "row pos"]
     lengths: Int[Tensor, " row"]
     from_end: Int[Tensor, "row n_positions"]  # positions to read, -1 the last token
-    hook: str
+    points: Sequence[str]  # hook points to read
     labels: Sequence[str]
     prefix: Int[Tensor, " shared"]  # run once for all rows; empty where sharing does not pay
+    combine: Callable[[list[Tensor]], Tensor] = partial(torch.stack, dim=2)  # what points hold
 
 
 def checked_rows(
@@ -59,7 +61,7 @@ def checked_rows(
     pays = tokens_that_fill_a_gpu(model) if on_gpu else PREFIX_PAYS
     if len(prefix) * (n_rows - 1) < pays or not can_share_prefix(model, width):
         prefix = prefix[:0]
-    return Rows(tokens, lengths, from_end, inputs.hook, labels, prefix)
+    return Rows(tokens, lengths, from_end, hook_points(model, inputs.hook), labels, prefix)
 
 
 def plan_batches(

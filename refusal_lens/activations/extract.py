@@ -168,6 +168,7 @@ def read_residual_stream(
     from tqdm.auto import tqdm
 
     rows = checked_rows(model, inputs, labels)
+    rows = rows._replace(points=points or rows.points, combine=combine)
     plan = plan_batches(model, inputs, batch_size=batch_size, labels=labels, only=only)
     if not plan:
         return
@@ -176,9 +177,7 @@ def read_residual_stream(
         recording = forward.without_logits(model) | prefix.recording(len(rows.prefix))
         with forward.undisturbed(model):
             model(rows.prefix[None].to(device), **recording)
-    names = points or forward.hook_points(model, rows.hook)
-    run = partial(_run_batch, model, rows, prefix, names, combine)
-    batches = run_halving(run, plan, rows, device)
+    batches = run_halving(lambda batch: _run_batch(model, rows, batch, prefix), plan, rows, device)
     if not forward.must_block(device):
         batches = one_behind(batches)
     done = n_rows - sum(map(len, plan))
@@ -198,10 +197,8 @@ def read_residual_stream(
 def _run_batch(
     model: "HookedTransformer | TransformerBridge",
     rows: Rows,
-    prefix: SharedPrefix,
-    names: Sequence[str],
-    combine: Callable[[list[Tensor]], Tensor],
     batch: list[int],
+    prefix: SharedPrefix,
 ) -> tuple[list[int], Tensor, Bool[Tensor, "batch layer"], torch.cuda.Event | None]:
     """Rows, activations, whether these are finite, and when the CPU has them: never waits for CUDA."""
     lengths = rows.lengths[batch] - prefix.length
@@ -212,11 +209,11 @@ def _run_batch(
     mask = forward.sent(mask.to(tokens.dtype), tokens.device)
     options: Any = forward.without_logits(model) | prefix.following(mask, repeat=len(batch))
     # An int or a slice as `pos_slice` would be a view that keeps every layer's whole stream alive.
-    options |= {"names_filter": [*names], "pos_slice": forward.copy_columns(columns % width)}
+    options |= {"names_filter": [*rows.points], "pos_slice": forward.copy_columns(columns % width)}
     with forward.undisturbed(model):
         _, cache = model.run_with_cache(tokens, return_cache_object=False, **options)
-    device = cache[names[0]].device
-    streams = combine([cache[name].to(device) for name in names])
+    device = cache[rows.points[0]].device
+    streams = rows.combine([cache[name].to(device) for name in rows.points])
     each_row = torch.arange(len(batch), device=device)[:, None]
     activations = streams[each_row, forward.sent(where, device)]
     # Before the copy, for a GPU sees a hundred times as fast whether a number is finite.
