@@ -92,10 +92,9 @@ class Interchange(Table):
     difference: Interval
 
     def _rows(self) -> list[list[str]]:
-        each = (
-            [name, *(_shown(self.score, w, i) for w in (0, 1))] for i, name in enumerate(self.names)
-        )
-        return [[f"of {_shown(self.difference)}", "rise", "fall"], *each]
+        ways = [[_shown(self.score, way, i) for i in range(len(self.names))] for way in (0, 1)]
+        cells = zip(self.names, *ways, strict=True)
+        return [[f"of {_shown(self.difference)}", "rise", "fall"], *map(list, cells)]
 
 
 def component_writes(
@@ -115,13 +114,11 @@ def component_writes(
 
     Args:
         model, contrast: the model, and the two prompt sets, compared by pairs where paired.
-        direction, layer: a direction of any norm, and the layer after which it was read.
+        direction, layer: a direction of any norm, and the layer after which it was read. InputError
+            if zero, not finite or of another width; if there is no such layer, or one without
+            heads; if writes don't add up to the stream.
         confidence: coverage of the intervals over prompts, or over the contrast's clusters.
         **options: `protocol`, `batch_size` and `progress` of `get_layer_activations`.
-
-    Raises:
-        InputError: if the direction is zero, not finite or of another width; if there is no such
-            layer, or one without heads; if writes don't add up to the stream.
     """
     unit, prompts = _unit(model, direction)[None], [*contrast.target, *contrast.baseline]
     names, written = written_by_component(model, prompts, unit, layer, **options)
@@ -144,7 +141,7 @@ def same_writers(
     not the same, or fewer than `k`.
     """
     if first.names != second.names or len(first.names) < k + 2:
-        problem = f"two lists of components are not the same, or have fewer than {k}"
+        problem = f"the components are not the same, or fewer than {k}"
         raise InputError(f"{problem}: read both at one layer of one model")
     both = torch.stack([each.writes.value[:-2] for each in (first, second)])
     order = torch.arange(both.shape[1]).repeat(n_permutations + 1, 1)

@@ -73,6 +73,13 @@ def test_what_components_write_adds_up_to_the_stream(random, family):
     assert (written[:, :-2].norm(dim=-1).amax(0) > 0).all()
 
 
+def test_what_components_of_a_real_chat_model_write_adds_up_to_the_stream(smollm2):
+    width = smollm2.cfg.d_model
+    _, written = written_by_component(smollm2, PROMPTS, torch.eye(width), 18, progress=False)
+    gap = written[:, :-1].sum(1) - written[:, -1]
+    assert torch.linalg.norm(gap) < 1e-4 * torch.linalg.norm(written[:, -1])
+
+
 def test_a_bias_of_the_attention_is_a_component_of_its_own(random):
     hf_model = random_model("GPT-2")
     with torch.no_grad():
