@@ -248,7 +248,11 @@ def _scaled_heads(attention: Any, z: Tensor, written: Tensor) -> tuple[Tensor, T
     """What each head and the bias write, behind a norm or a multiplier that may follow them."""
     bias = getattr(attention, "b_O", None)
     bias = torch.zeros_like(written[0, 0]) if bias is None else bias.detach().float().to(z.device)
-    heads = torch.einsum("bphd,hdm->bphm", z, attention.W_O.detach().float().to(z.device))
+    try:
+        out = attention.W_O.detach().float().to(z.device)
+    except ValueError as error:  # TransformerLens 4 where heads differ in size from layer to layer
+        raise InputError(f"the heads of this model can't be told apart: {error}") from error
+    heads = torch.einsum("bphd,hdm->bphm", z, out)
     whole = heads.sum(2) + bias
     scale = torch.where(whole == 0, 0, written / whole)
     shape = (scale / scale.median(-1, keepdim=True).values).flatten(0, 1)

@@ -5,7 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from families import random_model
+from families import GENERATION, random_model
 from wired import build, tokenizer
 
 from refusal_lens import attribution
@@ -126,6 +126,15 @@ def test_a_model_whose_heads_pass_a_gate_is_refused(random):
         component_writes(
             model, Contrast("c", PROMPTS[:2], PROMPTS[2:]), torch.ones(model.cfg.d_model), 2
         )
+
+
+@pytest.mark.parametrize("family", ["Gemma 4", "Falcon-H1", "Mamba"])
+def test_a_family_whose_stream_is_not_the_sum_of_heads_and_mlps_is_refused(random, family):
+    if GENERATION < 4:
+        pytest.skip("TransformerLens 3 does not run it")
+    model = from_hugging_face(random_model(family), random("llama").tokenizer, name=family)
+    with pytest.raises(InputError, match="this model"):
+        written_by_component(model, PROMPTS, torch.eye(32), 2, progress=False)
 
 
 # A known answer
