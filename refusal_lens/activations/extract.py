@@ -181,7 +181,7 @@ def read_residual_stream(
     if not forward.must_block(device):
         batches = one_behind(batches)
     done = n_rows - sum(map(len, plan))
-    with tqdm(total=n_rows, initial=done, unit="prompt", disable=not progress) as bar:
+    with tqdm(total=n_rows, initial=done, desc="prompts read", disable=not progress) as bar:
         for batch, activations, finite, copied in batches:
             if copied:
                 copied.synchronize()

@@ -52,6 +52,11 @@ class Multiverse(ContrastOptions, ModelOptions):
         out = self.start("-sensitivity")
         if not self.quiet:
             print(TIME, file=sys.stderr)
+
+        def save(found: rl.Sensitivity) -> None:
+            if distributed.is_main():
+                found.save(out)
+
         found = rl.run_sensitivity(
             self.load(),
             (refusal, against),
@@ -59,9 +64,9 @@ class Multiverse(ContrastOptions, ModelOptions):
             causal_prompts=self.causal_prompts,
             seed=self.seed,
             progress=distributed.is_main() and not self.quiet,
+            on_cosines=save,
         )
-        if distributed.is_main():
-            found.save(out)
+        save(found)
         rows = [
             [name, *(f"{row[c]:+z.3f}" for c in ("plain", "lower", "upper")), row["verdict"]]
             for (_, name), row in found.table().iterrows()

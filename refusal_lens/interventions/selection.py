@@ -258,7 +258,7 @@ def _measure(
 
     done = {(record["position"], record["layer"]) for record in saved["candidates"]}
     total = len(positions) * n_layers
-    with tqdm(total=total, initial=len(done), unit="candidate", disable=not progress) as bar:
+    with tqdm(total=total, initial=len(done), desc="candidates", disable=not progress) as bar:
         for start in range(0, n_layers, LAYERS_AT_ONCE):
             layers = range(start, min(start + LAYERS_AT_ONCE, n_layers))
             cells = [(row, layer) for layer in layers for row in range(len(positions))]

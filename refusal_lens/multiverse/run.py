@@ -4,7 +4,8 @@ Layer `l` follows the count of each specification. Interventions always use the 
 known bugs of a specification affect its directions alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,12 @@ def run_sensitivity(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    on_cosines: Callable[[Sensitivity], object] | None = None,
 ) -> Sensitivity:
     """Return the cosine and the verdict of two contrasts under every specification.
 
     Args:
-        model: the model.
-        contrasts: refusal and negativity.
+        model, contrasts: the model; refusal and negativity.
         layer: layer to report, from 0; None is layer 20 of 32, or the same relative depth.
         sizes, draws: prompts per set in the subsets (below the smallest set), and subsets per size.
         n_resamples, confidence: resamples behind each interval, and its confidence.
@@ -65,6 +66,7 @@ def run_sensitivity(
         seed: seed of subsets, resamples and random directions.
         batch_size: prompts in a forward pass; None derives the number from the free memory.
         progress: whether to show progress bars.
+        on_cosines: called with the cosines, without verdicts, before the interventions begin.
 
     Raises:
         InputError: if there are too few prompts, the layer does not exist, or the default protocol
@@ -80,29 +82,39 @@ def run_sensitivity(
     generator = torch.Generator().manual_seed(seed)
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
-    default = next(each for each in specifications if each.is_default)
-    options |= {"activations": rows_of(default), "generator": generator}
-    responses = measure_responses(model, contrasts, measured, n_prompts=causal_prompts, **options)
+    rest = contrasts, causal_prompts, confidence, thresholds
     settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
-    hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
-    return Sensitivity(
+    found = Sensitivity(
         specifications=tuple(specifications),
         skipped=skipped,
-        **_curves(measured),
-        verdicts=judge_all(measured, responses, contrasts, causal_prompts, confidence, thresholds),
+        verdicts=judge_all(measured, None, *rest),
         changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,
-        names=Names.of(*contrasts),
-        provenance={"model": model_provenance(model), "contrasts": hashes, **settings},
+        **_described(model, contrasts, measured, settings),
     )
+    if on_cosines:
+        on_cosines(found)
+    options |= {"activations": rows_of(specifications[found.default]), "generator": generator}
+    responses = measure_responses(model, contrasts, measured, n_prompts=causal_prompts, **options)
+    return replace(found, verdicts=judge_all(measured, responses, *rest))
 
 
-def _curves(measured: list[Measured]) -> dict[str, Any]:
+def _described(
+    model: "HookedTransformer | TransformerBridge",
+    contrasts: tuple[Contrast, Contrast],
+    measured: list[Measured],
+    settings: dict[str, int],
+) -> dict[str, Any]:
+    """Return the curves of a `Sensitivity`, its names and its provenance."""
     estimates = [each.estimate for each in measured]
     curves = {name: torch.stack([getattr(e, name) for e in estimates]) for name in CURVES[1:]}
     plain = torch.stack([each.gram.plain for each in measured])
-    return {"plain": plain, **curves, "reasons": tuple(each.reasons for each in estimates)}
+    hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
+    provenance = {"model": model_provenance(model), "contrasts": hashes, **settings}
+    reasons = tuple(each.reasons for each in estimates)
+    words = {"names": Names.of(*contrasts), "provenance": provenance}
+    return {"plain": plain, **curves, "reasons": reasons, **words}
 
 
 def _measure(

@@ -4,7 +4,7 @@
 
 NAME is the beginning of a notebook's name, such as 02; by default all run. A page that hosts notebooks
 runs no script and shows the picture. Figures of more than `LARGEST` bytes are kept as a picture alone.
-The pictures are drawn by Chromium and its driver, and saved by pillow. Paths of temporary folders become
+The pictures are drawn by Chromium and its driver, and saved by pillow. Temporary folders become
 "folder". Prints the seconds that each notebook takes.
 """
 

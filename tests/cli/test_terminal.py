@@ -95,3 +95,19 @@ def test_results_wrap_at_the_terminal_s_width_and_names_stay_text(
 def test_without_interventions_the_reasons_stand_instead_of_effects(quick_results, capsys):
     show.show(*show.findings(replace(quick_results("specific"), causal=None)))
     assert "a random direction" not in capsys.readouterr().out
+
+
+def test_sensitivity_says_its_time_first_and_writes_the_cosines_before_it_intervenes(
+    tmp_path, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("refusal_lens.multiverse.run.measure_responses", stopped)
+    command = ["sensitivity", "--model", "organism:specific", "--max-prompts", "16"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, "--out", str(tmp_path)])
+    assert "about 2 minutes" in capsys.readouterr().err
+    rows = (tmp_path / "sensitivity.csv").read_text().splitlines()
+    assert len(rows) > 32
+    assert "inconclusive" in rows[1]
