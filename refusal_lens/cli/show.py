@@ -1,6 +1,6 @@
 """Results on the terminal: tables as wide as the terminal, in colour where it has colours."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +25,12 @@ def show(*parts: "str | Table | Text") -> None:
         console.print(part)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table; all columns but the first and the last hold numbers."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table; columns of numbers stand to the right and stay on one line."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in head:
-        made.add_column(Text(name))
-    for column in made.columns[1:-1]:
-        column.justify, column.no_wrap = "right", True
+    for i, name in enumerate(head):
+        number = i > 0 and any(row[i].endswith((*"0123456789]", " %")) for row in rows)
+        made.add_column(Text(name), justify="right" if number else "left", no_wrap=number)
     for row in rows:
         made.add_row(*map(Text, row))
     return made

@@ -92,6 +92,12 @@ def test_results_wrap_at_the_terminal_s_width_and_names_stay_text(
     assert "\033" not in shown
 
 
+def test_columns_of_numbers_stand_to_the_right_and_words_to_the_left():
+    rows = [["a", "shared", "-1 % [-2, 3]"], ["b", "partly shared", ""]]
+    columns = show.table(["x", "y", "z"], rows).columns
+    assert [column.justify for column in columns] == ["left", "left", "right"]
+
+
 def test_without_interventions_the_reasons_stand_instead_of_effects(quick_results, capsys):
     show.show(*show.findings(replace(quick_results("specific"), causal=None)))
     assert "a random direction" not in capsys.readouterr().out
