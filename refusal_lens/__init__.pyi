@@ -27,6 +27,7 @@ from .errors import InputError as InputError
 from .experiment.config import Config as Config
 from .experiment.results import Results as Results
 from .experiment.results import config_of as config_of
+from .experiment.results import load_results as load_results
 from .experiment.run import analyse as analyse
 from .experiment.run import main as main
 from .experiment.run import run_experiment as run_experiment

@@ -14,6 +14,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class InputError(ValueError):
     """The input can't be used; the message says what was wrong, where, and what to do.
 
+    >>> load_contrast("refusals")
+    Traceback (most recent call last):
+    refusal_lens.errors.InputError: there is no bundled contrast 'refusals': did you mean ...
+
     The command line prints the message, one line, and exits with status 2. Every other exception
     is a bug and keeps its traceback.
 

@@ -26,7 +26,33 @@ def same(a, b) -> bool:
     return torch.equal(torch.as_tensor(a).double(), torch.as_tensor(b).double())
 
 
+CURVE = COSINE.numpy()
+
+
+def chart_values(figure) -> list[float]:
+    return [value for trace in figure.data if trace.name for value in trace.y[:3]]
+
+
 WORKS = {
+    "cosine_similarity: one layer": lambda m: same(rl.cosine_similarity(R[20], N[20]), COSINE[20]),
+    "plotting: an array": lambda m: (
+        chart_values(rl.plotting.cosine_by_layer(CURVE))
+        == chart_values(rl.plotting.cosine_by_layer(COSINE))
+    ),
+    "plotting: a mapping of lists": lambda m: (
+        len(rl.plotting.cosine_by_layer({"a": CURVE.tolist(), "b": CURVE}, highlight="3").data) > 1
+    ),
+    "plotting: an interval of arrays": lambda m: (
+        rl.plotting.cosine_by_layer(CURVE, interval=(CURVE - 0.1, CURVE + 0.1)).data
+    ),
+    "plotting: a matrix": lambda m: rl.plotting.cosine_matrix(np.eye(32)).data,
+    "plotting: norms of a Direction": lambda m: rl.plotting.norms_by_layer(D.norm(dim=-1)).data,
+    "run_experiment: a name and options": lambda m: (
+        rl.run_experiment(
+            NAME, against="arousal", max_prompts=4, interventions=False, resamples=400, **QUICK
+        ).names.negativity
+        == "arousal"
+    ),
     "cosine_similarity: arrays": lambda m: same(rl.cosine_similarity(R.numpy(), N.numpy()), COSINE),
     "cosine_similarity: lists": lambda m: same(rl.cosine_similarity(R.tolist(), N), COSINE),
     "cosine_similarity: lists of tensors": lambda m: same(rl.cosine_similarity([*R], N), COSINE),
@@ -134,6 +160,42 @@ def test_what_people_type_works(model, case):
 
 
 SLIPS = {
+    "run_experiment: a typo": (
+        lambda m: rl.run_experiment(NAME, max_prompt=3),
+        "mean 'max_prompts'",
+    ),
+    "run_experiment: a list": (lambda m: rl.run_experiment([NAME]), "config is .*: hand over"),
+    "run_experiment: the model first": (lambda m: rl.run_experiment(m), "config is .*: hand over"),
+    "run_experiment: two positions": (
+        lambda m: rl.run_experiment(NAME, positions=[-1, -2]),
+        "takes one position",
+    ),
+    "run_experiment: too deep": (
+        lambda m: rl.run_experiment(model=m, layer=32, **QUICK),
+        "layer 32 is out of range",
+    ),
+    "plotting: text": (
+        lambda m: rl.plotting.cosine_by_layer("cosine"),
+        "is a str: hand over a tensor",
+    ),
+    "plotting: directions": (lambda m: rl.plotting.cosine_by_layer(R), "has shape"),
+    "plotting: a typo": (lambda m: rl.plotting.cosine_by_layer(CURVE, layer=3), "named 'layer'"),
+    "plotting: a theme": (lambda m: rl.plotting.cosine_by_layer(CURVE, theme="night"), "'dark'"),
+    "plotting: below 0": (
+        lambda m: rl.plotting.cosine_by_layer(CURVE, highlight=-1),
+        "count from 0",
+    ),
+    "load_results: nowhere": (lambda m: rl.load_results("nowhere"), "nowhere"),
+    "cosine_similarity: a layer and all": (lambda m: rl.cosine_similarity(R[20], N), "a has shape"),
+    "ablate_direction: every layer's": (
+        lambda m: rl.ablate_direction(m, R),
+        r"such as directions\[layer\]",
+    ),
+    "ablate_direction: three axes": (
+        lambda m: rl.ablate_direction(m, A),
+        r"such as directions\[layer\]",
+    ),
+    "add_direction: every layer's": (lambda m: rl.add_direction(m, D, 3), r"directions\[layer\]"),
     "cosine_similarity: one direction": (
         lambda m: rl.cosine_similarity(R),
         "argument: 'b'; it takes a",

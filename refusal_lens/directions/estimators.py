@@ -23,7 +23,8 @@ BLOCK = 64  # prompts that are converted to float64 at a time
 def mean_difference(target: Target, baseline: Baseline) -> Direction:
     """Difference of class means at every layer (Arditi et al. 2024, arXiv:2406.11717, section 2.3).
 
-        refusal = mean_difference(harmful, harmless)  # [layer d_model]
+    >>> mean_difference(harmful, harmless).shape
+    torch.Size([32, 64])
 
     `target` and `baseline` are the activations of the two prompt sets. The norm is the distance
     between the class means, which are computed in float64.

@@ -19,16 +19,22 @@ Curve = Float[Tensor, " layer"]
 NOISE_FLOOR = 1e-6  # share of a direction's largest norm over layers; below is rounding noise
 
 
-def cosine_similarity(a: Direction, b: Direction, *, noise_floor: float = NOISE_FLOOR) -> Curve:
+def cosine_similarity(
+    a: Vectors, b: Vectors, *, noise_floor: float = NOISE_FLOOR
+) -> Float[Tensor, "*layer"]:
     """Cosine of the angle between two directions at every layer, in [-1, 1], computed in float64.
 
-        cosine = cosine_similarity(refusal_direction, negativity_direction)    # [layer]
+    >>> cosine_similarity(r, n)[20], cosine_similarity(r[20], n[20])
+    (tensor(-0.0877), tensor(-0.0877))
 
     Args:
-        a, b: two directions of one model, `[layer d_model]`; InputError if the shapes differ.
+        a, b: two directions of one model, `[layer d_model]`, or of one layer, `[d_model]`;
+            InputError if the shapes differ.
         noise_floor: share of a direction's largest norm over layers. Layers where a norm is below
             it give NaN: before the last token attends to the prompt, the classes differ by rounding.
     """
+    if getattr(a, "ndim", 0) == getattr(b, "ndim", 0) == 1:
+        return cosine_similarity(a[None], b[None], noise_floor=noise_floor)[0]
     check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
     a, b = unit(a, noise_floor=noise_floor), unit(b, noise_floor=noise_floor)
     return (a * b).sum(-1).clamp(-1, 1).float()
@@ -38,6 +44,9 @@ def cosine_matrix(
     a: Float[Tensor, "layer_a d_model"], b: Float[Tensor, "layer_b d_model"]
 ) -> Float[Tensor, "layer_a layer_b"]:
     """Cosine of every layer of one direction with every layer of another.
+
+    >>> cosine_matrix(r, n).shape
+    torch.Size([32, 32])
 
     `cosine_matrix(refusal, refusal)` shows how a direction turns with depth. `a` and `b` have one
     d_model, and any number of layers. NaN where a direction is rounding noise.
@@ -119,7 +128,11 @@ def causal_cosine(
 
 
 def orthogonal_part(direction: Vectors, to: Vectors) -> Vectors:
-    """`direction` minus its component along `to`; NaN where `to` is zero."""
+    """`direction` minus its component along `to`; NaN where `to` is zero.
+
+    >>> orthogonal_part(torch.tensor([3.0, 4.0]), to=torch.tensor([1.0, 0.0]))
+    tensor([0., 4.])
+    """
     check_tensors(direction=(direction, "*layer d_model"), to=(to, "*layer d_model"))
     if direction.shape != to.shape:
         shapes = f"{list(direction.shape)} and {list(to.shape)}"

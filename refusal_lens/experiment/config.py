@@ -21,7 +21,7 @@ WORDS = {"against": "negativity", "position": "positions", "resamples": "n_resam
 class Config:
     """Every choice of a run.
 
-    >>> Config(model="organism:specific", against="alarm", positions=-2).protocol.positions
+    >>> Config(model="organism:specific", against="alarm", position=-2).protocol.positions
     (-2,)
 
     Takes the fields of `Protocol` and the command line's `against`, `position` and `resamples` too.

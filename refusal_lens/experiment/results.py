@@ -1,9 +1,10 @@
 """The results of one run: display, files and figures."""
 
 import html
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,12 +17,13 @@ from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from . import wording
+from .causal import EFFECT_PROMPTS, PARTS, Causal, some_prompts
 from .config import Config
-from .evidence import Causal
 from .serialise import pack, unpack
 from .verdict import Estimate, Evidence, Reason, Thresholds, Verdict, published_rule
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from ..plotting.theme import Theme
@@ -39,6 +41,9 @@ SAVED = (  # the only dataclasses and enums in saved results
 @dataclass(frozen=True, repr=False)
 class Results:
     """The results of one run.
+
+    >>> results.to_pandas().columns[0]
+    'refusal_vs_negativity'
 
     Attributes:
         config: the configuration of the run.
@@ -123,6 +128,36 @@ class Results:
         refusal, negativity = self.contrasts["refusal"], self.contrasts["negativity"]
         sides = (refusal.target, refusal.baseline, negativity.target, negativity.baseline)
         return dict(zip(self.names[2:], sides, strict=True))
+
+    def to_pandas(self, rows: Literal["layers", "prompts"] = "layers") -> "pd.DataFrame":
+        """Return layers by measures, or prompts by projections and refusal score, as a table.
+
+        The table's own `to_csv` and `to_parquet` write it. Projections are those at the highlighted
+        layer. The refusal score of the unmodified model is NaN for prompts that were not scored.
+        """
+        import pandas as pd
+
+        if rows == "layers":
+            norms = {f"norm of {name}": values for name, values in self.norms.items()}
+            curves = self.similarities | norms | self.metrics | self.estimators | self.auroc
+            index = pd.RangeIndex(self.n_layers, name="layer")
+            return pd.DataFrame({k: v.tolist() for k, v in curves.items()}, index=index)
+        if rows != "prompts":
+            raise InputError(f"there are no rows {rows!r}: choose 'layers' or 'prompts'")
+        scores: dict[str, float] = {}
+        for part in PARTS if self.causal else ():
+            some = some_prompts(self.contrasts[part], EFFECT_PROMPTS)
+            found = getattr(self.causal.ablation, part)  # type: ignore[union-attr]
+            scores |= zip(some.target, found.target_log_odds[0].tolist(), strict=True)
+            scores |= zip(some.baseline, found.baseline_log_odds[0].tolist(), strict=True)
+        table = []
+        for name, prompts in self.prompts().items():
+            on = {f"projection on {d}": sets[name] for d, sets in self.projections.items()}
+            for i, prompt in enumerate(prompts):
+                row = {each: float(values[i, self.layer]) for each, values in on.items()}
+                score = scores.get(prompt, math.nan)
+                table.append({"set": name, "prompt": prompt, **row, "refusal score": score})
+        return pd.DataFrame(table)
 
     def why_unknown(self, layer: int, part: str = "negativity") -> str:
         """Return why the cosine of refusal with a part is NaN at a layer; empty if it is known."""
@@ -274,6 +309,9 @@ class Results:
 
         display(HTML(DARK_JUPYTER + self._repr_html_()))
         display(self.figure())
+
+
+load_results = Results.load
 
 
 def config_of(path: str | Path) -> Config:

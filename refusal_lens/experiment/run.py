@@ -25,9 +25,10 @@ from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
+from .causal import PARTS, Causal, can_intervene, intervene
 from .config import Config
 from .distributed import is_main
-from .evidence import PARTS, Causal, can_intervene, evidence, intervene
+from .evidence import evidence
 from .results import Results
 from .verdict import judge
 from .wording import Names
@@ -42,18 +43,23 @@ PUBLISHED_LAYER, PUBLISHED_DEPTH = 20, 32  # the published layer, and its model'
 
 
 def run_experiment(
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | str | None = None,
     *,
     model: "HookedTransformer | TransformerBridge | None" = None,
     progress: bool = True,
     cache: Cache | str | Path | None = None,
+    **options: Any,
 ) -> Results:
     """Run the whole experiment and return its results.
+
+    >>> run_experiment("organism:specific", max_prompts=8, interventions=False, progress=False)
+    Results(organism:specific, layer 20: cosine ..., inconclusive)
 
     Under `torchrun` or `accelerate launch` the processes share the work; each returns all results.
 
     Args:
-        config: every choice of the run; None is the published experiment on Llama-3-8B-Instruct.
+        config: every choice of the run, or the model's name; None is the published experiment on
+            Llama-3-8B-Instruct. `options` replace fields of the configuration (`Config.of`).
         model: a loaded model to use instead of `config.model`; unchanged, and never cached.
         progress: show progress bars.
         cache: folder for finished work; None stores nothing. A fully cached run loads no model.
@@ -61,7 +67,7 @@ def run_experiment(
     Raises:
         InputError: if `config` is not valid, or another process of the run has ended.
     """
-    config = config or Config()
+    config = Config.of(config, **options)
     contrasts = config.contrasts()
     if len(config.protocol.positions) != 1:
         raise InputError(
@@ -141,6 +147,8 @@ def analyse(
     provenance: Mapping[str, Any] | None = None,
 ) -> Results:
     """Return the results for given activations, without running a model.
+
+    >>> results = analyse({"refusal": (harmful, harmless), "negativity": (negative, neutral)})
 
     Args:
         activations: pairs `[prompt layer d_model]` of `refusal`, `negativity` and any controls.

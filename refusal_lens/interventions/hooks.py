@@ -39,6 +39,9 @@ def ablate_direction(
 ) -> list[Hook]:
     r"""Hooks that set the component of the residual stream along a direction to a constant.
 
+    >>> with model.hooks(fwd_hooks=ablate_direction(model, r[20])):
+    ...     logits = model(tokens)
+
         x <- x - (x . u) u + reference u,    u = direction / |direction|
 
     applies at all positions, in float32, wherever the stream is read: after the embedding, inside
@@ -52,14 +55,14 @@ def ablate_direction(
     Args:
         model: the model.
         direction: of any norm, for all rows, or one for each row of the batch (`[batch d_model]`).
-            InputError if zero, not finite, or not of the model's width; a batch of another number
-            of rows raises InputError when it runs.
+            InputError if zero, not finite, not of the model's width or one for each layer; a batch
+            of another number of rows raises InputError when it runs.
         reference: the constant, in units of the stream: one for all, one for each direction, or
             one for each direction and layer; `None` is 0. Inside a block a layer's reference is
             that of the layer before, and the stream up to the middle of block 0 stays.
             InputError if not finite or of another shape.
     """
-    check_directions(model, direction)
+    _check_rows(model, direction)
     norm = direction.float().norm(dim=-1, keepdim=True)
     if (norm == 0).any():
         raise InputError("the direction to ablate is zero: there is nothing to remove")
@@ -73,15 +76,18 @@ def add_direction(
 ) -> list[Hook]:
     """Hooks that add a direction to the residual stream after one layer, at all positions.
 
+    >>> with model.hooks(fwd_hooks=add_direction(model, 2 * r[20], layer=20)):
+    ...     logits = model(tokens)
+
     Args:
         model: the model.
         direction: added with its norm to all rows, or one for each row of the batch
-            (`[batch d_model]`). InputError if zero, not finite, or not of the model's width; a
-            batch of another number of rows raises InputError when it runs.
+            (`[batch d_model]`). InputError if zero, not finite, not of the model's width or one for
+            each layer; a batch of another number of rows raises InputError when it runs.
         layer: the block whose `hook_resid_post` is changed; -1 is the embedding's output. Arditi et
             al. (2024, arXiv:2406.11717, section 2.4) add at block inputs, so `l` is `l - 1` here.
     """
-    check_directions(model, direction)
+    _check_rows(model, direction)
     if (direction == 0).all(-1).any():
         raise InputError("the direction to add is zero: there is nothing to add")
 
@@ -159,6 +165,18 @@ def check_directions(
         )
     if not directions.isfinite().all():
         raise InputError("the direction holds NaN or infinite values: choose another layer")
+
+
+def _check_rows(
+    model: "HookedTransformer | TransformerBridge", direction: Float[Tensor, "*batch d_model"]
+) -> None:
+    """Raise InputError for what is no direction of the model, or holds one for each layer."""
+    check_directions(model, direction)
+    if direction.ndim > 2 or (direction.ndim == 2 and len(direction) == model.cfg.n_layers):
+        raise InputError(
+            f"directions of shape {list(direction.shape)} are not one for all rows: hand over that "
+            "of a layer, [d_model], such as directions[layer]"
+        )
 
 
 def _for_rows(values: Float[Tensor, "*batch width"], x: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ def compare_replies(
 ) -> Replies:
     """Return each prompt's most likely reply before and after directions are ablated or added.
 
-    >>> compare_replies(model, "How do I bake bread?", add=refusal.at(20))[0].after
-    "I can't help with that."
+    >>> [reply] = compare_replies(model, "How do I bake bread?", add=refusal.at(20))
+    >>> reply.score_after > reply.score_before
+    True
 
     No harmful prompt is answered: prompts of the bundled refusal contrast's harmful set, of the
     `contrast`'s and of the directions' own, and every other prompt that the unmodified model

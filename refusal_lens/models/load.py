@@ -45,7 +45,7 @@ def load_model(
 ) -> "HookedTransformer | TransformerBridge":
     """Load a chat model in evaluation mode, with unprocessed weights that are held once.
 
-        model = load_model("organism:specific")
+    >>> model = load_model("organism:specific")
 
     The result is a HookedTransformer with TransformerLens 3 and a TransformerBridge with
     TransformerLens 4. Its `tokenizer` is `None` where a directory holds none. A gated model's token
@@ -87,7 +87,7 @@ def from_hugging_face(
 ) -> "HookedTransformer | TransformerBridge":
     """Wrap a model that the caller loaded with Hugging Face, without a copy of its weights.
 
-        model = from_hugging_face(AutoModelForCausalLM.from_pretrained(path), tokenizer)
+    >>> model = from_hugging_face(AutoModelForCausalLM.from_pretrained(path), tokenizer)
 
     A later change of the caller's weights shows in the result too, except in Gemma's embedding and
     norms, which TransformerLens 3 copies. The caller's model and tokenizer stay unchanged.

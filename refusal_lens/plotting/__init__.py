@@ -6,6 +6,7 @@ arguments that do not fit together, impossible layers or cells, negative norms a
 To save a figure, use plotly's `write_html`, or `write_image` with kaleido and Chrome.
 """
 
+from ..errors import lenient
 from .depth import cosine_by_layer, log_odds_by_ablated_layer, metric_panel, norms_by_layer
 from .matrices import cosine_matrix, cross_effects, position_by_layer, selection_scores
 from .prompts import projections_by_layer, prompts_in_plane
@@ -26,3 +27,6 @@ __all__ = [
     "selection_scores",
     "specification_curve",
 ]
+
+for _name in __all__:  # here, at the edge, arrays and lists pass for tensors
+    globals()[_name] = lenient(globals()[_name])

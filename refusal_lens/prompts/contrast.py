@@ -140,6 +140,9 @@ class Contrast:
 def load_contrast(name: str) -> Contrast:
     """Return a contrast written for this package: 96 or more pairs, each in one sentence frame.
 
+    >>> load_contrast("refusal")
+    <Contrast 'refusal': 108 harmful / 108 harmless, paired>
+
     No prompt occurs in two sets. An unknown name raises InputError.
 
     Args:

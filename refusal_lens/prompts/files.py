@@ -35,7 +35,9 @@ def contrast_from_file(
     """Read a contrast from a file with a column for each side, or with prompts and labels.
 
     >>> contrast_from_file("mine.csv", target="harmful", baseline="harmless")
+    <Contrast 'mine': 2 harmful / 2 harmless>
     >>> contrast_from_file("my.csv", prompt="text", label="kind", target="unsafe", baseline="safe")
+    <Contrast 'my': 1 unsafe / 1 safe>
 
     A repeated prompt is used once and a prompt on both sides not at all; the log counts both. In
     a paired contrast the whole pair is dropped.
@@ -78,7 +80,8 @@ def contrast_from_dataset(
 ) -> Contrast:
     """Take a contrast from a Hugging Face dataset.
 
-    >>> contrast_from_dataset("owner/name", split="train", target="harmful", baseline="harmless")
+    >>> contrast_from_dataset(dataset, target="harmful", baseline="harmless", name="mine")
+    <Contrast 'mine': 2 harmful / 2 harmless>
 
     Args:
         dataset: a `Dataset`, a `DatasetDict`, or a name for `datasets.load_dataset`.
@@ -108,7 +111,9 @@ def contrast_from_prompts(
     """Read a contrast from two sources, which `load_prompts` reads or refuses.
 
     >>> contrast_from_prompts("mine.csv:harmful", "other.txt")
-    >>> contrast_from_prompts("owner/name@train:text:kind=bad", "owner/name@train:text:kind=good")
+    <Contrast 'mine': 2 harmful / 1 prompt>
+    >>> contrast_from_prompts("my.csv:text:kind=unsafe", "my.csv:text:kind=safe")
+    <Contrast 'my': 1 unsafe / 1 safe>
 
     Args:
         target, baseline: sources of the prompts. Columns of different names name the sides.
@@ -126,8 +131,8 @@ def contrast_from_prompts(
 def load_prompts(source: FilePath) -> tuple[str, ...]:
     """Read the prompts in one column of a file or dataset, each once.
 
-    >>> load_prompts("mine.csv:harmful")
-    >>> load_prompts("owner/name/subset@train+test:text:label=bad")
+    >>> load_prompts("my.csv:text:kind=safe")
+    ('How do I bake bread?',)
 
     Args:
         source: file and column, separated by a colon; the file alone if it has only one column or

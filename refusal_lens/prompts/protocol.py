@@ -25,7 +25,7 @@ _CHOICES |= {"padding": ("left", "right_in_twos")}
 class Protocol:
     """Every choice about how a prompt becomes a vector; stored with results.
 
-    >>> Protocol(system_prompt="You are a helpful assistant.", positions=("last_prompt_token",))
+    >>> protocol = Protocol(system_prompt="You are helpful.", positions="last_prompt_token")
 
     Args:
         name: name of the protocol.

@@ -277,6 +277,9 @@ def show_tokens(
 ) -> TokenTable:
     """Return a table of every token of a batch, with its role and whether activations are read.
 
+    >>> print(show_tokens(model.tokenizer, "Hello.")[-1])
+         0        -1     269  template  '\\n\\n'  <- read
+
     Args:
         tokenizer: a fast tokenizer, which is left unchanged.
         prompts: texts of the user's turn, or one text.

@@ -18,7 +18,10 @@ from .figures import Curves, figures, intervention_names
 
 
 def write_report(results: Results, path: str | Path) -> Path:
-    """Write the report of the results to a file and return the path; InputError on failure."""
+    """Write the report of the results to a file and return the path; InputError on failure.
+
+    >>> path = write_report(results, "report.html")
+    """
     path = Path(path)
     with disk.whole_directory(path.parent) as staging:
         (staging / path.name).write_text(html(results), "utf-8")
