@@ -52,14 +52,13 @@ def run_experiment(
 ) -> Results:
     """Run the whole experiment and return its results.
 
-    >>> run_experiment("organism:specific", max_prompts=8, interventions=False, progress=False)
-    Results(organism:specific, layer 20: cosine ..., inconclusive)
+    >>> results = run_experiment("organism:specific", max_prompts=8, interventions=False)
 
     Under `torchrun` or `accelerate launch` the processes share the work; each returns all results.
 
     Args:
-        config: every choice of the run, or the model's name; None is the published experiment on
-            Llama-3-8B-Instruct. `options` replace fields of the configuration (`Config.of`).
+        config, options: every choice of the run, or the model's name, and fields to replace
+            (`Config.of`); None is the published experiment on Llama-3-8B-Instruct.
         model: a loaded model to use instead of `config.model`; unchanged, and never cached.
         progress: show progress bars.
         cache: folder for finished work; None stores nothing. A fully cached run loads no model.
@@ -70,9 +69,8 @@ def run_experiment(
     config = Config.of(config, **options)
     contrasts = config.contrasts()
     if len(config.protocol.positions) != 1:
-        raise InputError(
-            f"the experiment takes one position, not {config.protocol.positions}: use `positions=(-1,)`"
-        )
+        several = config.protocol.positions
+        raise InputError(f"the experiment takes one position, not {several}: use `positions=(-1,)`")
     cache = cache if isinstance(cache, Cache) else Cache(cache)
     source = CachedModel(config, cache, model=model)
     origin, n_layers = source.remember(

@@ -76,10 +76,9 @@ def compare_replies(
     >>> reply.score_after > reply.score_before
     True
 
-    No harmful prompt is answered: prompts of the bundled refusal contrast's harmful set, of the
-    `contrast`'s and of the directions' own, and every other prompt that the unmodified model
-    refuses and no bundled contrast holds. Of a reply to such a prompt only a refusal's opening is
-    shown; the scores tell the rest.
+    No harmful prompt is answered: none of the bundled contrast's, the `contrast`'s and the
+    directions' own harmful sets, and none that the unmodified model refuses unless a bundled
+    contrast vouches for it. Of the reply to such a prompt only a refusal's opening is shown.
 
     Args:
         model: the model, without hooks.
@@ -92,14 +91,12 @@ def compare_replies(
         protocol: how prompts are formatted.
         max_tokens: tokens of a reply, at most.
 
-    Raises:
-        InputError: without a direction, or with one of several layers or of another model.
+    InputError without a direction, or with one of several layers or of another model.
     """
     if ablate is None and add is None:
         raise InputError("there is nothing to compare: give ablate=DIRECTION or add=DIRECTION")
-    if isinstance(prompts, Contrast):
-        prompts = (*prompts.target, *prompts.baseline)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    both = (*prompts.target, *prompts.baseline) if isinstance(prompts, Contrast) else prompts
+    prompts = [both] if isinstance(both, str) else [*both]
     tokenizer: Any = model.tokenizer
     ids = encode_prompts(tokenizer, prompts, protocol=protocol)
     given = [None if each is None else _at_one_layer(each, layer) for each in (ablate, add)]
@@ -108,8 +105,7 @@ def compare_replies(
     check_interventions(model)
     openings = openings_of(tokenizer)
     scores = [_scores(model, openings, ids, each) for each in ([], hooks)]
-    sets = [contrast, *(each.contrast for each in given if each)]
-    shown = _answerable(prompts, scores[0], sets)
+    shown = _answerable(prompts, scores[0], [contrast, *(g.contrast for g in given if g)])
     special = set(tokenizer.all_special_ids)
 
     def goes_on(row: int, reply: list[int]) -> bool:
