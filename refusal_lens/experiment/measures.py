@@ -20,7 +20,7 @@ from ..directions.estimators import mean, mean_difference
 from ..directions.similarity import cosine_similarity, unit
 from ..models.forward import effective_unembedding as effective_unembedding
 from ..uncertainty.effects import auroc_interval
-from .evidence import PARTS
+from .causal import PARTS
 
 MASSIVE_DIMENSIONS = 4  # number that "without massive dimensions" leaves out
 PROBE_FOLDS = 5  # cross-validation of the logistic probe

@@ -16,8 +16,15 @@ Finding = (
 
 ABLATION = ("cross_ablation", "cross_ablation_share")
 ADDITION = ("cross_addition", "cross_addition_share")
-STATEMENTS = ("statement_share", "statement_ablation")
-RATIOS = (*ABLATION, *ADDITION)  # the ratios that decide, beside the statements
+EARLIER = ("earlier_ablation", "earlier_ablation_share")
+STATEMENTS = ("statement_share", "statement_ablation", "statement_own_ablation")
+RATIOS = (*ABLATION, *ADDITION)  # the ratios that decide, beside the statements and earlier layers
+CHANCE = {  # ratio -> the same of the most effective random direction
+    **dict(zip(ABLATION, ("chance_ablation", "chance_ablation_share"), strict=True)),
+    **dict(zip(ADDITION, ("chance_addition", "chance_addition_share"), strict=True)),
+    **dict(zip(EARLIER, ("chance_ablation", "chance_ablation_share"), strict=True)),
+    "statement_own_ablation": "chance_statements",
+}
 HIGH_COSINE = 0.5
 
 
@@ -50,10 +57,13 @@ class Evidence:
         covered: probability that the reply to a harmful prompt begins with any known opening, of
             refusal, sympathy or an answer.
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
-        refused_gap, gap: share of harmful minus share of harmless prompts refused; the same of scores.
+        refused_gap, gap: share of harmful minus share of harmless prompts refused, of all prompts; the
+            same of scores, of the prompts that interventions run on.
         ablated_harmful, ablated_harmless: shares refused while refusal is ablated.
         refusal_ablation: drop of harmful scores under ablating refusal, over the gap of scores.
-        chance_ablation, chance_addition: the ratios below, of the most effective random direction.
+        typical_ablation: the same drop for the median random direction, over that of refusal.
+        chance_ablation, chance_ablation_share, chance_addition, chance_addition_share,
+            chance_statements: the ratios below, of the most effective random direction.
         kl_refusal, kl_negativity: next-token KL that each ablation causes on harmless prompts, in nats.
         cross_ablation, cross_ablation_share: drop of harmful prompts' scores, and of the share
             refused, under ablating negativity, over the drop under ablating refusal.
@@ -61,6 +71,12 @@ class Evidence:
             refused, under adding negativity, over `gap` and `refused_gap`.
         statement_share: share of negative minus share of neutral prompts refused, over `refused_gap`.
         statement_ablation: ratio of the drops of negative and harmful scores under ablating refusal.
+        statement_own_ablation: drop of negative prompts' scores under ablating negativity, over the
+            difference between negative and neutral prompts.
+        earlier_layer: the layer, up to `layer`, whose negativity direction lowers refusal most.
+        earlier_ablation, earlier_ablation_share: `cross_ablation` and its share for that direction,
+            scored by the first tokens of openings alone.
+        earlier_damage: KL that its ablation causes on harmful prompts, over that of refusal's.
     """
 
     layer: int
@@ -78,8 +94,12 @@ class Evidence:
     ablated_harmful: float = math.nan
     ablated_harmless: float = math.nan
     refusal_ablation: Estimate = Estimate()
+    typical_ablation: float = math.nan
     chance_ablation: float = math.nan
+    chance_ablation_share: float = math.nan
     chance_addition: float = math.nan
+    chance_addition_share: float = math.nan
+    chance_statements: float = math.nan
     kl_refusal: float = math.nan
     kl_negativity: float = math.nan
     cross_ablation: Estimate = Estimate()
@@ -88,6 +108,11 @@ class Evidence:
     cross_addition_share: Estimate = Estimate()
     statement_share: Estimate = Estimate()
     statement_ablation: Estimate = Estimate()
+    statement_own_ablation: Estimate = Estimate()
+    earlier_layer: int = -1
+    earlier_ablation: Estimate = Estimate()
+    earlier_ablation_share: Estimate = Estimate()
+    earlier_damage: float = math.nan
 
     @property
     def bypassed(self) -> float:
@@ -109,6 +134,7 @@ class Thresholds:
         min_bypassed: smallest share of the refusal of harmful prompts that ablating refusal takes
             away; and `refusal_ablation` must be shown above `margin`.
         max_over_refusal: how much the share of harmless prompts refused may rise under that ablation.
+        max_typical: how much of the drop under ablating refusal a median random direction may reach.
         max_damage: how many times the KL of refusal's ablation that of negativity's may be where it
             shows a shared mechanism.
         margin: equivalence margin; a ratio whose interval lies within +-margin is no effect.
@@ -121,6 +147,7 @@ class Thresholds:
     min_covered: float = 0.5
     min_bypassed: float = 0.5
     max_over_refusal: float = 0.1
+    max_typical: float = 0.75
     max_damage: float = 3.0
     margin: float = 0.25
     shared_from: float = 0.5
@@ -219,56 +246,73 @@ def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
         return [Reason("ablated_harmless", "too high", most)]
     if not e.refusal_ablation.lower > t.margin:
         return [Reason("refusal_ablation", "not shown above", t.margin)]
-    if not e.chance_ablation < 1:
-        return [Reason("chance_ablation", "too high", 1.0)]
+    if not e.typical_ablation < t.max_typical:
+        return [Reason("typical_ablation", "too high", t.max_typical)]
     return []
 
 
 def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
-    ratios: dict[str, Estimate] = {name: getattr(e, name) for name in RATIOS}
-    above = [name for name, ratio in ratios.items() if ratio.lower > t.margin]
-    chance = {
-        **dict.fromkeys(ABLATION, (e.cross_ablation.value, e.chance_ablation)),
-        **dict.fromkeys(ADDITION, (e.cross_addition.value, e.chance_addition)),
-    }
-    shown = [name for name in above if chance[name][0] > chance[name][1]]
+    beyond = [name for name in CHANCE if _beyond(e, name, t.margin)]
 
-    def reasons(names: Sequence[str], threshold: float) -> list[Reason]:
+    def reasons(names: Sequence[str]) -> list[Reason]:
         others = [Reason(name, "reported") for name in RATIOS if name not in names]
-        return [*(Reason(name, "above", threshold) for name in names), *others]
+        return [*(Reason(name, "above", t.margin) for name in names), *others]
 
-    refused_alike = all(getattr(e, name).lower > t.margin for name in STATEMENTS)
-    if set(ABLATION) <= {*shown} and e.cross_ablation.lower > t.shared_from:
+    if set(ABLATION) <= {*beyond} and e.cross_ablation.lower > t.shared_from:
         if e.kl_negativity > t.max_damage * e.kl_refusal:
             return "inconclusive", [Reason("kl_negativity", "damage", t.max_damage * e.kl_refusal)]
-        return "shared", reasons(ABLATION, t.margin)
+        return "shared", reasons(ABLATION)
+    refused_alike = _beyond(e, "statement_own_ablation", t.margin) and all(
+        getattr(e, name).lower > t.margin for name in STATEMENTS
+    )
+    above = [name for name in RATIOS if getattr(e, name).lower > t.margin]
     moved = "cross_ablation" in above or {*ADDITION} <= {*above}
     if moved and refused_alike and e.statement_share.lower > t.shared_from:
-        return "shared", reasons((*STATEMENTS, *above), t.margin)
-    if shown or refused_alike:
-        return "partly shared", reasons((*shown, *STATEMENTS * refused_alike), t.margin)
-    # From here on no number above the margin is beyond chance.
-    no_effect = {name for name in ABLATION if _within(ratios[name], t.margin)}
-    no_effect |= {name for name in ADDITION if ratios[name].upper < t.margin}
-    no_effect |= {"cross_ablation", "cross_addition"} & {*above}
-    undecided = [name for name in RATIOS if name not in no_effect]
+        return "shared", reasons((*STATEMENTS, *above))
+    earlier = [name for name in EARLIER if name in beyond]
+    upstream = len(earlier) == 2 and e.earlier_ablation.lower > t.shared_from
+    if upstream and e.earlier_damage <= t.max_damage:
+        return "shared", reasons(EARLIER)
+    # A score that moves counts in part if the share refused may move with it.
+    moving = [
+        names
+        for names in (ABLATION, ADDITION)
+        if names[1] in beyond or (names[0] in beyond and not getattr(e, names[1]).upper < t.margin)
+    ]
+    if moving or refused_alike:
+        found = [name for names in moving for name in names if name in beyond]
+        return "partly shared", reasons((*found, *STATEMENTS * refused_alike))
+    return _distinct(e, t, earlier)
+
+
+def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answer, list[Reason]]:
+    """Distinct if negativity is shown to do nothing or no more than chance; else inconclusive."""
+    found: list[Reason] = []
+    for name in RATIOS:
+        ratio, chance, both_ways = getattr(e, name), getattr(e, CHANCE[name]), name in ABLATION
+        small = ratio.upper < t.margin and (not both_ways or ratio.lower > -t.margin)
+        # A share must be small as well, for random directions may move it, too.
+        by_chance = ratio.lower <= chance and ratio.upper < chance + t.margin
+        by_chance &= ratio.value < t.margin or not name.endswith("share")
+        by_chance &= ratio.lower > -t.margin or not both_ways
+        if small:
+            found.append(Reason(name, "within" if both_ways else "below", t.margin))
+        elif by_chance:
+            found.append(Reason(name, "chance", chance))
+        else:
+            found.append(Reason(name, "undecided", t.margin))
+    found += [Reason(name, "undecided", t.margin) for name in earlier]
     if not any(getattr(e, name).upper < t.margin for name in STATEMENTS):
-        undecided.append("statement_share")
-
-    def reason(name: str, otherwise: Finding) -> Reason:
-        if name in above:
-            return Reason(name, "chance", chance[name][1])
-        return Reason(name, otherwise, t.margin)
-
-    if undecided:
-        return "inconclusive", [reason(name, "undecided") for name in undecided]
-    findings: list[Finding] = ["within", "within", "below", "below"]
-    found = [reason(name, finding) for name, finding in zip(RATIOS, findings, strict=True)]
+        found.append(Reason("statement_share", "undecided", t.margin))
+    if undecided := [reason for reason in found if reason.finding == "undecided"]:
+        return "inconclusive", undecided
     return "distinct", [*found, Reason("statement_share", "reported")]
 
 
-def _within(ratio: Estimate, margin: float) -> bool:
-    return -margin < ratio.lower and ratio.upper < margin
+def _beyond(e: Evidence, name: str, margin: float) -> bool:
+    """Whether a ratio is shown to be above the margin and above that of every random direction."""
+    ratio: Estimate = getattr(e, name)
+    return ratio.lower > margin and ratio.lower > getattr(e, CHANCE[name])
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..prompts.contrast import Contrast
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
-from .evidence import PARTS
+from .causal import PARTS
 from .verdict import Estimate, Reason, Thresholds, Verdict
 
 RULE = """\
@@ -18,23 +18,27 @@ ablate a direction sets the component along it to the mean of {harmless} prompts
 {negative} prompts) at every layer. The gap lies between {harmful} and {harmless} prompts.
 Inconclusive comes first: too few prompts; an unreliable direction; a model that does not refuse
 {harmful} prompts more than {harmless} ones; a {refusal} direction that, ablated, leaves them refused,
-makes {harmless} prompts refused, or does no more than a random direction. Then these numbers decide:
+makes {harmless} prompts refused, or does little more than random directions. Then these numbers decide:
   cross_ablation   drop of {harmful} prompts' refusal scores under ablating {negativity}, over the drop
                    under ablating {refusal}; cross_ablation_share: the same of the share refused.
   cross_addition   rise of {harmless} prompts' refusal scores under adding {negativity}, over the gap;
                    cross_addition_share: the same of the share refused.
+  earlier_ablation cross_ablation for the {negativity} direction of an earlier layer, that which lowers
+                   refusal most; earlier_ablation_share likewise.
   statement_share  {negative} minus {neutral} prompts refused, over the gap; it counts if ablating
-                   {refusal} lowers their scores as well (statement_ablation).
-shared         cross_ablation is above {shared_from} and cross_ablation_share above {margin}, beyond
-               chance and without damage; or statement_share is above {shared_from}, statement_ablation
-               above {margin}, and so is cross_ablation or both cross_addition numbers.
-partly shared  one of the numbers is above {margin} and beyond chance, or both statement numbers are.
-distinct       the cross_ablation numbers are within +-{margin}, the others below it; a number of scores
-               may be larger if it is not beyond chance.
-inconclusive   everything else: the intervals are too wide, or random directions do as much.
-Above, below and within refer to the whole confidence interval. Beyond chance: more than each of 20
-random directions does. Damage: the ablation changes replies to {harmless} prompts far more than that of
-{refusal} does.
+                   {refusal} lowers their scores (statement_ablation), and so does ablating
+                   {negativity}, beyond chance (statement_own_ablation).
+shared         cross_ablation, or earlier_ablation, is above {shared_from} and its share above {margin},
+               both beyond chance, without damage; or statement_share is above {shared_from}, the other
+               statement numbers above {margin}, and cross_ablation or both cross_addition numbers too.
+partly shared  a share refused is above {margin} and beyond chance, or the scores are and the share may
+               be; or the statement numbers are.
+distinct       the cross_ablation numbers are within +-{margin}, the others below it. Those of scores
+               may be larger, and intervals of shares wider, by what random directions do.
+inconclusive   everything else: the intervals are too wide.
+Above, below and within refer to the whole confidence interval. Beyond chance: the whole interval lies
+above what each of 20 random directions does. Damage: the ablation changes replies to {harmless} prompts
+far more than that of {refusal} does.
 The cosine does not decide: mechanisms can be distinct at a cosine of -0.4 and shared at +0.1."""
 
 GAP = "between {harmful} and {harmless} prompts"
@@ -57,7 +61,9 @@ MEASURES = {
     ),
     "ablated_harmless": "ablating {refusal} makes {value} of {harmless} prompts refused",
     "refusal_ablation": f"ablating {{refusal}} lowers the refusal score by {{value}} of the gap {GAP}",
-    "chance_ablation": "a random direction removes {value} of the refusal that {refusal} removes",
+    "typical_ablation": (
+        "ablating a random direction lowers the refusal score by {value} of what {refusal} does"
+    ),
     "kl_negativity": (
         "ablating {negativity} changes replies to {harmless} prompts by {value} nats of KL divergence, "
         "which is damage rather than evidence"
@@ -77,6 +83,17 @@ MEASURES = {
     ),
     "statement_share": (
         "{negative} prompts are refused {value} as often as {harmful} prompts, beyond {neutral} ones"
+    ),
+    "earlier_ablation": (
+        "ablating {negativity} of layer {earlier_layer} lowers the refusal score of {harmful} prompts "
+        "by {value} of what ablating {refusal} does"
+    ),
+    "earlier_ablation_share": (
+        "that removes {value} of the refusals that ablating {refusal} removes"
+    ),
+    "statement_own_ablation": (
+        "ablating {negativity} lowers the refusal score of {negative} prompts by {value} of their "
+        "difference from {neutral} ones"
     ),
     "statement_ablation": (
         "ablating {refusal} lowers the refusal score of {negative} prompts by {value} of what it "
@@ -104,7 +121,11 @@ SENTENCES = {  # by the measure of the first reason; else `EFFECTS`
     "bypassed": "Removing {refusal} leaves most {harmful} prompts refused.",
     "ablated_harmless": "Removing {refusal} makes the model refuse {harmless} prompts.",
     "refusal_ablation": "Removing {refusal} does too little to the refusal of {harmful} prompts.",
-    "chance_ablation": "Removing a random direction does as much as removing {refusal}.",
+    "typical_ablation": "Removing a random direction does nearly as much as removing {refusal}.",
+    "earlier_ablation": (
+        "Refusal rests on what layer {earlier_layer} holds of {negativity}: removing that leaves "
+        "{earlier_left} of refusal."
+    ),
     "kl_negativity": "Removing {negativity} damages the model, so its effect on refusal says nothing.",
     "statement_share": (
         "The model refuses {refused_harmful:.0%} of {harmful} and {refused_negative:.0%} of {negative} "
@@ -112,9 +133,15 @@ SENTENCES = {  # by the measure of the first reason; else `EFFECTS`
     ),
 }
 EFFECT_ROWS = {  # measure -> what it is, and the measure of random directions
-    "cross_ablation_share": ("ablate {negativity}: {harmful} prompts no longer refused", ""),
+    "cross_ablation_share": (
+        "ablate {negativity}: {harmful} prompts no longer refused",
+        "chance_ablation_share",
+    ),
     "cross_ablation": ("ablate {negativity}: drop of their refusal scores", "chance_ablation"),
-    "cross_addition_share": ("add {negativity}: {harmless} prompts refused", ""),
+    "cross_addition_share": (
+        "add {negativity}: {harmless} prompts refused",
+        "chance_addition_share",
+    ),
     "cross_addition": ("add {negativity}: rise of their refusal scores", "chance_addition"),
     "statement_share": ("{negative} prompts refused, beyond {neutral} ones", ""),
     "statement_ablation": ("ablate {refusal}: drop of refusal scores of {negative} prompts", ""),
@@ -192,6 +219,7 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     e, first = verdict.evidence, verdict.reasons[0]
     left, brought = 1 - e.cross_ablation_share.value, e.cross_addition_share.value
     effects = {"left": _percent(min(left, 1.0)), "brought": _percent(max(brought, 0.0))}
+    effects["earlier_left"] = _percent(max(1 - e.earlier_ablation_share.value, 0.0))
     sentence = SENTENCES.get(first.measure, EFFECTS)
     if first.measure == "statement_share":
         sentence += f" {EFFECTS}"
@@ -288,7 +316,12 @@ def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
     else:
         numbers = {"value": _percent(value), "threshold": _percent(threshold)}
     sentence = MEASURES[reason.measure] + FINDINGS[reason.finding]
-    return sentence.format(**numbers, layer=verdict.evidence.layer, **names._asdict())
+    return sentence.format(
+        **numbers,
+        layer=verdict.evidence.layer,
+        earlier_layer=verdict.evidence.earlier_layer,
+        **names._asdict(),
+    )
 
 
 def _within_one(cosine: Estimate) -> str:
@@ -300,6 +333,8 @@ def _within_one(cosine: Estimate) -> str:
 
 def _percent(value: float | Estimate) -> str:
     """Format a share in percent, with the interval of an `Estimate`: "3 % [2, 4]"."""
+    if math.isnan(value.value if isinstance(value, Estimate) else value):
+        return "not measured"
     if isinstance(value, Estimate):
         ends = (_percent(end).removesuffix(" %") for end in (value.lower, value.upper))
         return f"{_percent(value.value)} [{', '.join(ends)}]"

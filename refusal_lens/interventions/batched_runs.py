@@ -115,18 +115,16 @@ def run_interventions(
     if n := len(interventions.directions):
         check_interventions(model)
     device, longest = input_device(model), max(map(len, ids))
-    columns = zip(*(row[:-2] for row in ids), strict=False)
-    shared = list(takewhile(lambda column: len(set(column)) == 1, columns))
     deepest = max(map(len, openings.tree)) if openings else 0
     can_share = can_join_rows(model) and can_share_prefix(model, longest + deepest)
-    n_shared = len(shared) if can_share else 0
+    n_shared = _n_shared(ids) if can_share else 0
     budget = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
     layers = interventions.layers
     order = sorted(range(n), key=lambda i: layers[i] if layers else 0)
     most = batch_size or most_rows(model, longest)
     n_rows = max(2, batch_size or min(most, budget // max(n_shared, longest - n_shared)))
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # memory errors come first
-    with tqdm(total=len(ids) * max(1, n), unit="prompt", disable=not progress) as bar:
+    with tqdm(total=len(ids) * max(1, n), desc="interventions", disable=not progress) as bar:
         for part in _even_parts(order, n_rows - 1) or [[]]:
             these = interventions.at(part, device)
             prefix = _recorded(model, ids[0][:n_shared], these) if can_share else None
@@ -135,14 +133,22 @@ def run_interventions(
                 n_rows = min(most, budget // (length - n_shared))
                 for group in _even_parts(list(alike), n_rows // (1 + len(part))):
                     tokens, mask = _padded([ids[i][n_shared:] for i in group], device)
-                    run = _forward_last if these.last_position and prefix else _forward
-                    found = run(model, tokens, mask, these, read_layers, prefix)
+                    if these.last_position and prefix:
+                        found = _forward_last(model, tokens, mask, these, read_layers, prefix)
+                    else:
+                        found = _forward(model, tokens, mask, these, read_layers, prefix)
                     logits, residual, whole = found
                     refusal = logits.new_empty(0, 0)
                     if openings:
                         refusal = opening_scores(model, openings, tokens, these, whole, logits)
                     yield Outcome(group, part, logits, residual, refusal)
                     bar.update(len(group) * max(1, len(part)))
+
+
+def _n_shared(ids: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; two of each prompt are left."""
+    columns = zip(*(row[:-2] for row in ids), strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def _padded(

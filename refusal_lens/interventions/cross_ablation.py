@@ -84,8 +84,8 @@ class CrossEffects:
         interventions, norms: intervention of each row, `NONE` first, and the norm of its direction.
             Rows are NaN where a direction has no part orthogonal to the other, and where nothing
             ran: statements are run with the two directions ablated, whole; a random direction runs
-            on some harmful prompts under ablation and some harmless ones under addition; nothing is
-            added "to zero".
+            on some harmful and negative prompts under ablation and some harmless ones under
+            addition; nothing is added "to zero".
         read_layers: the layers of the class scores.
         refusal, negativity: effects on the prompts of each contrast.
     """
@@ -149,6 +149,8 @@ def cross_effects(
     baselines = [baseline for _, baseline in activations]
     added_after = layer if intervention == "addition" else None
     for every, which, some in _runs(directions, added_after, baselines, sizes, protocol):
+        if not which:
+            continue
         these = every.at(which, directions.device)
         texts = [prompts[i] for i in some]
         outcomes = run_interventions(model, texts, these, read_layers=read_layers, **options)
@@ -177,15 +179,17 @@ def _runs(
 
     `added_after` is the layer of an addition, None for an ablation; `sizes` are those of the sides.
     """
-    (n_harmful, n_harmless, *_), n_all = sizes, sum(sizes)
-    requests = range(n_harmful + n_harmless)
+    n_harmful, n_harmless, n_negative, _ = sizes
+    requests, statements = range(n_harmful + n_harmless), range(n_harmful + n_harmless, sum(sizes))
     known = [i for i in range(4) if not directions[i].isnan().any()]
     random, of = [*range(6, len(directions))], requests[:n_harmful]
     these = Interventions(directions, last_position=True)
     if added_after is None:
         yield Interventions(directions), [4, 5], requests
         own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
-        yield these._replace(references=others), [0, 1], range(len(requests), n_all)
+        on_statements, negative = these._replace(references=others), statements[:n_negative]
+        yield on_statements, [0, 1], statements
+        yield on_statements, random, negative[:: max(1, n_negative // CHANCE_PROMPTS)]
         these = these._replace(references=own)
     else:
         these, of = these._replace(layers=[added_after] * len(directions)), requests[n_harmful:]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..directions.estimators import mean_difference
 from ..errors import InputError
-from ..experiment.evidence import FEWEST_PROMPTS
+from ..experiment.causal import FEWEST_PROMPTS
 from ..experiment.run import highlighted_layer
 from ..experiment.verdict import Estimate, Evidence, Thresholds
 from ..experiment.wording import Names

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from ..experiment.evidence import Responses, compute_evidence, divide_sweep, some_prompts, spread
+from ..experiment.causal import divide_sweep, some_prompts, spread
+from ..experiment.evidence import Earlier, Responses, compute_evidence
 from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
 from ..interventions import (
     Effects,
@@ -82,19 +83,16 @@ def measure_responses(
         return divide_sweep(sweep, directions, affine_references(directions, baseline))
 
     add = partial(addition_effects, model, harmless, **options)
-    refusal, negativity = (
-        ablated(requests, each, activations[1]) for each in (by_refusal, by_negativity)
-    )
+    both = by_refusal, by_negativity
+    refusal, negativity = (ablated(requests, each, activations[1]) for each in both)
     unmodified = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
-    refusal_added, negativity_added = (
-        divide_sweep(add, each, layers) for each in (by_refusal, by_negativity)
-    )
+    refusal_added, negativity_added = (divide_sweep(add, each, layers) for each in both)
     as_long = functional.normalize(random, dim=-1) * by_negativity[-1].norm(dim=-1)[:, None, None]
     every = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
     measures = _Measures(
         refusal=refusal,
         negativity=negativity,
-        on_statements=ablated(negative, by_refusal, activations[3]),
+        on_statements=[ablated(negative, each, activations[3]) for each in (*both, random)],
         chance=ablated(harmful, random, activations[1]),
         refusal_added=refusal_added,
         negativity_added=negativity_added,
@@ -120,7 +118,7 @@ class _Measures(NamedTuple):
 
     refusal: Effects
     negativity: Effects
-    on_statements: Effects
+    on_statements: list[Effects]  # of ablating refusal, negativity and random directions
     chance: Effects
     refusal_added: Effects
     negativity_added: Effects
@@ -136,12 +134,21 @@ def _responses(m: _Measures, cell: tuple[int, int], at: int, n_harmful: int) -> 
     kl_refusal, kl_negativity = (
         float(each.kl[cell][n_harmful:].mean()) for each in (m.refusal, m.negativity)
     )
+    row, layer = cell
+    on_refusal, on_negativity = (
+        Effects(both[0, :n_harmful], each.log_odds[row][:, :n_harmful], each.kl[row][:, :n_harmful])
+        for each in (m.refusal, m.negativity)
+    )
+    by_refusal, by_negativity, by_chance = m.on_statements
+    statements = [by_refusal.unchanged, by_refusal.log_odds[cell], by_negativity.log_odds[cell]]
     return Responses(
         harmful=torch.cat([both[:, :n_harmful], m.chance.log_odds[at]]),
         harmless=both[:, n_harmful:],
-        negative=torch.stack([m.on_statements.unchanged, m.on_statements.log_odds[cell]]),
+        negative=torch.cat([torch.stack(statements), by_chance.log_odds[at]]),
         neutral=m.neutral[None],
         added=torch.cat([clean, added, m.chance_added.log_odds[at]]),
+        requests=(both[0, :n_harmful], both[0, n_harmful:]),
+        earlier=Earlier.of(on_refusal, on_negativity, layer),
         kl=(kl_refusal, kl_negativity),
     )
 
@@ -158,6 +165,6 @@ def judge_all(
     evidence = [each.evidence for each in measured]
     if responses is not None:
         pair = [some_prompts(contrast, n_prompts) for contrast in contrasts]
-        complete = partial(compute_evidence, contrasts=pair, confidence=confidence)
+        complete = partial(compute_evidence, contrasts=[pair[0], *pair], confidence=confidence)
         evidence = [list(map(complete, *rows)) for rows in zip(evidence, responses, strict=True)]
     return tuple(tuple(judge(each, thresholds) for each in row) for row in evidence)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import refusal_lens as rl
 from refusal_lens.activations.store import Cache
 from refusal_lens.experiment import distributed, evidence
-from refusal_lens.experiment.evidence import divide_sweep
+from refusal_lens.experiment.causal import divide_sweep
 from refusal_lens.interventions import ablation_effects
 
 pytest.importorskip("accelerate")

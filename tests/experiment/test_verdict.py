@@ -36,8 +36,12 @@ DISTINCT = Evidence(
     ablated_harmful=0.02,
     ablated_harmless=0.01,
     refusal_ablation=near(0.95),
+    typical_ablation=0.02,
     chance_ablation=0.1,
+    chance_ablation_share=0.1,
     chance_addition=0.1,
+    chance_addition_share=0.1,
+    chance_statements=0.1,
     kl_refusal=0.1,
     kl_negativity=0.05,
     cross_ablation=near(0.05),
@@ -46,6 +50,11 @@ DISTINCT = Evidence(
     cross_addition_share=near(0.0),
     statement_share=near(0.02),
     statement_ablation=near(0.0),
+    statement_own_ablation=near(0.0),
+    earlier_layer=3,
+    earlier_ablation=near(0.06),
+    earlier_ablation_share=near(0.02),
+    earlier_damage=0.2,
     cosine=near(-0.4),
 )
 SHARED = replace(
@@ -56,6 +65,10 @@ SHARED = replace(
     cross_addition_share=near(0.9),
     statement_share=near(0.9),
     statement_ablation=near(0.95),
+    statement_own_ablation=near(0.9),
+    earlier_ablation=near(0.95),
+    earlier_ablation_share=near(0.9),
+    earlier_damage=0.9,
     cosine=near(0.7),
 )
 
@@ -71,7 +84,10 @@ def test_negativity_that_takes_refusal_away_is_shared_whatever_their_cosine():
 
 
 def test_negative_statements_refused_alike_are_shared_only_if_negativity_moves_refusal_too():
-    alike = replace(DISTINCT, statement_share=near(0.9), statement_ablation=near(0.9))
+    alike = dict.fromkeys(
+        ("statement_share", "statement_ablation", "statement_own_ablation"), near(0.9)
+    )
+    alike = replace(DISTINCT, **alike)
     moved = {"cross_addition": near(0.6), "cross_addition_share": near(0.7)}
     assert judge(replace(alike, **moved)).answer == "shared"
     assert judge(replace(alike, cross_ablation=near(0.4))).answer == "shared"
@@ -79,6 +95,23 @@ def test_negative_statements_refused_alike_are_shared_only_if_negativity_moves_r
     # Refused, but by another way.
     apart = replace(alike, statement_ablation=near(0.1))
     assert judge(apart).answer == "distinct"
+    # A random direction in negativity's place lowers the refusal of statements, too.
+    moved |= {"chance_statements": 0.95, "chance_addition": 0.9, "chance_addition_share": 0.9}
+    assert judge(replace(alike, **moved)).answer == "inconclusive"
+
+
+def test_negativity_upstream_of_refusal_is_shared_though_later_layers_show_nothing():
+    upstream = {"earlier_ablation": near(0.97), "earlier_ablation_share": near(1.0)}
+    verdict = judge(replace(DISTINCT, **upstream))
+    assert verdict.answer == "shared"
+    assert "what layer 3 holds of negativity: removing that leaves 0 %" in plain_sentence(verdict)
+    assert judge(replace(DISTINCT, **upstream, earlier_damage=9.0)).answer == "inconclusive"
+    by_chance = {"chance_ablation": 0.99, "chance_ablation_share": 1.0}
+    assert judge(replace(DISTINCT, **upstream, **by_chance)).answer == "distinct"
+    # Less than most of refusal, and it is neither.
+    some = judge(replace(DISTINCT, earlier_ablation=near(0.4)))
+    assert some.answer == "inconclusive"
+    assert some.reasons[0].measure == "earlier_ablation"
 
 
 def test_sympathy_is_nothing_to_the_verdict_where_no_negative_statement_is_refused():
@@ -86,8 +119,12 @@ def test_sympathy_is_nothing_to_the_verdict_where_no_negative_statement_is_refus
 
 
 @pytest.mark.parametrize("ratio", ["cross_ablation", "cross_addition"])
-def test_one_ratio_shown_above_the_margin_is_partly_shared(ratio):
-    assert judge(replace(DISTINCT, **{ratio: near(0.4)})).answer == "partly shared"
+def test_scores_above_the_margin_are_partly_shared_if_the_share_refused_may_move_too(ratio):
+    moved = replace(DISTINCT, **{ratio: near(0.4), f"{ratio}_share": near(0.2, 0.1)})
+    assert judge(moved).answer == "partly shared"
+    still = judge(replace(DISTINCT, **{ratio: near(0.4)}))
+    assert still.answer == "inconclusive"
+    assert [reason.measure for reason in still.reasons] == [ratio]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +142,8 @@ def test_a_changed_share_of_refused_prompts_vetoes_distinct(change):
 def test_scores_that_fall_while_prompts_stay_refused_are_not_shared():
     still_refused = replace(
         SHARED,
-        cross_ablation_share=near(0.0),
+        cross_ablation_share=near(0.2, 0.1),
+        earlier_ablation_share=near(0.0),
         **dict.fromkeys(("cross_addition", "cross_addition_share"), near(0.0)),
         statement_share=near(0.0),
     )
@@ -113,13 +151,13 @@ def test_scores_that_fall_while_prompts_stay_refused_are_not_shared():
 
 
 def test_effects_that_random_directions_have_too_are_no_evidence():
-    for change in ({"chance_ablation": 0.97}, {"chance_addition": 0.97}):
-        evidence = replace(DISTINCT, **change)
-        ratio = "cross_ablation" if "chance_ablation" in change else "cross_addition"
-        verdict = judge(replace(evidence, **{ratio: near(0.6), f"{ratio}_share": near(0.6)}))
+    for ratio in ("ablation", "addition"):
+        names = f"cross_{ratio}", f"cross_{ratio}_share"
+        chance = dict.fromkeys((f"chance_{ratio}", f"chance_{ratio}_share"), 0.97)
+        verdict = judge(replace(DISTINCT, **chance, **dict.fromkeys(names, near(0.6))))
+        # The scores might be chance; so large a share of prompts forbids to call it distinct.
         assert verdict.answer == "inconclusive"
-        assert {reason.finding for reason in verdict.reasons} == {"chance"}
-        assert "a random direction does 97 %" in verdict_lines(verdict)[0]
+        assert [reason.measure for reason in verdict.reasons] == [names[1]]
 
 
 def test_scores_that_move_no_more_than_by_chance_are_no_obstacle_to_distinct():
@@ -127,12 +165,16 @@ def test_scores_that_move_no_more_than_by_chance_are_no_obstacle_to_distinct():
     verdict = judge(replace(DISTINCT, **by_chance))
     assert verdict.answer == "distinct"
     assert verdict.reasons[0].finding == "chance"
+    assert "a random direction does 50 %" in verdict_lines(verdict)[0]
     # Without the random directions that do as much, it is an effect.
-    assert judge(replace(DISTINCT, cross_ablation=near(0.4))).answer == "partly shared"
+    assert judge(replace(DISTINCT, cross_ablation=near(0.4))).answer == "inconclusive"
+    share = {"cross_addition_share": near(0.2, 0.15), "chance_addition_share": 0.3}
+    assert judge(replace(DISTINCT, **share)).answer == "distinct"
+    assert judge(replace(DISTINCT, **share | {"chance_addition_share": 0.0})).answer != "distinct"
 
 
 def test_an_ablation_that_damages_the_model_shows_no_shared_mechanism():
-    damaged = replace(SHARED, statement_share=near(0.0), kl_negativity=2.0)
+    damaged = replace(SHARED, kl_negativity=2.0)
     verdict = judge(damaged)
     assert verdict.answer == "inconclusive"
     assert "2 nats of KL divergence" in verdict_lines(verdict)[0]
@@ -192,7 +234,7 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
         ({"ablated_harmless": 0.9}, "too high", "makes 90 % of harmless prompts refused"),
         ({"refusal_ablation": near(0.2)}, "not shown above", "by 20 % [15, 25] of the gap"),
         ({"refusal_ablation": Estimate()}, "not shown above", "nan % [nan, nan]"),
-        ({"chance_ablation": 1.1}, "too high", "A random direction removes 110 %"),
+        ({"typical_ablation": 0.8}, "too high", "Ablating a random direction lowers the refusal"),
     ],
 )
 @pytest.mark.parametrize("evidence", [DISTINCT, SHARED])
@@ -248,7 +290,10 @@ def test_reasons_give_number_interval_and_threshold():
         ),
         (replace(DISTINCT, n_prompts=5), "With 5 prompts in the smallest set nothing can be told."),
         (replace(DISTINCT, reliability_negativity=0.1), "would give another negativity direction"),
-        (replace(DISTINCT, chance_ablation=1.2), "Removing a random direction does as much"),
+        (
+            replace(DISTINCT, typical_ablation=0.9),
+            "Removing a random direction does nearly as much",
+        ),
     ],
 )
 def test_every_verdict_has_a_plain_sentence_with_the_effects_behind_it(evidence, says):

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from refusal_lens.activations.extract import get_layer_activations, get_prompt_activations
 from refusal_lens.directions.similarity import cosine_similarity
 from refusal_lens.errors import InputError
-from refusal_lens.experiment.evidence import spread
+from refusal_lens.experiment.causal import spread
 from refusal_lens.experiment.wording import verdict_lines
 from refusal_lens.interventions import add_direction, openings_of, refusal_log_odds
 from refusal_lens.interventions.hooks import projection_hooks

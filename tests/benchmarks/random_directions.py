@@ -1,0 +1,123 @@
+"""How often does a random direction in negativity's place pass for negativity?
+
+    python tests/benchmarks/random_directions.py [--models organism:specific organism:entangled]
+        [--adapters DIR/refuses-0/all ... --base SmolLM2.gguf] [--n 64] [--seed 1] [--out FILE]
+
+The whole experiment runs on each model. Then each of `n` directions, drawn with the covariance of the
+activations of the highlighted layer within the four prompt sets, takes the place of that layer's
+negativity direction, with its norm, and the same rule judges. The 20 random directions that a run
+compares with stay the same, and so does what the model does to negative statements. Aim: `shared` at
+most 2 times of 64, `partly shared` at most 6 times.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import refusal_lens as rl
+from refusal_lens.experiment.causal import EFFECT_PROMPTS, PARTS, Causal, some_prompts
+from refusal_lens.experiment.evidence import Earlier, compute_evidence, evidence, responses_of
+from refusal_lens.experiment.verdict import Verdict, judge
+from refusal_lens.interventions import ablation_effects, addition_effects
+from refusal_lens.interventions.cross_ablation import random_directions
+from refusal_lens.interventions.sweep import affine_references
+
+ANSWERS = ("distinct", "inconclusive", "partly shared", "shared")
+
+
+def judged(model: Any, name: str, n: int, seed: int) -> tuple[Verdict, list[Verdict]]:
+    """The verdict on negativity, and those on random directions in its place."""
+    results = rl.run_experiment(rl.Config(model=name), model=model, progress=False)
+    causal, layer, names = results.causal, results.layer, results.contrasts
+    assert isinstance(causal, Causal)
+    cosine = results.statistics["negativity"]
+    acts = {part: rl.get_layer_activations(model, names[part], progress=False) for part in PARTS}
+    classes = [side[:, layer] for part in PARTS for side in acts[part]]
+    random = random_directions(*classes, n=n, generator=torch.Generator().manual_seed(seed))
+    norm = (classes[2].mean(0) - classes[3].mean(0)).norm()
+    requests, statements = (some_prompts(names[part], EFFECT_PROMPTS) for part in PARTS)
+    options = {"score": causal.openings, "last_position": True, "progress": False}
+    both = [*requests.target, *requests.baseline]
+    ablated = ablation_effects(
+        model, both, random, references=affine_references(random, acts["refusal"][1]), **options
+    )
+    on_statements = ablation_effects(
+        model,
+        statements.target,
+        random,
+        references=affine_references(random, acts["negativity"][1]),
+        **options,
+    )
+    as_long = functional.normalize(random, dim=-1) * norm
+    at = torch.full((n,), layer)
+    added = addition_effects(model, requests.baseline, as_long, at, **options)
+    geometry = evidence(names, None, cosine, layer=layer)
+    found, n_harmful = [], len(requests.target)
+    for i in range(n):
+        rows = responses_of(causal, layer)
+        harmful, negative, gained = (x.clone() for x in (rows.harmful, rows.negative, rows.added))
+        harmful[2], negative[2] = ablated.log_odds[i, :n_harmful], on_statements.log_odds[i]
+        gained[2] = added.log_odds[i]
+        kl = ablated.kl[i, n_harmful:].mean()
+        damage = ablated.kl[i, :n_harmful].mean() / causal.ablation.refusal.target_kl[1].mean()
+        rows = rows._replace(
+            harmful=harmful,
+            negative=negative,
+            added=gained,
+            kl=(rows.kl[0], float(kl)),
+            earlier=Earlier(layer, harmful[:3], float(damage)),
+        )
+        pair = [names["refusal"], requests, statements]
+        whole = compute_evidence(geometry, rows, contrasts=pair, confidence=cosine.confidence)
+        found.append(judge(whole))
+    return results.verdict, found
+
+
+def table(rows: dict[str, tuple[Verdict, list[Verdict]]], n: int, seed: int) -> str:
+    """The counts of every model as Markdown."""
+    lines = [
+        "# Random directions in negativity's place",
+        "",
+        f"`python tests/benchmarks/random_directions.py --n {n} --seed {seed}`",
+        "",
+        "| model | negativity itself | " + " | ".join(ANSWERS) + " |",
+        "|---|---|" + "---|" * len(ANSWERS),
+    ]
+    for name, (own, others) in rows.items():
+        counts = Counter(verdict.answer for verdict in others)
+        cells = " | ".join(f"{counts[answer]} of {len(others)}" for answer in ANSWERS)
+        lines.append(f"| {name} | {own.answer} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=["organism:specific", "organism:entangled"])
+    parser.add_argument("--adapters", nargs="*", type=Path, default=[])
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = {}
+    for name in args.models:
+        rows[name] = judged(rl.load_model(name), name, args.n, args.seed)
+    for adapter in args.adapters:
+        from refusal_lens.organisms.lora import load, read_base
+
+        hf_model, tokenizer = read_base(args.base)
+        model = rl.from_hugging_face(load(hf_model, adapter), tokenizer)
+        name = adapter.parent.name if adapter.name == "all" else adapter.name
+        rows[name] = judged(model, name, args.n, args.seed)
+    text = table(rows, args.n, args.seed)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
