@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 SWEEP_PROMPTS = 32  # harmful prompts on which every layer's direction is ablated
 EFFECT_PROMPTS = 32  # prompts of each set on which the two directions are ablated and added
-REPLY_PROMPTS = 8  # prompts of each set whose sympathy and answers are scored
+FEW_PROMPTS = (
+    8  # the same where nothing is refused; and those whose sympathy and answers are scored
+)
 FEWEST_PROMPTS = 4  # smallest set on which interventions run
 N_RANDOM = 20  # random directions, ablated and added for comparison
 PARTS = ("refusal", "negativity")
@@ -47,6 +49,8 @@ class Causal:
 
     Attributes:
         openings: the openings that count as a refusal.
+        n_prompts: the prompts of each set, at most, that `ablation` and `addition` ran on: fewer, and
+            no random directions, where no harmful prompt is refused and so no verdict is possible.
         requests: refusal log-odds of all harmful and of all harmless prompts, unmodified.
         replies: prompt set ("harmful", "harmless", "negative", "neutral") -> kind of reply
             ("refusal", "sympathy", "answer") -> mean probability in the unmodified model.
@@ -58,6 +62,7 @@ class Causal:
     """
 
     openings: ReplyOpenings
+    n_prompts: int
     requests: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]]
     replies: dict[str, dict[str, float]]
     sweep: dict[str, Effects]
@@ -91,8 +96,6 @@ def intervene(
         openings: texts of refusals' openings; None takes `reply_openings.REFUSAL`.
         protocol, batch_size, progress: options of `ablation_effects` and `cross_effects`.
     """
-    first, second = (some_prompts(contrasts[part], EFFECT_PROMPTS) for part in PARTS)
-    pair = first, second
     sides = activations["refusal"], activations["negativity"]
     tokenizer: Any = model.tokenizer
     score = openings_of(tokenizer, openings or REFUSAL)
@@ -101,8 +104,10 @@ def intervene(
     requests = contrasts["refusal"].target, contrasts["refusal"].baseline
     odds = opening_log_odds(model, sum(requests, ()), score, **options)
     each_side = odds.split([*map(len, requests)])
-    # Where nothing is refused, random directions have no effect to be compared with.
-    n_random = N_RANDOM * bool((each_side[0] > 0).any())
+    refuses = bool((each_side[0] > 0).any())
+    n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
+    first, second = (some_prompts(contrasts[part], n_prompts) for part in PARTS)
+    pair = first, second
     cross = partial(cross_effects, model, pair, sides, layer=layer, score=score, **options)
     classes = [side[:, layer] for both in sides for side in both]
     ablated, added = (random_directions(*classes, n=n_random, generator=generator) for _ in PARTS)
@@ -121,7 +126,17 @@ def intervene(
     strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
     found = dict(zip(PARTS, sweeps, strict=True))
     constant = _constant_token(model, pair, score, options)
-    return Causal(score, each_side, replies, found, strongest, ablation, addition, constant)
+    return Causal(
+        openings=score,
+        n_prompts=n_prompts,
+        requests=each_side,
+        replies=replies,
+        sweep=found,
+        strongest=strongest,
+        ablation=ablation,
+        addition=addition,
+        constant_token=constant,
+    )
 
 
 def _sweep(
@@ -173,10 +188,10 @@ def _replies(
     parts = effects.refusal, effects.negativity
     scores = [x[0] for part in parts for x in (part.target_log_odds, part.baseline_log_odds)]
     found = {
-        name: {"refusal": float(each[spread(range(len(each)), REPLY_PROMPTS)].sigmoid().mean())}
+        name: {"refusal": float(each[spread(range(len(each)), FEW_PROMPTS)].sigmoid().mean())}
         for name, each in zip(SETS, scores, strict=True)
     }
-    some = [some_prompts(contrast, REPLY_PROMPTS) for contrast in pair]
+    some = [some_prompts(contrast, FEW_PROMPTS) for contrast in pair]
     sides = [side for contrast in some for side in (contrast.target, contrast.baseline)]
     for kind, texts in (("sympathy", SYMPATHY), ("answer", ANSWERING)):
         odds = opening_log_odds(model, sum(sides, ()), openings_of(tokenizer, texts), **options)

@@ -17,7 +17,7 @@ from ..interventions import (
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
-from .causal import EFFECT_PROMPTS, PARTS, Causal, smallest_set, some_prompts
+from .causal import PARTS, Causal, smallest_set, some_prompts
 from .verdict import Estimate, Evidence
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def evidence(
     if causal is None:
         return geometry
     pair = [contrasts["refusal"]]
-    pair += [some_prompts(contrasts[part], EFFECT_PROMPTS) for part in PARTS]
+    pair += [some_prompts(contrasts[part], causal.n_prompts) for part in PARTS]
     covered = sum(causal.replies["harmful"].values())
     geometry = replace(geometry, covered=covered, constant_token=causal.constant_token)
     responses = responses_of(causal, layer)

@@ -17,7 +17,7 @@ from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from . import wording
-from .causal import EFFECT_PROMPTS, PARTS, Causal, some_prompts
+from .causal import Causal, some_prompts
 from .config import Config
 from .serialise import pack, unpack
 from .verdict import Estimate, Evidence, Reason, Thresholds, Verdict, published_rule
@@ -145,11 +145,13 @@ class Results:
         if rows != "prompts":
             raise InputError(f"there are no rows {rows!r}: choose 'layers' or 'prompts'")
         scores: dict[str, float] = {}
-        for part in PARTS if self.causal else ():
-            some = some_prompts(self.contrasts[part], EFFECT_PROMPTS)
-            found = getattr(self.causal.ablation, part)  # type: ignore[union-attr]
-            scores |= zip(some.target, found.target_log_odds[0].tolist(), strict=True)
-            scores |= zip(some.baseline, found.baseline_log_odds[0].tolist(), strict=True)
+        if self.causal:
+            requests, found = self.contrasts["refusal"], self.causal.ablation.negativity
+            some = some_prompts(self.contrasts["negativity"], self.causal.n_prompts)
+            sides = [requests.target, requests.baseline, some.target, some.baseline]
+            known = [*self.causal.requests, found.target_log_odds[0], found.baseline_log_odds[0]]
+            for side, odds in zip(sides, known, strict=True):
+                scores |= zip(side, odds.tolist(), strict=True)
         table = []
         for name, prompts in self.prompts().items():
             on = {f"projection on {d}": sets[name] for d, sets in self.projections.items()}

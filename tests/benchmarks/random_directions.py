@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 import refusal_lens as rl
-from refusal_lens.experiment.causal import EFFECT_PROMPTS, PARTS, Causal, some_prompts
+from refusal_lens.experiment.causal import PARTS, Causal, some_prompts
 from refusal_lens.experiment.evidence import Earlier, compute_evidence, evidence, responses_of
 from refusal_lens.experiment.verdict import Verdict, judge
 from refusal_lens.interventions import ablation_effects, addition_effects
@@ -39,7 +39,7 @@ def judged(model: Any, name: str, n: int, seed: int) -> tuple[Verdict, list[Verd
     classes = [side[:, layer] for part in PARTS for side in acts[part]]
     random = random_directions(*classes, n=n, generator=torch.Generator().manual_seed(seed))
     norm = (classes[2].mean(0) - classes[3].mean(0)).norm()
-    requests, statements = (some_prompts(names[part], EFFECT_PROMPTS) for part in PARTS)
+    requests, statements = (some_prompts(names[part], causal.n_prompts) for part in PARTS)
     options = {"score": causal.openings, "last_position": True, "progress": False}
     both = [*requests.target, *requests.baseline]
     ablated = ablation_effects(
