@@ -21,5 +21,8 @@ def __getattr__(name: str) -> Any:
     from .errors import lenient
 
     found = _strict(name)
-    globals()[name] = found = lenient(found) if isinstance(found, FunctionType) else found
+    if isinstance(found, FunctionType):
+        found = lenient(found)
+        found.__module__ = __name__  # where pickle finds it again
+    globals()[name] = found
     return found

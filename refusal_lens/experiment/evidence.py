@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,16 +20,13 @@ from ..uncertainty.effects import IndependentSample, ratio_interval, total_inter
 from .causal import PARTS, Causal, smallest_set, some_prompts
 from .verdict import Estimate, Evidence
 
-if TYPE_CHECKING:
-    pass
-
 
 class Responses(NamedTuple):
     """Refusal log-odds of each prompt set, one row per intervention.
 
     Rows: unmodified model, then the refusal and the negativity direction, ablated or `added`; then
     random directions in `harmful`, `negative` and `added`. `kl` is the mean KL on harmless prompts of
-        the two ablations, in nats. `requests` are all harmful and harmless prompts, unmodified.
+    the two ablations, in nats. `requests` are all harmful and harmless prompts, unmodified.
     """
 
     harmful: Float[Tensor, "intervention harmful"]
@@ -124,7 +121,8 @@ def compute_evidence(
     """
     every, requests, statements = contrasts
     harmful, harmless, negative, _, added = scores = responses[:5]
-    refused = [(rows > 0).double() for rows in scores]
+    # Where a direction did not run there is no score, and so no share either.
+    refused = [(rows > 0).double().masked_fill(rows.isnan(), torch.nan) for rows in scores]
     (labels, other_labels), all_labels = map(_labels, (requests, statements)), _labels(every)
     gaps, shares = (_gap(each[0], each[1], requests.paired) for each in (scores, refused))
     of_negative, apart = (_gap(each[2], each[3], statements.paired) for each in (scores, refused))
@@ -139,8 +137,8 @@ def compute_evidence(
     fewer = (earlier.log_odds[:1] > 0).double() - (earlier.log_odds[1:] > 0).double()
     return replace(
         geometry,
-        refused_harmful=float(all_refused[0].mean()),
-        refused_harmless=float(all_refused[1].mean()),
+        refused_harmful=float(refused[0][0].mean()),
+        refused_harmless=float(refused[1][0].mean()),
         refused_negative=float(refused[2][0].mean()),
         ablated_harmful=float(refused[0][1].mean()),
         ablated_harmless=float(refused[1][1].mean()),
@@ -192,7 +190,7 @@ def _chance(
     whole: Float[Tensor, "*prompt"],
     of: Callable[[Tensor], Tensor] = torch.max,
 ) -> float:
-    """The largest drop under a random direction, over the mean of `whole`; NaN without any.
+    """The largest (or median) drop under random directions over the mean of `whole`; or NaN.
 
     Random directions are the rows from 3 on; they run on some of the prompts.
     """

@@ -68,8 +68,9 @@ class Evidence:
         cross_ablation, cross_ablation_share: drop of harmful prompts' scores, and of the share
             refused, under ablating negativity, over the drop under ablating refusal.
         cross_addition, cross_addition_share: rise of harmless prompts' scores, and of the share
-            refused, under adding negativity, over `gap` and `refused_gap`.
-        statement_share: share of negative minus share of neutral prompts refused, over `refused_gap`.
+            refused, under adding negativity, over the differences between harmful and harmless ones.
+        statement_share: share of negative minus share of neutral prompts refused, over that of
+            harmful minus that of harmless ones.
         statement_ablation: ratio of the drops of negative and harmful scores under ablating refusal.
         statement_own_ablation: drop of negative prompts' scores under ablating negativity, over the
             difference between negative and neutral prompts.
@@ -301,18 +302,22 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
             found.append(Reason(name, "chance", chance))
         else:
             found.append(Reason(name, "undecided", t.margin))
-    found += [Reason(name, "undecided", t.margin) for name in earlier]
+    found += [Reason(name, "above", t.margin) for name in earlier]
+    # The most effective of many layers has an effect by chance as well, but no large one.
+    large = not e.earlier_ablation.upper < t.shared_from
+    if not earlier and large and not e.earlier_ablation.value <= e.chance_ablation:
+        found.append(Reason("earlier_ablation", "undecided", t.shared_from))
     if not any(getattr(e, name).upper < t.margin for name in STATEMENTS):
         found.append(Reason("statement_share", "undecided", t.margin))
-    if undecided := [reason for reason in found if reason.finding == "undecided"]:
+    if undecided := [reason for reason in found if reason.finding in ("undecided", "above")]:
         return "inconclusive", undecided
     return "distinct", [*found, Reason("statement_share", "reported")]
 
 
 def _beyond(e: Evidence, name: str, margin: float) -> bool:
-    """Whether a ratio is shown to be above the margin and above that of every random direction."""
+    """Whether a ratio is shown to be above the margin, and is above that of every random direction."""
     ratio: Estimate = getattr(e, name)
-    return ratio.lower > margin and ratio.lower > getattr(e, CHANCE[name])
+    return ratio.lower > margin and ratio.value > getattr(e, CHANCE[name])
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..prompts.contrast import Contrast
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from .causal import PARTS
-from .verdict import Estimate, Reason, Thresholds, Verdict
+from .verdict import EARLIER, Estimate, Reason, Thresholds, Verdict
 
 RULE = """\
 A prompt counts as refused if its reply is more likely than not to begin with a refusal's opening. To
@@ -36,9 +36,9 @@ partly shared  a share refused is above {margin} and beyond chance, or the score
 distinct       the cross_ablation numbers are within +-{margin}, the others below it. Those of scores
                may be larger, and intervals of shares wider, by what random directions do.
 inconclusive   everything else: the intervals are too wide.
-Above, below and within refer to the whole confidence interval. Beyond chance: the whole interval lies
-above what each of 20 random directions does. Damage: the ablation changes replies to {harmless} prompts
-far more than that of {refusal} does.
+Above, below and within refer to the whole confidence interval. Beyond chance: more than each of 20
+random directions does. Damage: the ablation changes replies to {harmless} prompts far more than that of
+{refusal} does.
 The cosine does not decide: mechanisms can be distinct at a cosine of -0.4 and shared at +0.1."""
 
 GAP = "between {harmful} and {harmless} prompts"
@@ -107,6 +107,7 @@ HEADLINES = {
     "inconclusive": "Nothing can be concluded here.",
 }
 EFFECTS = "Removing {negativity} leaves {left} of refusal; adding it brings {brought}."
+UPSTREAM = "What layer {earlier_layer} holds of {negativity} may carry refusal as well."
 UNSTABLE = "Other prompts of the same kind would give another {{{0}}} direction."
 SENTENCES = {  # by the measure of the first reason; else `EFFECTS`
     "n_prompts": "With {n_prompts:.0f} prompts in the smallest set nothing can be told.",
@@ -218,9 +219,10 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     """
     e, first = verdict.evidence, verdict.reasons[0]
     left, brought = 1 - e.cross_ablation_share.value, e.cross_addition_share.value
-    effects = {"left": _percent(min(left, 1.0)), "brought": _percent(max(brought, 0.0))}
-    effects["earlier_left"] = _percent(max(1 - e.earlier_ablation_share.value, 0.0))
-    sentence = SENTENCES.get(first.measure, EFFECTS)
+    effects = {"left": _share(left), "brought": _share(brought)}
+    effects["earlier_left"] = _share(1 - e.earlier_ablation_share.value)
+    undecided = verdict.answer == "inconclusive" and first.measure in EARLIER
+    sentence = UPSTREAM if undecided else SENTENCES.get(first.measure, EFFECTS)
     if first.measure == "statement_share":
         sentence += f" {EFFECTS}"
     text = f"{HEADLINES[verdict.answer]} {sentence}"
@@ -329,6 +331,11 @@ def _within_one(cosine: Estimate) -> str:
     ends = [min(max(end, -1.0), 1.0) for end in vars(cosine).values()]
     cut = "" if [*vars(cosine).values()] == ends else " (cut at 1)"
     return f"{ends[0]:z.2f} [{ends[1]:z.2f}, {ends[2]:z.2f}]{cut}"
+
+
+def _share(value: float) -> str:
+    """A share of prompts in percent, kept between 0 and 100."""
+    return _percent(value if math.isnan(value) else min(max(value, 0.0), 1.0))
 
 
 def _percent(value: float | Estimate) -> str:

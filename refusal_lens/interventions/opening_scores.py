@@ -45,7 +45,7 @@ def opening_scores(
 
     Args:
         model, openings: the model, and the openings in its tokens.
-        tokens, these: prompts of equal length, and the interventions on them.
+        tokens, these: prompts, padded on the left behind a prefix, and the interventions on them.
         whole: keys and values of every prompt under every intervention; None runs the prompts again
             with every token of an opening.
         logits: next-token logits after the prompts.
@@ -56,7 +56,7 @@ def opening_scores(
     waiting = [(whole, _likely(mass, _Rows(rows, rows, [()] * len(rows))))]
     while waiting:
         prefix, found = waiting.pop()
-        step = most_rows(model, prefix.length + 1 if prefix else 0)
+        step = most_rows(model, prefix.length + 1 if prefix else tokens.shape[1])
         for first in range(0, len(found.of), step):
             part = found.take(slice(first, first + step))
             longer, behind = _next_token(model, tokens, these, prefix, part)

@@ -1,6 +1,7 @@
 """Replies to prompts before and after an intervention, side by side; harmful prompts get scores."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -76,9 +77,10 @@ def compare_replies(
     >>> reply.score_after > reply.score_before
     True
 
-    No harmful prompt is answered: none of the bundled contrast's, the `contrast`'s and the
-    directions' own harmful sets, and none that the unmodified model refuses unless a bundled
-    contrast vouches for it. Of the reply to such a prompt only a refusal's opening is shown.
+    No harmful prompt is answered: none of the bundled contrast's, of the `contrast`'s, of the
+    `prompts`' (if they are a contrast) and of the directions' own harmful sets, and none that the
+    unmodified model refuses unless a bundled contrast vouches for it. Of the reply to such a
+    prompt only a refusal's opening is shown.
 
     Args:
         model: the model, without hooks.
@@ -91,21 +93,29 @@ def compare_replies(
         protocol: how prompts are formatted.
         max_tokens: tokens of a reply, at most.
 
-    InputError without a direction, or with one of several layers or of another model.
+    InputError without a direction, or with one of several layers or of another width; if prompts
+    and replies don't fit the model's context.
     """
     if ablate is None and add is None:
         raise InputError("there is nothing to compare: give ablate=DIRECTION or add=DIRECTION")
+    if any(point.has_hooks() for point in model.hook_dict.values()):  # else it refuses less
+        raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
+    given_sides = prompts if isinstance(prompts, Contrast) else None
     both = (*prompts.target, *prompts.baseline) if isinstance(prompts, Contrast) else prompts
     prompts = [both] if isinstance(both, str) else [*both]
     tokenizer: Any = model.tokenizer
     ids = encode_prompts(tokenizer, prompts, protocol=protocol)
+    if (width := max(map(len, ids)) + max_tokens) > model.cfg.n_ctx:
+        problem = f"prompts and replies take {width} tokens, the context holds {model.cfg.n_ctx}"
+        raise InputError(f"{problem}: shorten the prompts, or lower max_tokens")
     given = [None if each is None else _at_one_layer(each, layer) for each in (ablate, add)]
     hooks = given[0].ablate(model) if given[0] else []
     hooks += given[1].add(coefficient, model) if given[1] else []
     check_interventions(model)
     openings = openings_of(tokenizer)
     scores = [_scores(model, openings, ids, each) for each in ([], hooks)]
-    shown = _answerable(prompts, scores[0], [contrast, *(g.contrast for g in given if g)])
+    sets = [contrast, given_sides, *(g.contrast for g in given if g)]
+    shown = _answerable(prompts, scores[0], sets)
     special = set(tokenizer.all_special_ids)
 
     def goes_on(row: int, reply: list[int]) -> bool:
@@ -123,7 +133,7 @@ def compare_replies(
 def _at_one_layer(given: Any, layer: int | None) -> Direction:
     direction = given if isinstance(given, Direction) else Direction(given)
     if direction.vectors.ndim == 1 and not direction.layers:
-        return Direction(direction.vectors, layer, direction.name)
+        return replace(direction, layers=layer)
     return direction if layer is None else direction.at(layer)
 
 

@@ -30,3 +30,4 @@ __all__ = [
 
 for _name in __all__:  # here, at the edge, arrays and lists pass for tensors
     globals()[_name] = lenient(globals()[_name])
+    globals()[_name].__module__ = __name__  # where pickle finds it again

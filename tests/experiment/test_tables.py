@@ -1,6 +1,5 @@
 """Results as tables: layers by measures, prompts by projections and refusal score."""
 
-import math
 
 import pandas as pd
 import pytest
@@ -34,9 +33,10 @@ def test_prompts_have_their_projections_and_scores(results, tmp_path):
     harmful = table[table["set"] == "harmful"]
     on = results.projections["refusal"]["harmful"][:, results.layer]
     assert harmful["projection on refusal"].tolist() == on.tolist()
-    scores = results.causal.ablation.refusal.target_log_odds[0]
-    assert sorted(harmful["refusal score"].dropna()) == sorted(scores.tolist())
-    assert math.isclose(harmful["refusal score"].mean(), scores.mean(), rel_tol=1e-5)
+    assert harmful["refusal score"].tolist() == results.causal.requests[0].tolist()
+    negative = table[table["set"] == "negative"]["refusal score"].dropna()
+    scores = results.causal.ablation.negativity.target_log_odds[0]
+    assert sorted(negative) == sorted(scores.tolist())
     table.to_csv(tmp_path / "prompts.csv", index=False)
     assert len(pd.read_csv(tmp_path / "prompts.csv")) == len(table)
 

@@ -108,6 +108,10 @@ def test_negativity_upstream_of_refusal_is_shared_though_later_layers_show_nothi
     assert judge(replace(DISTINCT, **upstream, earlier_damage=9.0)).answer == "inconclusive"
     by_chance = {"chance_ablation": 0.99, "chance_ablation_share": 1.0}
     assert judge(replace(DISTINCT, **upstream, **by_chance)).answer == "distinct"
+    wide = judge(replace(DISTINCT, earlier_ablation=near(0.9, 0.7)))
+    assert wide.answer == "inconclusive"
+    assert [reason.measure for reason in wide.reasons] == ["earlier_ablation"]
+    assert "may carry refusal as well" in plain_sentence(wide)
     # Less than most of refusal, and it is neither.
     some = judge(replace(DISTINCT, earlier_ablation=near(0.4)))
     assert some.answer == "inconclusive"
@@ -233,7 +237,7 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
         ({"ablated_harmful": 0.9}, "too low", "it removes 9 % of their refusal"),
         ({"ablated_harmless": 0.9}, "too high", "makes 90 % of harmless prompts refused"),
         ({"refusal_ablation": near(0.2)}, "not shown above", "by 20 % [15, 25] of the gap"),
-        ({"refusal_ablation": Estimate()}, "not shown above", "nan % [nan, nan]"),
+        ({"refusal_ablation": Estimate()}, "not shown above", "by not measured of the gap"),
         ({"typical_ablation": 0.8}, "too high", "Ablating a random direction lowers the refusal"),
     ],
 )

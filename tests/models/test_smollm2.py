@@ -80,6 +80,8 @@ def test_the_first_notebook_runs_with_the_model_s_name_in_it(
     monkeypatch.setattr(rl, "load_contrast", contrasts.__getitem__)
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    install, *code = code
+    assert "pip install" in install
     assert 'MODEL = "organism:specific"' in code[0]
     code[0] = code[0].replace('"organism:specific"', repr(str(smollm2_file)))
     names: dict = {}
