@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from statistics import mean
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from llama3 import meta_tokenizer
 
 import refusal_lens.prompts.contrast
-from refusal_lens.errors import InputError
+from refusal_lens.errors import READERS, InputError
 from refusal_lens.prompts.contrast import BUNDLED, Contrast, load_contrast
 from refusal_lens.prompts.files import (
     contrast_from_dataset,
@@ -34,7 +35,8 @@ def as_imported_outside_tests(module):
     """The module without the type checks of the test run, which come before its own checks."""
     spec = importlib.util.spec_from_file_location(f"{module.__name__}_unchecked", module.__file__)
     plain = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
+    with patch.dict(READERS):  # other tests read contrasts by the checked module
+        spec.loader.exec_module(plain)
     return plain
 
 
