@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from ..activations.batching import plan_batches
 from ..activations.extract import read_residual_stream
 from ..activations.shared_prefix import SharedPrefix, can_share_prefix
-from ..errors import InputError
+from ..errors import InputError, lenient
 from ..interventions.hooks import EMBEDDING, Hook, check_directions, stream_after
-from ..interventions.refusal_metric import RefusalTokens, refusal_log_odds
+from ..interventions.refusal_metric import RefusalTokens, refusal_log_odds, token_ids
 from ..models.forward import input_device, undisturbed, without_logits
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
@@ -121,7 +121,7 @@ def component_writes(
         **options: `protocol`, `batch_size` and `progress` of `get_layer_activations`.
     """
     unit, prompts = _unit(model, direction)[None], [*contrast.target, *contrast.baseline]
-    names, written = written_by_component(model, prompts, unit, layer, **options)
+    names, written = lenient(written_by_component)(model, prompts, unit, layer, **options)
     target, baseline = written[..., 0].T.double().tensor_split([len(contrast.target)], dim=1)
     samples = [target - baseline] if contrast.paired else [target, -baseline]
     clusters: Any = [contrast.clusters] if contrast.paired else contrast.clusters
@@ -140,6 +140,8 @@ def same_writers(
     that are both written late share writers for that reason too. InputError if the components are
     not the same, or fewer than `k`.
     """
+    if k < 1 or n_permutations < 1:
+        raise InputError(f"k is {k} and n_permutations {n_permutations}: each is at least 1")
     if first.names != second.names or len(first.names) < k + 2:
         problem = f"the components are not the same, or fewer than {k}"
         raise InputError(f"{problem}: read both at one layer of one model")
@@ -189,7 +191,7 @@ def interchange(
     if wrong := [name for name in components if name not in known]:
         raise InputError(f"there is no component {wrong[0]!r}: names are 'L3H2' and 'L3 MLP'")
     points = [known[name] for name in components]
-    ids = list(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)
+    ids = token_ids(tokens)
     prompts = [*contrast.target, *contrast.baseline]
     inputs = build_inputs_with_chat_template(tokenizer_of(model), prompts, protocol=protocol)
     found = torch.empty(1 + len(points), 2, n, 1 + model.cfg.n_layers, dtype=torch.double)
@@ -236,7 +238,8 @@ def written_by_component(
     names = (*_points(model, layer), "embedding", "biases")
     inputs = build_inputs_with_chat_template(tokenizer_of(model), prompts, protocol=protocol)
     written = torch.empty(len(prompts), len(names) + 1, len(units))
-    read = read_residual_stream(model, inputs, points=points, combine=combine, **options)
+    options = options | {"points": points, "combine": combine}
+    read = lenient(read_residual_stream)(model, inputs, **options)
     for rows, batch in read:
         written[rows] = batch[:, 0]
     if (written[:, :-1].sum(1) - written[:, -1]).abs().max() > 2e-2 * written.abs().max():
@@ -263,6 +266,9 @@ def _scaled_heads(attention: Any, z: Tensor, written: Tensor) -> tuple[Tensor, T
 
 def _unit(model: Any, direction: Tensor) -> Float[Tensor, " d_model"]:
     check_directions(model, direction)
+    if direction.ndim != 1:
+        problem = f"the direction has shape {list(direction.shape)}"
+        raise InputError(f"{problem}: hand over one layer's, [d_model], such as direction[layer]")
     if not direction.any():
         raise InputError("the direction is zero: choose another layer")
     return normalize(direction.detach().double().cpu(), dim=0).float()

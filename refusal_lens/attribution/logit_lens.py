@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, check_tensors
 from ..interventions.hooks import check_directions
-from ..interventions.refusal_metric import RefusalTokens
+from ..interventions.refusal_metric import RefusalTokens, token_ids
 from ..models.forward import effective_unembedding
 from ..models.load import tokenizer_of
 from . import Table
@@ -52,10 +52,13 @@ def logit_lens(
     The final norm's weight is folded into the unembedding, and no later layer is run. Reference:
     nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
+    check_tensors(direction=(direction, "layer d_model"))
     check_directions(model, direction)
     tokenizer: Any = tokenizer_of(model)
     units = torch.nn.functional.normalize(direction.detach().float().cpu(), dim=-1)
     logits, sides = units @ _readout(model), []
+    if not 1 <= k <= logits.shape[1]:
+        raise InputError(f"k is {k}: choose from 1 to {logits.shape[1]}, the whole vocabulary")
     for largest in (True, False):
         top = logits.topk(k, largest=largest)
         texts = [[str(tokenizer.decode([i])) for i in ids] for ids in top.indices.tolist()]
@@ -80,7 +83,7 @@ def without_direct_effect(
             if there are none, or one is not in the vocabulary.
     """
     check_directions(model, direction)
-    ids = sorted({*(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)})
+    ids = sorted({*token_ids(tokens)})
     unembedding = _readout(model)
     n = unembedding.shape[1]
     if not ids or not 0 <= ids[0] <= ids[-1] < n:

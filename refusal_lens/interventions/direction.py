@@ -1,7 +1,7 @@
 """A direction in the hand: one vector per layer, what it is of, and what can be done with it."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partialmethod
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..activations.extract import get_layer_activations, get_prompt_activations
 from ..directions import similarity
@@ -20,7 +21,7 @@ from ..models.forward import effective_unembedding
 from ..models.load import as_model, model_provenance
 from ..prompts.contrast import Contrast, as_contrast
 from ..prompts.protocol import Protocol
-from .hooks import Hook, ablate_direction, add_direction
+from .hooks import Hook, ablate_direction, add_direction, check_directions
 
 
 @lenient
@@ -45,7 +46,8 @@ class Direction:
         contrast, protocol: the prompts, and how they became activations.
 
     Raises:
-        InputError: if there is not one layer for each row, or vectors are not floating-point.
+        InputError: if there is not one layer for each row, or vectors are not floating-point; if
+            another argument is not what it is called.
     """
 
     vectors: Any
@@ -61,11 +63,19 @@ class Direction:
         check_tensors(vectors=(vectors, "d_model" if single else "layer d_model"))
         if layers is None:
             layers = range(0 if single else len(vectors))
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        try:
+            layers = [*map(operator.index, layers if isinstance(layers, Iterable) else [layers])]
+        except TypeError:
+            raise InputError(f"layers is {layers!r:.60}: give whole numbers, such as 20") from None
         if (rows := 1 if single else len(vectors)) != len(layers) and (layers or not single):
             raise InputError(f"{rows} vectors and {len(layers)} layers: give each vector its layer")
-        object.__setattr__(self, "vectors", vectors)
-        object.__setattr__(self, "layers", layers)
+        if not isinstance(self.protocol, Protocol):
+            raise InputError(f"protocol is {self.protocol!r:.60}: hand over a Protocol")
+        known = {"vectors": vectors, "layers": tuple(layers)}
+        known |= {"model": None if self.model is None else as_model(self.model)}
+        known |= {"contrast": None if self.contrast is None else as_contrast(self.contrast)}
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(
@@ -82,6 +92,8 @@ class Direction:
         `estimator` is one of `directions.estimators`; `options` are `get_layer_activations`'s.
         """
         model, contrast = as_model(model), as_contrast(contrast)
+        if not callable(estimator):
+            raise InputError(f"estimator is {estimator!r:.60}: hand over mean_difference, say")
         read = lenient(get_layer_activations)
         vectors = estimator(*read(model, contrast, protocol=protocol, **options))
         first = -(protocol.hook == "resid_pre")  # layer l's input is layer l - 1's output
@@ -91,7 +103,7 @@ class Direction:
     @classmethod
     def load(cls, path: str | Path, *, model: Any = None, **options: Any) -> "Direction":
         """Read what `save`, a run or another project wrote; `options` are `read_directions`'s."""
-        found, model = read_directions(path, **options), None if model is None else as_model(model)
+        found = lenient(read_directions)(path, **options)
         return cls(found.vectors, found.layers, found.contrast or Path(path).stem, model)
 
     def save(self, path: str | Path) -> Path:
@@ -120,14 +132,19 @@ class Direction:
         tensor([0.6000, 5.0000])
 
         `of` holds activations `[... layer d_model]`, for one layer's direction `[... d_model]`; or
-        a prompt or prompts, which the model runs. Returns `[... layer]` or `[...]`.
+        a prompt or prompts, which the model runs. Returns `[... layer]` or `[...]`. InputError if
+        the shapes differ, or if prompts have no activations at a layer.
         """
         prompts = [of] if isinstance(of, str) else of
-        if isinstance(prompts, (list, tuple)) and isinstance(prompts[0], str):
+        if isinstance(prompts, (list, tuple)) and any(isinstance(each, str) for each in prompts):
             options: Any = {"protocol": self.protocol, "progress": False}
-            rows = get_prompt_activations(self._model(), prompts, **options)[:, 0]
-            first = -(self.protocol.hook == "resid_pre")
-            rows = rows[:, [layer - first for layer in self.layers]]
+            model, first = self._model(), -(self.protocol.hook == "resid_pre")
+            columns = [layer - first for layer in self.layers]
+            if not columns or not 0 <= min(columns) <= max(columns) < model.cfg.n_layers:
+                last, hook = model.cfg.n_layers - 1 + first, self.protocol.hook
+                problem = f"{self.name!r} has {self._layers()}: {hook} of prompts has layers"
+                raise InputError(f"{problem} {first} to {last}, so choose one of these")
+            rows = get_prompt_activations(model, prompts, **options)[:, 0][:, columns]
             rows = rows if self.vectors.ndim > 1 else rows[:, 0]
         else:
             check_tensors(activations=(rows := as_tensor(of), "*prompt d_model"))
@@ -142,7 +159,11 @@ class Direction:
 
     def add(self, coefficient: float = 1.0, model: Any = None) -> list[Hook]:
         """Hooks that add a multiple of the direction after its own layer; see `add_direction`."""
-        vector = coefficient * self._one()
+        try:
+            vector = float(coefficient) * self._one()
+        except (TypeError, ValueError):
+            problem = f"coefficient is a {type(coefficient).__name__}"
+            raise InputError(f"{problem}: give a number, as in .add(2.0, model)") from None
         if not self.layers:
             raise InputError(
                 f"the layer of {self.name!r} is unknown: say Direction(..., layers=20)"
@@ -151,9 +172,11 @@ class Direction:
 
     def top_tokens(self, k: int = 10, model: Any = None) -> list[str]:
         """The `k` tokens whose logits one layer's direction raises most by its direct path."""
-        model = self._model(model)
-        logits = self._one().float().cpu() @ effective_unembedding(model)
-        return [model.tokenizer.decode([token]) for token in logits.topk(k).indices.tolist()]
+        model, vector = self._model(model), self._one()
+        check_directions(model, vector)
+        logits = vector.float().cpu() @ effective_unembedding(model)
+        best = logits.argsort(descending=True)[:k].tolist()
+        return [model.tokenizer.decode([token]) for token in best]
 
     def _model(self, model: Any = None) -> Any:
         if model is None and self.model is None:
@@ -174,7 +197,7 @@ class Direction:
     def _joined(self, how: Callable[[Any, Any], Tensor], other: Any) -> "Direction":
         theirs, own = as_tensor(other), list(self.vectors.shape)
         shape = list(getattr(theirs, "shape", own))
-        if shape != own or getattr(other, "layers", self.layers) != self.layers:
+        if (shape and shape != own) or getattr(other, "layers", self.layers) != self.layers:
             raise InputError(f"{own} of {self._layers()} and {shape}: take one layer, r.at(20)")
         return replace(self, vectors=how(self.vectors, theirs))
 
@@ -195,7 +218,8 @@ class Direction:
 
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*as_tensor(args), **as_tensor(kwargs or {}))
+        args, kwargs = tree_map(lambda x: getattr(x, "vectors", x), (args, kwargs or {}))
+        return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "vectors":

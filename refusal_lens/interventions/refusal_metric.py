@@ -1,5 +1,6 @@
 """Refusal log-odds, from the distribution of the reply's first token."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,15 @@ class RefusalTokens:
         return self.refused - self.answered
 
 
+def token_ids(tokens: RefusalTokens | Iterable[int]) -> list[int]:
+    """The ids of tokens; InputError for what is no whole number."""
+    ids = [*(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)]
+    try:
+        return [*map(operator.index, ids)]
+    except TypeError:
+        raise InputError(f"tokens are {ids[:8]}: give ids, such as openings.first_tokens") from None
+
+
 def refusal_log_odds(
     logits: Float[Tensor, "*batch d_vocab"], tokens: RefusalTokens | Iterable[int]
 ) -> Float[Tensor, "*batch"]:
@@ -64,7 +74,7 @@ def refusal_log_odds(
             InputError if an id is not in the vocabulary.
     """
     check_tensors(logits=(logits, "*batch d_vocab"))
-    ids = list(tokens.ids if isinstance(tokens, RefusalTokens) else tokens)
+    ids = token_ids(tokens)
     d_vocab = logits.shape[-1]
     if bad := [i for i in ids if not 0 <= i < d_vocab]:
         raise InputError(f"{bad[0]} is no token of this vocabulary of {d_vocab}")

@@ -77,45 +77,36 @@ def compare_replies(
     >>> reply.score_after > reply.score_before
     True
 
-    No harmful prompt is answered: none of the bundled contrast's, of the `contrast`'s, of the
-    `prompts`' (if they are a contrast) and of the directions' own harmful sets, and none that the
-    unmodified model refuses unless a bundled contrast vouches for it. Of the reply to such a
-    prompt only a refusal's opening is shown.
+    No harmful prompt is answered: no target of the bundled contrast, of `contrast`, of `prompts` or
+    of the directions' own contrasts, and none that the unmodified model refuses unless a bundled
+    contrast vouches for it. Of the reply to such a prompt only a refusal's opening is shown.
 
     Args:
-        model: the model, without hooks.
+        model: the model; InputError if it has hooks on it.
         prompts: one prompt or several, in the user's words, or the two sides of a contrast.
         ablate, add: a `Direction` of one layer, or a vector `[d_model]`, or all layers' with
             `layer`; ablated at every layer, added after its own, both at every token.
-        coefficient: times which `add` is added.
-        layer: the layer of directions that don't know it.
+        coefficient, layer: times which `add` is added; the layer of directions that know none.
         contrast: target prompts that are harmful, besides the bundled ones.
         protocol: how prompts are formatted.
         max_tokens: tokens of a reply, at most.
 
-    InputError without a direction, or with one of several layers or of another width; if prompts
-    and replies don't fit the model's context.
+    InputError for no direction, for one of several layers or another width, and past the context.
     """
     if ablate is None and add is None:
         raise InputError("there is nothing to compare: give ablate=DIRECTION or add=DIRECTION")
-    if any(point.has_hooks() for point in model.hook_dict.values()):  # else it refuses less
-        raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
-    given_sides = prompts if isinstance(prompts, Contrast) else None
+    sides = prompts if isinstance(prompts, Contrast) else None
     both = (*prompts.target, *prompts.baseline) if isinstance(prompts, Contrast) else prompts
     prompts = [both] if isinstance(both, str) else [*both]
     tokenizer: Any = model.tokenizer
-    ids = encode_prompts(tokenizer, prompts, protocol=protocol)
-    if (width := max(map(len, ids)) + max_tokens) > model.cfg.n_ctx:
-        problem = f"prompts and replies take {width} tokens, the context holds {model.cfg.n_ctx}"
-        raise InputError(f"{problem}: shorten the prompts, or lower max_tokens")
+    ids = _checked_ids(model, prompts, protocol, max_tokens)
     given = [None if each is None else _at_one_layer(each, layer) for each in (ablate, add)]
     hooks = given[0].ablate(model) if given[0] else []
     hooks += given[1].add(coefficient, model) if given[1] else []
     check_interventions(model)
     openings = openings_of(tokenizer)
     scores = [_scores(model, openings, ids, each) for each in ([], hooks)]
-    sets = [contrast, given_sides, *(g.contrast for g in given if g)]
-    shown = _answerable(prompts, scores[0], sets)
+    shown = _answerable(prompts, scores[0], [contrast, sides, *(g.contrast for g in given if g)])
     special = set(tokenizer.all_special_ids)
 
     def goes_on(row: int, reply: list[int]) -> bool:
@@ -128,6 +119,23 @@ def compare_replies(
     replies = [_continued(model, ids, each, max_tokens, goes_on) for each in ([], hooks)]
     columns = [map(written, each, shown) for each in replies]
     return Replies(map(Reply, prompts, *columns, *(each.tolist() for each in scores)))
+
+
+def _checked_ids(
+    model: "HookedTransformer | TransformerBridge",
+    prompts: Sequence[str],
+    protocol: Protocol,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the prompts, where the model has no hooks and its context holds the replies."""
+    if any(point.has_hooks() for point in model.hook_dict.values()):  # it may refuse less with them
+        raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
+    tokenizer: Any = model.tokenizer
+    ids = encode_prompts(tokenizer, prompts, protocol=protocol)
+    if (width := max(map(len, ids)) + max_tokens) > model.cfg.n_ctx:
+        problem = f"prompts and replies take {width} tokens, the context holds {model.cfg.n_ctx}"
+        raise InputError(f"{problem}: shorten the prompts, or lower max_tokens")
+    return ids
 
 
 def _at_one_layer(given: Any, layer: int | None) -> Direction:

@@ -178,7 +178,7 @@ def placement(
         dtype = torch.bfloat16 if on_gpu else torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype is {dtype}: give a floating-point one, such as torch.bfloat16")
+        raise InputError(f"dtype is {dtype}: give a floating-point one, such as bfloat16")
     return place, found
 
 

@@ -65,6 +65,9 @@ META = torch.empty(5, LAYERS, WIDTH, device="meta")
 R, N = draw(LAYERS, WIDTH, seed=3), draw(LAYERS, WIDTH, seed=4)
 CURVE = torch.linspace(0, 1, 4)
 CONTRAST = rl.Contrast("c", ("How do I rob?", "Why not?"), ("How do I bake?", "Why so?"))
+PAIRED = rl.Contrast("c", CONTRAST.target, CONTRAST.baseline, paired=True)
+ONE, VECTORS = torch.ones(32), torch.ones(4, 32)
+"""Directions that fit the model, at one layer and at each."""
 
 
 def statistics(*sets: torch.Tensor, **options: Any) -> Any:
@@ -144,7 +147,7 @@ DIRECTION_CASES = {
         "differ in d_model",
     ),
     "cosine_similarity: other layers": (lambda w: rl.cosine_similarity(R, N[1:]), "differ in layer"),
-    "cosine_similarity: one axis": (lambda w: rl.cosine_similarity(R[0], N[0]), r"a has shape \[6\]"),
+    "cosine_similarity: one axis": (lambda w: rl.cosine_similarity(R[0], N), r"a has shape \[6\]"),
     "cosine_similarity: whole numbers": (lambda w: rl.cosine_similarity(R.int(), N), "holds int32"),
     "cosine_similarity: text": (lambda w: rl.cosine_similarity("refusal", N), "a is a str"),
     "cosine_similarity: nothing": (lambda w: rl.cosine_similarity(None, N), "a is a NoneType"),
@@ -224,7 +227,7 @@ DIRECTION_CASES = {
 
 PLOT_CASES = {
     "cosine_by_layer: two axes": (lambda w: plotting.cosine_by_layer(R), "hand over a tensor"),
-    "cosine_by_layer: a list": (lambda w: plotting.cosine_by_layer([0.1]), "is a list"),
+    "cosine_by_layer: a list": (lambda w: plotting.cosine_by_layer(["a"]), "is a list"),
     "cosine_by_layer: a negative layer": (
         lambda w: plotting.cosine_by_layer(CURVE, highlight=-1),
         "count from 0",
@@ -244,6 +247,7 @@ PLOT_CASES = {
         "is a float",
     ),
     "cosine_matrix figure: one axis": (lambda w: plotting.cosine_matrix(CURVE), "matrix has shape"),
+    "page: a list of figures": (lambda w: plotting.page([1]), r"\(list\): hand over Figure"),
     "position_by_layer: one axis": (
         lambda w: plotting.position_by_layer(CURVE, quantity="q"),
         "values has shape",
@@ -276,6 +280,7 @@ TEXT_CASES = {
     "Contrast: a prompt on both sides": (lambda w: rl.Contrast("c", ("a",), (" a ",)), "repeats"),
     "Contrast: no name": (lambda w: rl.Contrast("", ("a",), ("b",)), "give a name"),
     "load_contrast: ../": (lambda w: rl.load_contrast("../../etc/passwd"), "no bundled contrast"),
+    "bundled_contrasts: a name": (lambda w: rl.bundled_contrasts("refusal"), "too many positional"),
     "load_contrast: a null byte": (lambda w: rl.load_contrast("refusal\0"), "no bundled contrast"),
     "load_prompts: no file": (lambda w: rl.load_prompts(w.folder / "no.txt"), "can't be read"),
     "load_prompts: a folder": (lambda w: rl.load_prompts(w.folder), "neither a `Dataset` dir"),
@@ -327,7 +332,7 @@ TEXT_CASES = {
     "Config: no such contrast": (lambda w: rl.Config(refusal="refusl").contrasts(), "did you mean"),
     "Config: prompts shared": (lambda w: rl.Config(negativity="refusal").contrasts(), "share"),
     "Protocol: a position of nought": (lambda w: rl.Protocol(positions=(0,)), "count from the end"),
-    "Protocol: a list": (lambda w: rl.Protocol(positions=[-1]), "make it a tuple"),
+    "Protocol: a list": (lambda w: rl.Protocol(positions=[-1.5]), "positions has -1.5"),
     "Protocol: an unknown key": (lambda w: rl.Protocol.from_dict({"x": 1}), "has no x"),
     "Protocol: a known bug": (lambda w: rl.Protocol(bos="twice"), "has a known bug"),
 }  # fmt: skip
@@ -511,7 +516,157 @@ MODEL_CASES = {
     ),
 }
 
+
+def replies(w: Any, prompts: Any = "Hi.", **options: Any) -> Any:
+    return rl.compare_replies(w.model, prompts, **{"add": VECTORS, "layer": 1} | options)
+
+
+def writes(w: Any, direction: Any = ONE, layer: Any = 1, **options: Any) -> Any:
+    return rl.component_writes(w.model, CONTRAST, direction, layer, progress=False, **options)
+
+
+def exchange(w: Any, names: Any = ("L0H0",), direction: Any = ONE, **options: Any) -> Any:
+    given = {"contrast": PAIRED, "tokens": [40]} | options
+    return rl.interchange(
+        w.model, given["contrast"], names, direction, given["tokens"], progress=False
+    )
+
+
+IN_HAND_CASES = {
+    "Direction: text": (lambda w: rl.Direction("refusal"), "vectors is a str"),
+    "Direction: a number": (lambda w: rl.Direction(torch.tensor(1.0)), r"vectors has shape \[\]"),
+    "Direction: complex": (lambda w: rl.Direction(VECTORS + 0j), "holds complex64"),
+    "Direction: layers as letters": (
+        lambda w: rl.Direction(VECTORS, layers="abcd"),
+        "whole numbers",
+    ),
+    "Direction: half a layer": (lambda w: rl.Direction(ONE, layers=1.5), "layers is 1.5"),
+    "Direction: a model of nothing": (lambda w: rl.Direction(ONE, model=3), "int has no hooks"),
+    "Direction: a model's null byte": (lambda w: rl.Direction(ONE, model="a\0b"), "is no model"),
+    "Direction: a contrast of nothing": (
+        lambda w: rl.Direction(ONE, contrast=3),
+        "3 is no contrast",
+    ),
+    "Direction: a protocol's name": (
+        lambda w: rl.Direction(ONE, protocol="arditi"),
+        "hand over a Protocol",
+    ),
+    "Direction: of, an estimator's name": (
+        lambda w: rl.Direction.of(w.model, CONTRAST, estimator="mean", progress=False),
+        "estimator is 'mean'",
+    ),
+    "Direction: of, an unknown option": (
+        lambda w: rl.Direction.of(w.model, CONTRAST, batch=3),
+        "mean 'batch_size'",
+    ),
+    "Direction: load, an unknown option": (
+        lambda w: rl.Direction.load(w.folder / "no.npy", layers=3),
+        "mean 'layer'",
+    ),
+    "Direction: load, a pickle that runs code": (
+        lambda w: rl.Direction.load(w.pickled("d.pt")),
+        "archive|asks for|not a zip file",
+    ),
+    "Direction: save below a file": (
+        lambda w: rl.Direction(ONE, 1).save(w.file("f", b"x") / "d.npy"),
+        "can't write",
+    ),
+    "Direction: save with another ending": (
+        lambda w: rl.Direction(ONE, 1).save(w.folder / "d.pt"),
+        "are written as",
+    ),
+    "Direction: project nothing": (
+        lambda w: rl.Direction(VECTORS, model=w.model).project([]),
+        r"activations \[0\]",
+    ),
+    "Direction: project prompts at a layer too deep": (
+        lambda w: rl.Direction(VECTORS, [2, 3, 4, 5], model=w.model).project("Hi."),
+        "has layers 2 to 5: resid_post of prompts has layers 0 to 3",
+    ),
+    "Direction: project prompts at the embedding": (
+        lambda w: rl.Direction(VECTORS, range(-1, 3), model=w.model).project("Hi."),
+        "has layers -1 to 2: resid_post of prompts has layers 0 to 3",
+    ),
+    "Direction: project prompts at an unknown layer": (
+        lambda w: rl.Direction(ONE, model=w.model).project("Hi."),
+        "no known layer",
+    ),
+    "Direction: add the model": (
+        lambda w: rl.Direction(ONE, 1).add(w.model),
+        r"as in .add\(2.0, model\)",
+    ),
+    "Direction: top tokens of another width": (
+        lambda w: rl.Direction(R[0]).top_tokens(3, w.model),
+        "model's 32",
+    ),
+    "compare_replies: nothing to compare": (lambda w: replies(w, add=None), "nothing to compare"),
+    "compare_replies: no prompts": (lambda w: replies(w, []), "no prompts"),
+    "compare_replies: a lone surrogate": (lambda w: replies(w, "a\ud800"), "half a surrogate"),
+    "compare_replies: over the context": (lambda w: replies(w, "x" * 200), "context holds 128"),
+    "compare_replies: a reply over the context": (
+        lambda w: replies(w, max_tokens=10**6),
+        "lower max_tokens",
+    ),
+    "compare_replies: another width": (lambda w: replies(w, add=R[0]), "model's 32"),
+    "compare_replies: NaN": (lambda w: replies(w, add=ONE * torch.nan), "NaN or infinite"),
+    "compare_replies: an infinite coefficient": (
+        lambda w: replies(w, coefficient=float("inf")),
+        "NaN or infinite",
+    ),
+    "compare_replies: no such layer": (lambda w: replies(w, add=ONE, layer=9), "no layer 9"),
+    "component_writes: all layers": (lambda w: writes(w, VECTORS), r"such as direction\[layer\]"),
+    "component_writes: zero": (lambda w: writes(w, ONE * 0), "is zero"),
+    "component_writes: another model": (lambda w: writes(w, R[0]), "model's 32"),
+    "component_writes: no such layer": (lambda w: writes(w, layer=4), "no layer 4"),
+    "component_writes: a confidence of 95": (lambda w: writes(w, confidence=95), "between 0 and 1"),
+    "component_writes: a protocol's name": (
+        lambda w: writes(w, protocol="arditi"),
+        "hand over Protocol",
+    ),
+    "component_writes: an unknown option": (lambda w: writes(w, batch=3), "mean 'batch_size'"),
+    "same_writers: two layers": (
+        lambda w: rl.same_writers(writes(w, layer=1), writes(w, layer=3), k=2),
+        "not the same",
+    ),
+    "same_writers: the top none": (
+        lambda w: rl.same_writers(writes(w), writes(w), k=0),
+        "at least 1",
+    ),
+    "same_writers: directions": (
+        lambda w: rl.same_writers(ONE, ONE),
+        r"\(Tensor\): hand over Components",
+    ),
+    "interchange: no pairs": (lambda w: exchange(w, contrast=CONTRAST), "no pairs"),
+    "interchange: no such head": (lambda w: exchange(w, ["L9H0"]), "no component 'L9H0'"),
+    "interchange: all layers": (
+        lambda w: exchange(w, direction=VECTORS),
+        r"such as direction\[layer\]",
+    ),
+    "interchange: no such token": (lambda w: exchange(w, tokens=[10**6]), "no token of this"),
+    "interchange: a token's text": (lambda w: exchange(w, tokens="I"), "give ids"),
+    "logit_lens: one layer": (lambda w: rl.logit_lens(w.model, ONE), r"has shape \[32\]"),
+    "logit_lens: no tokens": (lambda w: rl.logit_lens(w.model, VECTORS, k=0), "from 1 to 272"),
+    "logit_lens: over the vocabulary": (
+        lambda w: rl.logit_lens(w.model, VECTORS, k=273),
+        "from 1 to 272",
+    ),
+    "without_direct_effect: no tokens": (
+        lambda w: rl.without_direct_effect(w.model, ONE, []),
+        "give ids",
+    ),
+    "without_direct_effect: a token's text": (
+        lambda w: rl.without_direct_effect(w.model, ONE, "I"),
+        "give ids",
+    ),
+    "without_direct_effect: another model": (
+        lambda w: rl.without_direct_effect(w.model, R, [40]),
+        "model's 32",
+    ),
+}
+
 FILE_CASES = {
+    "load_results: no folder": (lambda w: rl.load_results(w.folder / "no"), "no file"),
+    "load_results: tensors cut short": (lambda w: rl.load_results(w.cut_run()), "safetensors"),
     "config_of: another format": (lambda w: rl.config_of(w.file("r.json", "{}")), "not of format"),
     "config_of: no file": (lambda w: rl.config_of(w.folder / "no"), "no file"),
     "write_report: below a file": (
@@ -598,7 +753,7 @@ def some_directions(layers: tuple[int, ...] | None = (0, 1), width: int = 6) -> 
     return formats.Directions(draw(2, width), layers, "here")
 
 
-CASES = DIRECTION_CASES | PLOT_CASES | TEXT_CASES | MODEL_CASES | FILE_CASES
+CASES = DIRECTION_CASES | PLOT_CASES | TEXT_CASES | MODEL_CASES | IN_HAND_CASES | FILE_CASES
 NO_INPUT = {"ContrastActivations", "CosineStatistics", "InputError", "Selection", "Sensitivity"}
 NO_INPUT |= {"Verdict", "formats", "plotting"}
 """Public names that only hold what another function gave, or others' functions."""
@@ -765,7 +920,7 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "run: no such contrast": (run_with("--refusal", "refusl"), "did you mean"),
     "run: one contrast twice": (run_with("--against", "refusal"), "share"),
     "run: a position": (run_with("--position", "0"), "count from the end"),
-    "run: a dtype": (run_with("--dtype", "int8"), "no dtype"),
+    "run: a dtype": (run_with("--dtype", "int8"), "dtype is int8: .*floating-point"),
     "run: a device": (run_with("--device", "toaster"), "is no device"),
     "run: few resamples": (run_with("--resamples", "3"), "at least"),
     "run: no prompts": (run_with("--max-prompts", "0"), "at least one"),

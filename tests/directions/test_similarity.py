@@ -151,7 +151,7 @@ def test_directions_of_different_models_are_refused(compare):
 
 def test_the_shape_check_is_switched_on_in_tests():
     with pytest.raises(TypeCheckError):
-        cosine_similarity(A[0], B[0])
+        cosine_matrix(A[0], B[0])
 
 
 @pytest.mark.parametrize("k", [0, 16, -1])

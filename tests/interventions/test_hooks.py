@@ -81,13 +81,13 @@ def test_a_zero_unit_changes_nothing_with_a_reference_too(model):
 
 @pytest.mark.parametrize("intervene", ["ablate", "add"])
 def test_a_direction_for_each_layer_is_refused_where_rows_are_meant(model, intervene):
-    by_layer = drawn(4, 32)
-    made = ablate_direction(model, by_layer) if intervene == "ablate" else None
-    made = made or add_direction(model, by_layer, 1)
-    with pytest.raises(InputError, match=r"\[4, 32\] met a batch of 2 rows.*directions\[layer\]"):
-        streams(model, made)
-    with pytest.raises(InputError, match=r"\[2, 4, 32\] met a batch of 2 rows"):
-        streams(model, ablate_direction(model, drawn(2, 4, 32)))
+    hooks = {"ablate": ablate_direction, "add": lambda *given: add_direction(*given, 1)}[intervene]
+    for shape in [(model.cfg.n_layers, 32), (2, 4, 32)]:
+        with pytest.raises(InputError, match=r"not one for all rows.*directions\[layer\]"):
+            hooks(model, drawn(*shape))
+    with pytest.raises(InputError, match=r"\[3, 32\] met a batch of 2 rows.*directions\[layer\]"):
+        streams(model, hooks(model, drawn(3, 32)))
+    assert streams(model, hooks(model, drawn(2, 32)))
 
 
 def test_a_reference_that_cannot_be_one_is_refused(model):
