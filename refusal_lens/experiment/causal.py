@@ -23,6 +23,7 @@ from ..interventions.batched_runs import first_token_logits, opening_log_odds
 from ..interventions.cross_ablation import random_directions
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references
+from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..prompts.thinking import constant_first_token
@@ -97,8 +98,7 @@ def intervene(
         protocol, batch_size, progress: options of `ablation_effects` and `cross_effects`.
     """
     sides = activations["refusal"], activations["negativity"]
-    tokenizer: Any = model.tokenizer
-    score = openings_of(tokenizer, openings or REFUSAL)
+    score = openings_of(tokenizer_of(model), openings or REFUSAL)
     options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size}
     options |= {"progress": progress}
     requests = contrasts["refusal"].target, contrasts["refusal"].baseline
@@ -106,36 +106,32 @@ def intervene(
     each_side = odds.split([*map(len, requests)])
     refuses = bool((each_side[0] > 0).any())
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
-    first, second = (some_prompts(contrasts[part], n_prompts) for part in PARTS)
-    pair = first, second
+    pair = (
+        some_prompts(contrasts["refusal"], n_prompts),
+        some_prompts(contrasts["negativity"], n_prompts),
+    )
     cross = partial(cross_effects, model, pair, sides, layer=layer, score=score, **options)
     classes = [side[:, layer] for both in sides for side in both]
     ablated, added = (random_directions(*classes, n=n_random, generator=generator) for _ in PARTS)
     sweeps = [
-        _sweep(model, spread(first.target, SWEEP_PROMPTS), each, sides[0], score, options)
+        _sweep(model, spread(pair[0].target, SWEEP_PROMPTS), each, sides[0], score, options)
         for each in sides
     ]
+    random = {"ablation": ablated, "addition": added}
     ablation, addition = divide(
-        [
-            partial(cross, intervention="ablation", random=ablated),
-            partial(cross, intervention="addition", random=added),
-        ]
+        [partial(cross, intervention=kind, random=each) for kind, each in random.items()]
     )
-    replies = _replies(model, pair, ablation, options)
     means = sweeps[0].log_odds.mean(-1)
-    strongest = -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
-    found = dict(zip(PARTS, sweeps, strict=True))
-    constant = _constant_token(model, pair, score, options)
     return Causal(
         openings=score,
         n_prompts=n_prompts,
         requests=each_side,
-        replies=replies,
-        sweep=found,
-        strongest=strongest,
+        replies=_replies(model, pair, ablation, options),
+        sweep=dict(zip(PARTS, sweeps, strict=True)),
+        strongest=-1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin()),
         ablation=ablation,
         addition=addition,
-        constant_token=constant,
+        constant_token=_constant_token(model, pair, score, options),
     )
 
 

@@ -1,6 +1,5 @@
 """Results as tables: layers by measures, prompts by projections and refusal score."""
 
-
 import pandas as pd
 import pytest
 import torch
