@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import refusal_lens as rl
 from refusal_lens.activations.store import Cache
-from refusal_lens.experiment import distributed, evidence
+from refusal_lens.experiment import causal, distributed
 from refusal_lens.experiment.causal import divide_sweep
 from refusal_lens.interventions import ablation_effects
 
@@ -149,7 +149,7 @@ def test_divided_candidates_and_layers_have_the_scores_of_undivided_ones(checkpo
     for name in ("ablation", "addition", "kl"):
         scores, others = (getattr(each.scores, name) for each in (alone, divided))
         torch.testing.assert_close(scores, others, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(evidence, "in_shares", one_of(3))
+    monkeypatch.setattr(causal, "in_shares", one_of(3))
     options = {"score": alone.refusal_tokens, "progress": False}
     ablate = partial(ablation_effects, model, few.target, **options)
     whole, swept = ablate(alone.directions[0]), divide_sweep(ablate, alone.directions[0])
