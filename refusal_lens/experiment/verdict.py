@@ -307,7 +307,7 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
     large = not e.earlier_ablation.upper < t.shared_from
     if not earlier and large and not e.earlier_ablation.value <= e.chance_ablation:
         found.append(Reason("earlier_ablation", "undecided", t.shared_from))
-    if not any(getattr(e, name).upper < t.margin for name in STATEMENTS):
+    if not e.statement_share.upper < t.margin:  # by whatever direction
         found.append(Reason("statement_share", "undecided", t.margin))
     if undecided := [reason for reason in found if reason.finding in ("undecided", "above")]:
         return "inconclusive", undecided

@@ -34,7 +34,8 @@ shared         cross_ablation, or earlier_ablation, is above {shared_from} and i
 partly shared  a share refused is above {margin} and beyond chance, or the scores are and the share may
                be; or the statement numbers are.
 distinct       the cross_ablation numbers are within +-{margin}, the others below it. Those of scores
-               may be larger, and intervals of shares wider, by what random directions do.
+               may be larger, and intervals of shares wider, by what random directions do. Hardly any
+               {negative} prompts are refused (statement_share is below {margin}).
 inconclusive   everything else: the intervals are too wide.
 Above, below and within refer to the whole confidence interval. Beyond chance: more than each of 20
 random directions does. Damage: the ablation changes replies to {harmless} prompts far more than that of

@@ -412,7 +412,7 @@ def summary(records: list[dict]) -> list[str]:
     ]
     if fresh:
         lines[:0] = [
-            f"Of seeds {FIRST_FRESH} and up, trained after rule and kinds were fixed, "
+            f"Of seeds {FIRST_FRESH} and up, trained after the kinds were fixed, "
             f"{n_right(fresh)} of {len(fresh)} verdicts were right; of the traps among them "
             f"{n_right(fresh_traps)} of {len(fresh_traps)}.",
             "",
