@@ -50,8 +50,8 @@ class Causal:
 
     Attributes:
         openings: the openings that count as a refusal.
-        n_prompts: the prompts of each set, at most, that `ablation` and `addition` ran on: fewer, and
-            no random directions, where no harmful prompt is refused and so no verdict is possible.
+        n_prompts: most prompts of each set in `ablation` and `addition`: 32, or 8 without random
+            directions if no harmful prompt is refused. The verdict is then inconclusive.
         requests: refusal log-odds of all harmful and of all harmless prompts, unmodified.
         replies: prompt set ("harmful", "harmless", "negative", "neutral") -> kind of reply
             ("refusal", "sympathy", "answer") -> mean probability in the unmodified model.

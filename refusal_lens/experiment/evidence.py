@@ -10,10 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..interventions import (
-    Effects,
-    Intervention,
-)
+from ..interventions import Effects, Intervention
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
@@ -21,30 +18,14 @@ from .causal import PARTS, Causal, smallest_set, some_prompts
 from .verdict import Estimate, Evidence
 
 
-class Responses(NamedTuple):
-    """Refusal log-odds of each prompt set, one row per intervention.
-
-    Rows: unmodified model, then the refusal and the negativity direction, ablated or `added`; then
-    random directions in `harmful`, `negative` and `added`. `kl` is the mean KL on harmless prompts of
-    the two ablations, in nats. `requests` are all harmful and harmless prompts, unmodified.
-    """
-
-    harmful: Float[Tensor, "intervention harmful"]
-    harmless: Float[Tensor, "3 harmless"]
-    negative: Float[Tensor, "intervention negative"]
-    neutral: Float[Tensor, "_ neutral"]
-    added: Float[Tensor, "intervention harmless"]
-    requests: tuple[Float[Tensor, " all_harmful"], Float[Tensor, " all_harmless"]]
-    earlier: "Earlier"
-    kl: tuple[float, float] = (math.nan, math.nan)
-
-
 class Earlier(NamedTuple):
-    """The layer, up to some layer, whose negativity direction lowers refusal most when ablated.
+    """Of layers 0 to the judged one, the layer whose negativity direction lowers refusal most.
 
-    Rows of `log_odds`, by the openings' first tokens: unmodified, under ablating the refusal direction
-    of the last of these layers, under ablating that negativity direction. `damage` is the KL that the
-    latter causes on these prompts over that of the former.
+    Attributes:
+        layer: that layer.
+        log_odds: scores by the openings' first tokens: unmodified, under ablating refusal at the
+            judged layer, under ablating negativity of `layer`.
+        damage: KL on these prompts of ablating negativity of `layer`, over that of ablating refusal.
     """
 
     layer: int
@@ -59,6 +40,30 @@ class Earlier(NamedTuple):
         rows = [refusal.unchanged, refusal.log_odds[layer], negativity.log_odds[best]]
         damage = negativity.kl[best].mean() / refusal.kl[layer].mean()
         return cls(best, torch.stack(rows), float(damage))
+
+
+class Responses(NamedTuple):
+    """Refusal log-odds of each prompt set under interventions.
+
+    Row 0 is the unmodified model; rows 1 and 2 are under ablating refusal and negativity (in `added`,
+    adding them); rows from 3 on, of `harmful`, `negative` and `added` alone, are random directions.
+
+    Attributes:
+        harmful, harmless, negative, neutral: the four sets while a direction is ablated.
+        added: harmless prompts while a direction is added.
+        requests: all harmful and all harmless prompts, unmodified.
+        earlier: the most effective negativity direction of an earlier layer.
+        kl: mean KL on harmless prompts of the two ablations, in nats.
+    """
+
+    harmful: Float[Tensor, "intervention harmful"]
+    harmless: Float[Tensor, "3 harmless"]
+    negative: Float[Tensor, "intervention negative"]
+    neutral: Float[Tensor, "_ neutral"]
+    added: Float[Tensor, "intervention harmless"]
+    requests: tuple[Float[Tensor, " all_harmful"], Float[Tensor, " all_harmless"]]
+    earlier: Earlier
+    kl: tuple[float, float] = (math.nan, math.nan)
 
 
 def evidence(

@@ -61,7 +61,8 @@ class Evidence:
             same of scores, of the prompts that interventions run on.
         ablated_harmful, ablated_harmless: shares refused while refusal is ablated.
         refusal_ablation: drop of harmful scores under ablating refusal, over the gap of scores.
-        typical_ablation: the same drop for the median random direction, over that of refusal.
+        typical_ablation: drop of harmful scores under ablating the median random direction, over the
+            drop under ablating refusal.
         chance_ablation, chance_ablation_share, chance_addition, chance_addition_share,
             chance_statements: the ratios below, of the most effective random direction.
         kl_refusal, kl_negativity: next-token KL that each ablation causes on harmless prompts, in nats.
@@ -136,8 +137,8 @@ class Thresholds:
             away; and `refusal_ablation` must be shown above `margin`.
         max_over_refusal: how much the share of harmless prompts refused may rise under that ablation.
         max_typical: how much of the drop under ablating refusal a median random direction may reach.
-        max_damage: how many times the KL of refusal's ablation that of negativity's may be where it
-            shows a shared mechanism.
+        max_damage: largest KL of ablating negativity, in multiples of that of ablating refusal, at
+            which its effect still counts as shared.
         margin: equivalence margin; a ratio whose interval lies within +-margin is no effect.
         shared_from: a ratio whose interval lies above this shows a shared mechanism.
     """

@@ -147,6 +147,10 @@ EFFECT_ROWS = {  # measure -> what it is, and the measure of random directions
     "cross_addition": ("add {negativity}: rise of their refusal scores", "chance_addition"),
     "statement_share": ("{negative} prompts refused, beyond {neutral} ones", ""),
     "statement_ablation": ("ablate {refusal}: drop of refusal scores of {negative} prompts", ""),
+    "statement_own_ablation": (
+        "ablate {negativity}: drop of refusal scores of {negative} prompts",
+        "chance_statements",
+    ),
 }
 NATS = ("kl_negativity",)  # measures that are no shares
 FINDINGS = {
@@ -340,10 +344,15 @@ def _share(value: float) -> str:
 
 
 def _percent(value: float | Estimate) -> str:
-    """Format a share in percent, with the interval of an `Estimate`: "3 % [2, 4]"."""
+    """Format a share in percent, with the interval of an `Estimate`: "3 % [2, 4]".
+
+    "not measured" for NaN, "not measurable" where the interval is unbounded.
+    """
     if math.isnan(value.value if isinstance(value, Estimate) else value):
         return "not measured"
     if isinstance(value, Estimate):
+        if not math.isfinite(value.upper - value.lower):
+            return "not measurable"  # what it is relative to may be 0
         ends = (_percent(end).removesuffix(" %") for end in (value.lower, value.upper))
         return f"{_percent(value.value)} [{', '.join(ends)}]"
     return f"{round(100 * value) if math.isfinite(value) else value} %"

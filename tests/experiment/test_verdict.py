@@ -239,6 +239,11 @@ def test_not_finding_an_effect_is_not_finding_that_there_is_none():
         ({"ablated_harmless": 0.9}, "too high", "makes 90 % of harmless prompts refused"),
         ({"refusal_ablation": near(0.2)}, "not shown above", "by 20 % [15, 25] of the gap"),
         ({"refusal_ablation": Estimate()}, "not shown above", "by not measured of the gap"),
+        (
+            {"refusal_ablation": Estimate(0.1, -float("inf"), float("inf"))},
+            "not shown above",
+            "by not measurable of the gap",
+        ),
         ({"typical_ablation": 0.8}, "too high", "Ablating a random direction lowers the refusal"),
     ],
 )
