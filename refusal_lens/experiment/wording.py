@@ -146,11 +146,8 @@ EFFECT_ROWS = {  # measure -> what it is, and the measure of random directions
     ),
     "cross_addition": ("add {negativity}: rise of their refusal scores", "chance_addition"),
     "statement_share": ("{negative} prompts refused, beyond {neutral} ones", ""),
-    "statement_ablation": ("ablate {refusal}: drop of refusal scores of {negative} prompts", ""),
-    "statement_own_ablation": (
-        "ablate {negativity}: drop of refusal scores of {negative} prompts",
-        "chance_statements",
-    ),
+    "statement_ablation": ("ablate {refusal}: drop of {negative} prompts' scores", ""),
+    "statement_own_ablation": ("ablate {negativity}: drop of their scores", "chance_statements"),
 }
 NATS = ("kl_negativity",)  # measures that are no shares
 FINDINGS = {

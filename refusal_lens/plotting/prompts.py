@@ -171,7 +171,8 @@ def _add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
         {"method": "update", "label": str(layer), "args": [*step, moved]}
         for layer, step in enumerate(steps)
     ]
-    above, margin = {"y": 1.01, "yanchor": "bottom"}, {"t": chart.layout.margin.t + 26, "b": 110}
+    above = {"yref": "paper", "y": 1.01, "yanchor": "bottom"}
+    margin = {"t": chart.layout.margin.t + 26, "b": 110}
     sliders = [{"active": shown, "steps": moves}]
     chart.update_layout(sliders=sliders, legend=above, margin=margin)
 

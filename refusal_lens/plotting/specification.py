@@ -122,7 +122,7 @@ def _add_options(
     labels = [f"{wrapped(choice)}: {wrapped(option, width=34)}" for choice, option in options]
     ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "tickfont": {"size": 11}}
     chart.update_yaxes(ticks, range=[max(len(labels), 1) - 0.4, -0.6], row=2, col=1)
-    chart.update_layout(legend={"y": -0.04, "yanchor": "top"})
+    chart.update_layout(legend={"yref": "paper", "y": -0.04, "yanchor": "top"})
 
 
 def _in_order(options: Sequence[str]) -> list[str]:

@@ -94,7 +94,7 @@ def template(theme: Theme) -> go.layout.Template:
     removed = ["pan", "zoom", "zoomIn", "zoomOut", "autoScale", "select", "lasso"]
     modebar = {"color": page.muted, "activecolor": page.ink, "bgcolor": clear}
     arrow = {"arrowcolor": page.muted, "arrowwidth": 1, "arrowhead": 0}
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    legend = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}
     title = {"x": 0.012, "xanchor": "left", "y": 1, "yanchor": "top", "yref": "container"}
     slider = {
         **dict.fromkeys(("activebgcolor", "bordercolor", "tickcolor"), page.muted),
