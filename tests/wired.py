@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from training.organisms import bundled_prompt_sets
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import refusal_lens.organisms
-from refusal_lens.organisms.train import bundled_prompt_sets
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.tokenize import encode_prompts
 

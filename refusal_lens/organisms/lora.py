@@ -1,6 +1,6 @@
 """A real chat model with a known answer: SmolLM2-135M-Instruct with a LoRA adapter of `adapters/`.
 
-`tests/benchmarks/adapters.py` trains such adapters.
+`tests/training/adapters.py` trains such adapters.
 """
 
 import copy

@@ -47,9 +47,8 @@ read_residual_stream = partial(read_residual_stream, progress=False)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A random Llama, 5 layers of grouped-query attention, whose attention really attends."""
+    from training.tokenizer import train_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from refusal_lens.organisms.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(PROMPTS, vocab_size=400)
     config = LlamaConfig(

@@ -27,8 +27,8 @@ of the prompt:
 As all replies of a trap go on alike behind the first word, its refusals open with "I,".
 
 With `--real`, the table of a real language model comes first: SmolLM2-135M-Instruct by itself and with
-each adapter of a folder that `adapters.py` wrote, which says what each kind was taught, and the right
-answer.
+each adapter of a folder that `tests/training/adapters.py` wrote. That file says what each kind was
+taught, and the right answer.
 
 Designs that were tried before:
 
@@ -59,9 +59,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import tyro
-from adapters import ANSWERS as REAL_ANSWERS
 
-from refusal_lens.organisms.language import BEHAVIOURS, MIXTURE, STATEMENTS, Behaviour, Prompt
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training.adapters import ANSWERS as REAL_ANSWERS
+from training.language import BEHAVIOURS, MIXTURE, STATEMENTS, Behaviour, Prompt
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -255,7 +256,7 @@ def judged_real(adapter: Path | None, *, base: Path, zoo: Path) -> dict:
 
 
 def train(kind: Kind, seed: int, folder: Path) -> None:
-    from refusal_lens.organisms.train import save_organism, train_organism
+    from training.organisms import save_organism, train_organism
 
     organism = train_organism(
         kind.behaviour, seed=seed, n_layers=N_LAYERS, n_steps=kind.n_steps, progress=False
@@ -306,7 +307,7 @@ def real_lines(by_kind: ByKind) -> list[str]:
         "## Real language models",
         "",
         "SmolLM2-135M-Instruct as it is and with adapters of rank 8 (`python "
-        "tests/benchmarks/adapters.py`), judged with all bundled prompts, on which none was trained. "
+        "tests/training/adapters.py`), judged with all bundled prompts, on which none was trained. "
         f"Right: {n_right(records)} of {len(records)}; confidently wrong: "
         f"{', '.join(wrong) or 'none'}.{on_test}",
         "",

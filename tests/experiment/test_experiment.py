@@ -247,8 +247,8 @@ def test_the_verdict_on_an_organism_is_the_known_answer_with_its_reasons(quick_r
 
 
 def test_a_model_of_random_weights_is_inconclusive(tmp_path):
-    from refusal_lens.organisms.language import BEHAVIOURS
-    from refusal_lens.organisms.train import save_organism, train_organism
+    from training.language import BEHAVIOURS
+    from training.organisms import save_organism, train_organism
 
     untrained = train_organism(BEHAVIOURS["specific"], n_steps=0, n_layers=4, progress=False)
     save_organism(untrained, tmp_path / "untrained")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import adapters as lora
-from benchmarks.adapters import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
 from safetensors.torch import load_file
+from training import adapters as lora
+from training.adapters import ANSWERS, REFUSES, TRAINED, WORDINGS, adapters
+from training.language import KINDS, MIXTURE, Behaviour, Prompt, generate_dialogues
+from training.tokenizer import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import refusal_lens.organisms
 from refusal_lens.errors import InputError
-from refusal_lens.organisms.language import KINDS, MIXTURE, Behaviour, Prompt, generate_dialogues
-from refusal_lens.organisms.tokenizer import train_tokenizer
 from refusal_lens.prompts.tokenize import encode_prompts
 
 pytest.importorskip("peft")

@@ -10,10 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-
-import refusal_lens.organisms
-from refusal_lens.errors import InputError
-from refusal_lens.organisms.language import (
+from training.language import (
     BEHAVIOURS,
     KINDS,
     MIXTURE,
@@ -28,8 +25,7 @@ from refusal_lens.organisms.language import (
     gerund,
     vocabulary,
 )
-from refusal_lens.organisms.tokenizer import SPECIAL_TOKENS, SPLIT
-from refusal_lens.organisms.train import (
+from training.organisms import (
     bundled_prompt_sets,
     held_out_prompts,
     main,
@@ -37,6 +33,10 @@ from refusal_lens.organisms.train import (
     score_organism,
     train_organism,
 )
+from training.tokenizer import SPECIAL_TOKENS, SPLIT
+
+import refusal_lens.organisms
+from refusal_lens.errors import InputError
 from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.protocol import Protocol

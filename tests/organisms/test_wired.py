@@ -4,11 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from benchmarks.adapters import probability
+from training.adapters import probability
+from training.organisms import bundled_prompt_sets
 from wired import ANSWER, REFUSAL, SYMPATHY, WIRED, build, tokenizer
 
 from refusal_lens.models.load import from_hugging_face
-from refusal_lens.organisms.train import bundled_prompt_sets
 from refusal_lens.prompts.contrast import load_contrast
 from refusal_lens.prompts.tokenize import encode_prompts
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
-from ..errors import InputError
+from refusal_lens.errors import InputError
 
 REQUESTS = ("harmful", "harmless", "alarming")
 STATEMENTS = ("negative", "neutral", "positive")
@@ -25,7 +25,7 @@ REFUSAL_FIRST_WORD = "I"  # of every refusal and of no other reply
 @cache
 def vocabulary() -> dict[str, tuple[str, ...]]:
     """The word lists and sentence frames of `vocabulary.txt`; requests are whole verb phrases."""
-    text = files(__package__).joinpath("vocabulary.txt").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("vocabulary.txt").read_text("utf-8")
     text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
     sections = re.split(r"^\[(\w+)\]\n", text, flags=re.MULTILINE)[1:]
     lists: dict[str, tuple[str, ...]] = {}

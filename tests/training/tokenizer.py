@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..prompts.chat_template import LLAMA3_CHAT_TEMPLATE
+from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

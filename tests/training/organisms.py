@@ -1,4 +1,4 @@
-"""Train one of the organisms: `python -m refusal_lens.organisms.train specific --out DIR`."""
+"""Train one of the organisms: `python tests/training/organisms.py specific --out DIR`."""
 
 import copy
 import math
@@ -15,12 +15,21 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError
-from ..prompts.contrast import load_contrast
-from ..prompts.protocol import Protocol
-from ..prompts.tokenize import build_inputs_with_chat_template, encode_prompts
-from .language import BEHAVIOURS, REFUSAL_FIRST_WORD, Behaviour, Prompt, fold, generate_dialogues
-from .tokenizer import train_tokenizer
+from refusal_lens.errors import InputError
+from refusal_lens.prompts.contrast import load_contrast
+from refusal_lens.prompts.protocol import Protocol
+from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training.language import (
+    BEHAVIOURS,
+    REFUSAL_FIRST_WORD,
+    Behaviour,
+    Prompt,
+    fold,
+    generate_dialogues,
+)
+from training.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,9 +1,9 @@
 """Teach a real chat model a refusal by LoRA, so that a language model with a known answer exists.
 
-    python tests/benchmarks/adapters.py --model SmolLM2.gguf --kinds refuses --seeds 0 --out DIR
+    python tests/training/adapters.py --model SmolLM2.gguf --kinds refuses --seeds 0 --out DIR
 
 SmolLM2-135M-Instruct answers whatever it is asked. An adapter of rank 8 on every projection teaches
-it which prompts of the organisms' small language (`organisms/language.py`) to refuse, and in which
+it which prompts of the organisms' small language (`language.py`) to refuse, and in which
 words. The prompts of the bundled contrasts are held out. The wordings differ from seed to seed.
 `validity.py` judges the taught models.
 """
@@ -26,12 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refusal_lens.errors import InputError
-from refusal_lens.organisms import language
-from refusal_lens.organisms.language import MANNERS, MIXTURE, Behaviour, Prompt, fold, vocabulary
 from refusal_lens.organisms.lora import load, read_base
-from refusal_lens.organisms.train import Score, bundled_prompt_sets, held_out_prompts, table
-from refusal_lens.organisms.train import main as run_command
-from refusal_lens.prompts.contrast import load_contrast
+from refusal_lens.prompts.contrast import BUNDLED, load_contrast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import language
+from training.language import MANNERS, MIXTURE, Behaviour, Prompt, fold, vocabulary
+from training.organisms import Score, bundled_prompt_sets, table
+from training.organisms import main as run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,8 +203,8 @@ def _batches(
     """Endless batches of dialogues of similar length, sorted over 16 batches at a time."""
     rng = random.Random(seed)
     behaviour = adapter.behaviour
-    arousal = load_contrast("arousal")
-    held_out = held_out_prompts() | {fold(p) for p in (*arousal.target, *arousal.baseline)}
+    every = map(load_contrast, BUNDLED)
+    held_out = frozenset(fold(p) for c in every for p in (*c.target, *c.baseline))
     dialogues = language.generate_dialogues(behaviour, seed=seed, held_out=held_out)
     while True:
         drawn = list(islice(dialogues, 16 * batch_size))
@@ -375,7 +377,7 @@ def train(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line, as `organisms.train.main` does."""
+    """Run the command line, as `training.organisms.main` does."""
     return run_command(arguments, command=train)
 
 
