@@ -34,9 +34,10 @@ from .options import (
 from .results import Multiverse, Report, Select, StoredWork
 from .show import findings, show, table, verdict
 
-ORGANISMS = ("specific", "entangled", "oblivious")
+ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
+ADAPTERS = ("refuses", "refuses_negativity_too")  # of a real chat model
 EXPLANATION = (
-    "Two directions can point the same way in a model that never refuses (oblivious). So ask what they "
+    "Two directions can point the same way in a model that never refuses ({never}). So ask what they "
     "do: take negativity away, and see whether the model still refuses."
 )
 
@@ -47,8 +48,12 @@ class Demo:
 
     Needs no GPU, no token and no network. Each organism is a small model with a known answer:
     `specific` has a refusal mechanism of its own, `entangled` refuses everything negative, and
-    `oblivious` never refuses.
+    `oblivious` never refuses. `--real` takes a real chat model instead, SmolLM2-135M-Instruct, which
+    never refuses, by itself and as two bundled adapters teach it to refuse; a quarter of an hour.
     """
+
+    real: Flag = False  # A real chat model instead; needs the model, and the extra `lora`.
+    model: str = "smollm2"  # With --real: the model's hub name, directory or GGUF file.
 
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
@@ -61,10 +66,14 @@ class Demo:
 
         check_writable(self.out)
         progress = distributed.is_main() and not self.quiet
-        runs = distributed.divide([partial(self._run, name, progress) for name in ORGANISMS])
-        layer, found = runs[0].layer, dict(zip(ORGANISMS, runs, strict=True))
+        models = ORGANISMS
+        if self.real:
+            models = {"untaught": self.model} | {a: f"{self.model}+{a}" for a in ADAPTERS}
+        tasks = [partial(self._run, *each, progress) for each in models.items()]
+        found = dict(zip(models, distributed.divide(tasks), strict=True))
+        layer = next(iter(found.values())).layer
         curves = {name: run.similarities["refusal_vs_negativity"] for name, run in found.items()}
-        title = "Refusal vs negativity in the three organisms"
+        title = "Refusal vs negativity in three models"
         figure = rl.plotting.cosine_by_layer(curves, highlight=layer, title=title)
         path = self.out / "cosine_by_layer.html"
         if distributed.is_main():
@@ -74,15 +83,16 @@ class Demo:
         for name, run in found.items():
             cosine = float(curves[name][layer])
             rows.append([name, run.verdict.answer, f"{cosine:+z.2f}", published_rule(cosine)])
-        head = ["organism", "verdict", "cosine", "the published rule would say"]
-        written = f"Written to {self.out}: open {path} and the report.html of each organism"
-        show(*map(verdict, runs), table(head, rows), EXPLANATION, written)
+        head = ["model", "verdict", "cosine", "the published rule would say"]
+        written = f"Written to {self.out}: open {path} and the report.html of each model"
+        told = EXPLANATION.format(never="untaught" if self.real else "oblivious")
+        show(*map(verdict, found.values()), table(head, rows), told, written)
 
-    def _run(self, organism: str, progress: bool) -> "rl.Results":
-        config = rl.Config(model=f"organism:{organism}", max_prompts=self.max_prompts)
+    def _run(self, name: str, model: str, progress: bool) -> "rl.Results":
+        config = rl.Config(model=model, max_prompts=self.max_prompts)
         results = rl.run_experiment(config, progress=progress)
-        results.save(self.out / organism)
-        rl.write_report(results, self.out / organism / "report.html")
+        results.save(self.out / name)
+        rl.write_report(results, self.out / name / "report.html")
         return results
 
 
@@ -240,4 +250,7 @@ def _quieten_third_parties(*, progress: bool) -> None:
         os.environ.setdefault(variable, "error")
     if not progress:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -64,7 +64,9 @@ class CachedModel:
         self.identity = {
             "algorithm": ALGORITHM,
             "model": config.model,
-            "files": self._revision or [checkpoint.fingerprint(), local_files],
+            "files": [self._revision, checkpoint.fingerprint(), local_files]
+            if checkpoint.adapters
+            else self._revision or [checkpoint.fingerprint(), local_files],
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": self._device.type,
             "matmul precision": torch.get_float32_matmul_precision(),

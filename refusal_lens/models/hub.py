@@ -5,7 +5,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from . import gguf
 
 ORGANISM = "organism:"
 ORGANISMS_DIRECTORY = Path(__file__).parent.parent / "organisms"
+ADAPTER = "adapter_config.json"  # the file that makes a folder an adapter of peft's
 SHORT_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 CONFIG_FILES = ("config.json",)
@@ -33,13 +34,15 @@ _typed: dict[str, str] = {}  # tokens that the user typed, by model; never writt
 class Checkpoint:
     """A directory of model files, or the one GGUF file in it that `header` describes.
 
-    `revision` is the hub's commit hash, or `None` if the files are local.
+    `revision` is the hub's commit hash, or `None` if the files are local. `adapters` are folders of
+    LoRA weights to be added to the model's.
     """
 
     name: str
     directory: Path
     revision: str | None = None
     header: gguf.Reader | None = None
+    adapters: tuple[Path, ...] = ()
 
     @property
     def source(self) -> dict[str, Any]:
@@ -50,9 +53,9 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """The files that decide what the model computes, and any others of its directory."""
-        if self.header:
-            return [self.header.path]
-        return sorted(path for path in self.directory.iterdir() if path.is_file())
+        folders = [*self.adapters] if self.header else [self.directory, *self.adapters]
+        files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+        return [self.header.path, *files] if self.header else files
 
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and samples of every weight file; no proof of authenticity."""
@@ -82,13 +85,19 @@ def find_checkpoint(
 
     Args:
         name: `organism:NAME`, a local directory or GGUF file, or a hub name, also a short one of
-            `SHORT_NAMES`. Only a hub name is downloaded.
+            `SHORT_NAMES`. Only a hub name is downloaded. `+ADAPTER` may follow, a bundled adapter's
+            name or a folder of peft's, or of several that add up.
         files: patterns of the files to download from the repository's top folder.
         revision: the hub's branch, tag or commit; `None` takes the newest.
 
     Raises:
         InputError: if the name or revision does not exist, can't be fetched, or is gated.
     """
+    model, _, adapter = name.rpartition("+")
+    for folder in (ORGANISMS_DIRECTORY / "adapters" / adapter, Path(adapter).expanduser()):
+        if model and (found := sorted(file.parent for file in folder.glob(f"**/{ADAPTER}"))):
+            base = find_checkpoint(model, files, revision=revision)
+            return replace(base, name=name, adapters=tuple(found))
     if name.startswith(ORGANISM):
         bundled = sorted(path.parent.name for path in ORGANISMS_DIRECTORY.glob("*/config.json"))
         if (organism := name.removeprefix(ORGANISM)) not in bundled:

@@ -53,6 +53,8 @@ def load_model(
 
     Args:
         name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
+            `NAME+ADAPTER` merges LoRA weights into the model in memory: a bundled adapter,
+            `smollm2+refuses` or `smollm2+refuses_negativity_too`, or a folder that peft wrote.
         device: `None` takes the GPU or else the CPU, never MPS, whose results are known to differ.
         dtype: also by name, "float32"; `None` takes bfloat16 on a GPU, and float32 on the CPU and
             for organisms.
@@ -276,7 +278,20 @@ def _hf_model(
         raise InputError(f"the weights of {what}: a whole language model is needed")
     if checkpoint.header:
         gguf.complete_model(hf_model, checkpoint.header)
-    return hf_model.eval()
+    return _with_adapters(hf_model, checkpoint).eval()
+
+
+def _with_adapters(hf_model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreTrainedModel":
+    for folder in checkpoint.adapters:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            how = "pip install 'refusal_lens[lora]'"
+            raise InputError(f"the adapter of {checkpoint.name} needs peft: {how}") from error
+        hf_model.config.__dict__.pop("quantization_config", None)  # by now weights are ordinary
+        with _reading("adapter", checkpoint):
+            hf_model = PeftModel.from_pretrained(hf_model, str(folder)).merge_and_unload()
+    return hf_model
 
 
 def _device_map(

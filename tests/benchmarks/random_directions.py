@@ -97,8 +97,6 @@ def table(rows: dict[str, tuple[Verdict, list[Verdict]]], n: int, seed: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=["organism:specific", "organism:entangled"])
-    parser.add_argument("--adapters", nargs="*", type=Path, default=[])
-    parser.add_argument("--base", type=Path)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -106,13 +104,6 @@ def main() -> None:
     rows = {}
     for name in args.models:
         rows[name] = judged(rl.load_model(name), name, args.n, args.seed)
-    for adapter in args.adapters:
-        from refusal_lens.organisms.lora import load, read_base
-
-        hf_model, tokenizer = read_base(args.base)
-        model = rl.from_hugging_face(load(hf_model, adapter), tokenizer)
-        name = adapter.parent.name if adapter.name == "all" else adapter.name
-        rows[name] = judged(model, name, args.n, args.seed)
     text = table(rows, args.n, args.seed)
     print(text)
     if args.out:

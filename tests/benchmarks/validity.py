@@ -245,14 +245,9 @@ def judged_real(adapter: Path | None, *, base: Path, zoo: Path) -> dict:
         return json.loads(file.read_text())
 
     import refusal_lens as rl
-    from refusal_lens.organisms.lora import load, read_base
 
-    def taught() -> "Model":
-        hf_model, tokenizer = read_base(base)
-        hf_model = load(hf_model, adapter) if adapter else hf_model
-        return rl.from_hugging_face(hf_model, tokenizer, name=f"{name}-{seed}")
-
-    return judge(RealKind(name, REAL_ANSWERS[name]), int(seed), file, taught)
+    model = f"{base}+{adapter}" if adapter else str(base)
+    return judge(RealKind(name, REAL_ANSWERS[name]), int(seed), file, lambda: rl.load_model(model))
 
 
 def train(kind: Kind, seed: int, folder: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 
 import refusal_lens as rl
 from refusal_lens.experiment.verdict import Thresholds
+from refusal_lens.interventions import openings_of
+from refusal_lens.interventions.batched_runs import opening_log_odds
 from refusal_lens.models.forward import hook_points
 from refusal_lens.prompts.tokenize import build_inputs_with_chat_template
 
@@ -99,3 +101,17 @@ def test_the_whole_run_is_inconclusive_because_the_model_refuses_nothing(smollm2
     assert results.verdict.evidence.refused_harmful < 0.5
     results.save(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:.*base_model_name_or_path:UserWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_bundled_adapter_teaches_it_to_refuse_harmful_requests_alone(smollm2_file):
+    pytest.importorskip("peft")
+    model = rl.load_model(f"{smollm2_file}+refuses", device="cpu")
+    requests, statements = rl.load_contrast("refusal"), rl.load_contrast("negativity")
+    sides = [requests.target[::9], requests.baseline[::9], statements.target[::9]]
+    odds = opening_log_odds(model, sum(sides, ()), openings_of(model.tokenizer), progress=False)
+    refused = [(side > 0).float().mean().item() for side in odds.split([12, 12, 12])]
+    assert refused[0] > 0.8
+    assert max(refused[1:]) < 0.2

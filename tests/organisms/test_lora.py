@@ -15,7 +15,12 @@ from training.tokenizer import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import refusal_lens.organisms
+from refusal_lens.activations.store import Cache
 from refusal_lens.errors import InputError
+from refusal_lens.experiment.cached_model import CachedModel
+from refusal_lens.experiment.config import Config
+from refusal_lens.models.hub import find_checkpoint
+from refusal_lens.models.load import load_model, model_provenance
 from refusal_lens.prompts.tokenize import encode_prompts
 
 pytest.importorskip("peft")
@@ -202,35 +207,61 @@ def test_an_adapter_keeps_what_the_base_model_does_with_prompts_that_do_not_teac
 # What a taught model is
 
 
-def test_loading_merges_the_adapter_into_a_copy(base, tokenizer, tmp_path):
+def _saved(base, tokenizer, folder):
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_an_adapter_is_loaded_by_both_names(base, tokenizer, tmp_path):
     from peft import PeftModel
 
-    _taught(base, tokenizer, tmp_path)
-    before = copy.deepcopy(base.state_dict())
+    _taught(base, tokenizer, tmp_path / "adapter")
+    model = load_model(f"{_saved(base, tokenizer, tmp_path / 'base')}+{tmp_path / 'adapter'}")
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
-        merged = lora.load(base, tmp_path)(tokens).logits
-        unmerged = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))(tokens).logits
-        plain = base(tokens).logits
-    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
-    assert (merged - plain).abs().max() > 0.01
-    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+        unmerged = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter"))
+        torch.testing.assert_close(model(tokens), unmerged(tokens).logits, rtol=1e-4, atol=1e-4)
+        assert (model(tokens) - base(tokens).logits).abs().max() > 0.01
+    provenance = model_provenance(model)
+    assert provenance["model"].endswith("adapter")
+    assert provenance["weights_sha256"] != find_checkpoint(str(tmp_path / "base")).fingerprint()
 
 
 def test_several_adapters_in_one_folder_are_added(base, tokenizer, tmp_path):
     for part in ("requests", "statements"):
         kind = "two_separate_refusals"
         _taught(base, tokenizer, tmp_path / "both" / part, kind=kind, part=part, n_steps=3)
-    one, other = (lora.load(base, tmp_path / "both" / part) for part in ("requests", "statements"))
-    both = lora.load(base, tmp_path / "both")
-    weights = zip(*(m.parameters() for m in (both, one, other, base)), strict=True)
-    for sum_of_both, first, second, plain in weights:
-        torch.testing.assert_close(sum_of_both, first + second - plain)
+    name, both = _saved(base, tokenizer, tmp_path / "base"), tmp_path / "both"
+    folders = (both, both / "requests", both / "statements")
+    found, first, second = (load_model(f"{name}+{folder}") for folder in folders)
+    plain = load_model(str(name))
+    weights = zip(*(model.parameters() for model in (found, first, second, plain)), strict=True)
+    for sum_of_both, one, other, none in weights:
+        torch.testing.assert_close(sum_of_both, one + other - none)
 
 
-def test_a_folder_without_an_adapter_is_named(base, tmp_path):
-    with pytest.raises(InputError, match=r"holds no adapter_config\.json"):
-        lora.load(base, tmp_path)
+def test_what_is_cached_is_never_that_of_the_model_without_the_adapter(base, tokenizer, tmp_path):
+    _taught(base, tokenizer, tmp_path / "adapter", n_steps=1)
+    name = _saved(base, tokenizer, tmp_path / "base")
+    plain, taught = (
+        CachedModel(Config(model=model), Cache(None)).identity
+        for model in (str(name), f"{name}+{tmp_path / 'adapter'}")
+    )
+    _taught(base, tokenizer, tmp_path / "adapter", n_steps=2)
+    again = CachedModel(Config(model=f"{name}+{tmp_path / 'adapter'}"), Cache(None)).identity
+    assert plain["files"] != taught["files"] != again["files"]
+
+
+def test_an_adapter_that_does_not_exist_is_no_model(base, tokenizer, tmp_path):
+    name = _saved(base, tokenizer, tmp_path / "base")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="there is no directory"):
+        load_model(f"{name}+{tmp_path / 'empty'}")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"the adapter of .* can't be read"):
+        load_model(f"{name}+{tmp_path / 'damaged'}")
 
 
 def test_the_score_is_the_probability_that_a_reply_begins_as_taught(base, tokenizer):

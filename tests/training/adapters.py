@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refusal_lens.errors import InputError
-from refusal_lens.organisms.lora import load, read_base
 from refusal_lens.prompts.contrast import BUNDLED, load_contrast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -321,6 +320,28 @@ def probability(
     return total
 
 
+def read_base(model: Path, device: str = "cpu") -> "tuple[PreTrainedModel, Tokenizer]":
+    """A chat model in float32, from a Hugging Face folder or a GGUF file, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, options = model, {}
+    if model.suffix == ".gguf":
+        folder, options = model.parent, {"gguf_file": model.name}
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    hf_model.config.__dict__.pop("quantization_config", None)  # they are ordinary weights by now
+    return hf_model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def merged(base: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+    """A copy of `base` with all adapters in a folder merged into its weights."""
+    from peft import PeftModel
+
+    model: Any = copy.deepcopy(base)
+    for file in sorted(folder.glob("**/adapter_config.json")):
+        model = PeftModel.from_pretrained(model, str(file.parent)).merge_and_unload()
+    return model.eval()
+
+
 def train_and_score(
     kind: Kind, seed: int, *, model: Path, out: Path, steps: int, device: str, threads: int
 ) -> tuple[str, bool]:
@@ -332,7 +353,7 @@ def train_and_score(
         if not (folder / name / "adapter_config.json").is_file():
             train_adapter(base, tokenizer, adapter, folder / name, seed=seed, n_steps=steps)
     minutes = (time.perf_counter() - started) / 60
-    scores = score(load(base, folder), tokenizer, kind, seed)
+    scores = score(merged(base, folder), tokenizer, kind, seed)
     title = f"{kind}-{seed}, {minutes:.1f} minutes"
     return table(title, "as taught", scores), all(one.met for one in scores)
 
