@@ -4,14 +4,15 @@ A direction points from baseline to target. Its dtype is float64 if the target i
 float32. InputError if a set is empty, too small or not finite, or if shapes or devices differ.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from ..errors import InputError, check_tensors
 from .covariance import WithinClassCovariance
-from .logistic_regression import logistic_regressions
 
 Target = Float[Tensor, "target layer d_model"]
 Baseline = Float[Tensor, "baseline layer d_model"]
@@ -89,6 +90,10 @@ def logistic_probe(
         penalties: candidate penalties, above 0.
         folds: number of folds, at least 2; row `i` of each side is in fold `i % folds`.
     """
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import PredefinedSplit
+    from threadpoolctl import threadpool_limits
+
     weights, dtype = _checked(target, baseline)
     if folds < 2 or not penalties or not all(0 < p < float("inf") for p in penalties):
         given = f"folds = {folds}, penalties = {penalties}"
@@ -96,34 +101,34 @@ def logistic_probe(
     if min(len(target), len(baseline)) < folds:
         counts = f"{len(target)} target and {len(baseline)} baseline rows"
         raise InputError(f"{counts}: a side has fewer than the {folds} folds; lower `folds`")
-    label = torch.cat([torch.ones(len(target)), -torch.ones(len(baseline))]).double()
+    label = torch.arange(len(target) + len(baseline)) < len(target)
     fold = torch.cat([torch.arange(len(side)) % folds for side in (target, baseline)])
-    candidates = torch.tensor(penalties, dtype=torch.float64)
-    for layer in range(len(weights)):
-        rows = torch.cat([target[:, layer], baseline[:, layer]]).double()
-        rows = rows - rows.mean(0)
-        scale = rows.square().sum(-1).mean()
-        gram = rows @ rows.T / scale
-        weights[layer] = _probe(gram, label, fold, candidates) @ rows / scale
+    probe = LogisticRegressionCV(
+        Cs=[1 / (penalty * len(label)) for penalty in penalties],
+        cv=PredefinedSplit(fold.numpy()),
+        scoring=_log_likelihood,
+        l1_ratios=(0,),
+        tol=1e-10,
+        max_iter=10_000,
+        use_legacy_attributes=False,
+    )
+    with threadpool_limits(1):  # the faster on problems this small
+        for layer in range(len(weights)):
+            rows = torch.cat([target[:, layer], baseline[:, layer]]).double()
+            rows = rows - rows.mean(0)
+            scale = rows.square().sum(-1).mean().sqrt()
+            weights[layer] = torch.nan
+            if scale > 0:  # the weights lie in the span of the rows: fit in coordinates there
+                axes, coordinates = torch.linalg.qr(rows.T / scale)
+                probe.fit(coordinates.T.numpy(), label.numpy())
+                weights[layer] = axes @ torch.from_numpy(probe.coef_[0]) / scale
     return weights.to(dtype)
 
 
-def _probe(
-    gram: Float[Tensor, "n n"],
-    label: Float[Tensor, " n"],
-    fold: Int[Tensor, " n"],
-    penalties: Float[Tensor, " penalty"],
-) -> Float[Tensor, " n"]:
-    """Coefficients of the rows in the weights at the best penalty; NaN where all rows are equal."""
-    if not gram.isfinite().all():
-        return torch.full_like(label, torch.nan)
-    n_folds = 1 + int(fold.max())
-    held_out = fold[:, None] == torch.arange(n_folds).repeat_interleave(len(penalties))
-    a, b = logistic_regressions(gram, label, ~held_out, penalties.repeat(n_folds))
-    loss = softplus(-label[:, None] * (gram @ a + b)) * held_out
-    by_penalty = (loss.sum(0) / held_out.sum(0)).unflatten(0, (n_folds, -1)).mean(0)
-    best = penalties[[int(by_penalty.argmin())]]
-    return logistic_regressions(gram, label, torch.ones_like(held_out[:, :1]), best)[0][:, 0]
+def _log_likelihood(probe: Any, rows: np.ndarray, is_target: np.ndarray) -> float:
+    """Mean log-likelihood of the labels, ten times as fast as scikit-learn's own scorer."""
+    margin = np.where(is_target, 1, -1) * probe.decision_function(rows)
+    return -float(np.logaddexp(0, -margin).mean())
 
 
 def mean(rows: Float[Tensor, "prompt layer d_model"]) -> Float[Tensor, "layer d_model"]:
