@@ -15,7 +15,7 @@ from .cautions import Caution, cautions
 from .clusters import Clusters
 from .gram import ROUNDING, Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
 from .intervals import Noise, cosine_intervals
-from .permutation import permutation_null, random_direction_null
+from .permutation import permutation_null
 from .reliability import reliabilities
 
 FEWEST_ROWS = 4  # rows per group (pairs, or prompts of one set) that the noise estimate needs
@@ -76,7 +76,6 @@ class CosineStatistics(CosineEstimate):
         p_value, p_adjusted: two-sided permutation test that the true cosine is 0; the adjusted
             p-value stays valid for a layer picked after seeing all layers.
         null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
-        random_lower, random_upper: the same for `a` and random directions.
         n_resamples, confidence: the settings of `cosine_statistics`.
     """
 
@@ -88,8 +87,6 @@ class CosineStatistics(CosineEstimate):
     p_adjusted: Float[Tensor, " layer"]
     null_lower: Float[Tensor, " layer"]
     null_upper: Float[Tensor, " layer"]
-    random_lower: Float[Tensor, " layer"]
-    random_upper: Float[Tensor, " layer"]
     n_resamples: int
     confidence: float
 
@@ -152,13 +149,12 @@ def cosine_statistics_from_gram(
     settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
     reliability_a, reliability_b = reliabilities(gram, generator=generator)
     estimate = estimate_cosine(gram, **settings, generator=generator)
-    names = ("p_value", "p_adjusted", "null_lower", "null_upper", "random_lower", "random_upper")
+    names = ("p_value", "p_adjusted", "null_lower", "null_upper")
     nulls = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
     varies = ~(gram.constant_a | gram.constant_b)
     if varies.any() and _enough(gram):
         null = permutation_null(gram.at(varies), **settings, generator=generator)
-        random = random_direction_null(gram.at(varies), **settings, generator=generator)
-        nulls[:, varies] = torch.stack([*null, *random])
+        nulls[:, varies] = torch.stack(null)
     return CosineStatistics(
         plain=gram.plain,
         reliability_a=reliability_a,

@@ -1,4 +1,4 @@
-r"""Null distributions of the plain cosine: relabelled prompts, and random directions.
+r"""Null distribution of the plain cosine, from relabelled prompts.
 
 The hypothesis is that two directions are orthogonal. Relabelling one contrast tests a stronger
 hypothesis, that labels and activations are independent: relabelling removes the direction's signal
@@ -7,7 +7,6 @@ product over its standard error, computed anew for each relabelling (Chung and R
 arXiv:1304.5939). The test is exact under independence and asymptotically valid under orthogonality.
 """
 
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -69,34 +68,6 @@ def permutation_null(
         nulls.append(torch.stack([*p_values, *ends]))
     p_value, p_adjusted, _, upper = torch.stack(nulls).amax(0)
     return PermutationNull(p_value, p_adjusted, torch.stack(nulls)[:, 2].amin(0), upper)
-
-
-def random_direction_null(
-    gram: Gram, *, n_resamples: int, confidence: float, generator: torch.Generator
-) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
-    """Central range of the plain cosine between direction `a` and random directions.
-
-    Random directions are normal with the activations' covariance within classes (within pairs, in a
-    paired contrast), like mean differences of random prompt sets. Their number is `n_resamples/10`.
-    """
-    n_directions = ceil(n_resamples / 10)
-    gram = (gram, *gram.crossed)[-1]
-    groups = (*gram.groups_a, *gram.groups_b)
-    with_b = gram.ab.mT @ grams.mean_weights(gram.groups_a)
-    parts = (
-        grams.leave_one_out(gram.aa, gram.groups_a),
-        grams.centred_and_scaled(with_b, gram.groups_b),
-    )
-    inner = torch.cat(parts, dim=-1)
-    upper, lower = torch.cat([gram.aa, gram.ab], dim=-1), torch.cat([gram.ab.mT, gram.bb], dim=-1)
-    products = grams.cross_noise_products(torch.cat([upper, lower], dim=-2), groups, groups)
-    shares = grams.mean_weights(groups)
-    weights = torch.randn(n_directions, len(shares), generator=generator).double() / shares
-    squared = torch.stack([((weights @ block) * weights).sum(-1) for block in products])
-    norm = (squared * grams.plain_squared_norm(gram.aa, gram.groups_a)[:, None]).sqrt()
-    cosine = inner @ weights.T / norm
-    k = max(1, round((1 - confidence) / 2 * n_directions))
-    return cosine.kthvalue(k).values, cosine.kthvalue(n_directions + 1 - k).values
 
 
 def _relabellings(groups: Groups, n: int, generator: torch.Generator) -> Labels:
