@@ -108,7 +108,7 @@ def logistic_probe(
         cv=PredefinedSplit(fold.numpy()),
         scoring=_log_likelihood,
         l1_ratios=(0,),
-        tol=1e-10,
+        tol=1e-8,
         max_iter=10_000,
         use_legacy_attributes=False,
     )

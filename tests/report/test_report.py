@@ -12,7 +12,7 @@ import refusal_lens as rl
 from refusal_lens.errors import InputError
 from refusal_lens.report import figures, html, write_report
 from refusal_lens.report.figures import cross_changes
-from refusal_lens.report.page import _minus, _patch, _replies
+from refusal_lens.report.page import _minus, _patch
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -147,26 +147,33 @@ def test_headings_descend_one_step_at_a_time_and_ids_are_unique(page):
     assert len(set(parsed.ids)) == len(parsed.ids)
 
 
+def with_first_set_named(name, results):
+    """Results whose harmful prompts have another name."""
+    first = next(iter(results.plane))
+    renamed = replace(results.contrasts["refusal"], target_name=name)
+    own = {
+        part: {name if key == first else key: rows for key, rows in sets.items()}
+        for part, sets in results.projections.items()
+    }
+    return replace(
+        results,
+        contrasts={**results.contrasts, "refusal": renamed},
+        plane={name if key == first else key: rows for key, rows in results.plane.items()},
+        components={name if key == first else key: x for key, x in results.components.items()},
+        projections=own,
+    )
+
+
 def test_text_from_outside_is_shown_and_not_run(quick_results):
     results = quick_results("specific")
     refusal = results.contrasts["refusal"]
-    hostile = replace(
-        refusal, name=HOSTILE, target=(HOSTILE, *refusal.target[1:]), target_name="</style>"
-    )
+    hostile = replace(refusal, name=HOSTILE, target=(HOSTILE, *refusal.target[1:]))
     results = replace(
         results,
         contrasts={**results.contrasts, "refusal": hostile},
         provenance={**results.provenance, "model": {"model": HOSTILE}},
-        plane={"</style>": results.plane["harmful"], **results.plane},
-        components=results.plane,
     )
-    results.plane.pop("harmful")
-    results = replace(results, components=results.plane)
-    projections = {
-        of: {"</style>" if name == "harmful" else name: rows for name, rows in sets.items()}
-        for of, sets in results.projections.items()
-    }
-    source = html(replace(results, projections=projections))
+    source = html(with_first_set_named("</style>", results))
     assert HOSTILE not in source
     assert HOSTILE in Page(source).text
     plain = html(quick_results("entangled"))
@@ -225,10 +232,8 @@ def test_the_openings_and_what_replies_begin_with_are_on_the_page(quick_results,
 
 def test_a_set_s_replies_stand_by_the_name_that_the_user_gave_the_set(quick_results):
     results = quick_results("specific")
-    own = replace(results.contrasts["negativity"], target_name="sad")
-    rows = _replies(replace(results, contrasts={**results.contrasts, "negativity": own}))
-    assert [row[0] for row in rows] == ["harmful", "harmless", "sad", "neutral"]
-    assert rows[2][1] == f"{results.causal.replies['negative']['refusal']:.3f}"
+    text = Page(html(with_first_set_named("mine", results))).text
+    assert f"mine{results.causal.replies['harmful']['refusal']:.3f}" in text
 
 
 def test_the_random_direction_shown_was_run_on_the_prompts_that_it_stands_for(quick_results):
