@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sized
 from importlib.resources import files
+from string import Template
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import plotly.graph_objects as go
@@ -22,7 +23,12 @@ DARK_JUPYTER = """<style>[data-jp-theme-light="false"] .js-plotly-plot:has([styl
 </style>"""
 """Turns light figures of this package, known by their background, dark on dark Jupyter pages."""
 
-_COLOURS = json.loads(files(__package__).joinpath("palette.json").read_text("utf-8"))
+
+def _read(name: str) -> str:
+    return files(__package__).joinpath(name).read_text("utf-8")
+
+
+_COLOURS = json.loads(_read("palette.json"))
 
 # Both heatmap scales grow lighter from end to end, so they survive grey print.
 SIGNED, UNSIGNED = _COLOURS["signed"], _COLOURS["unsigned"]
@@ -89,38 +95,8 @@ def tint(colour: str, opacity: float) -> str:
 
 def template(theme: Theme) -> go.layout.Template:
     """The plotly template of a theme. Each figure carries it; plotly's registry stays untouched."""
-    page, clear = palette(theme), "rgba(0,0,0,0)"
-    font, small = {"size": 13, "color": page.ink}, {"size": 12, "color": page.ink}
-    removed = ["pan", "zoom", "zoomIn", "zoomOut", "autoScale", "select", "lasso"]
-    modebar = {"color": page.muted, "activecolor": page.ink, "bgcolor": clear}
-    arrow = {"arrowcolor": page.muted, "arrowwidth": 1, "arrowhead": 0}
-    legend = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}
-    title = {"x": 0.012, "xanchor": "left", "y": 1, "yanchor": "top", "yref": "container"}
-    slider = {
-        **dict.fromkeys(("activebgcolor", "bordercolor", "tickcolor"), page.muted),
-        **{"bgcolor": page.grid, "font": {"size": 11, "color": page.muted}},
-        "currentvalue": {"prefix": "layer ", "font": font},
-    }
-    axis = {
-        "gridcolor": page.grid,
-        **dict.fromkeys(("linecolor", "zerolinecolor", "tickcolor"), page.muted),
-        **{"showline": True, "zeroline": False, "zerolinewidth": 1.2, "automargin": True},
-        **{"ticks": "outside", "tickfont": small, "title": {"font": font, "standoff": 8}},
-    }
-    return go.layout.Template(
-        layout={
-            "font": font | {"family": "Helvetica, Arial, sans-serif"},
-            **dict.fromkeys(("paper_bgcolor", "plot_bgcolor"), page.background),
-            "margin": {"l": 64, "r": 24, "t": 64, "b": 48},
-            "title": title | {"pad": {"t": 18}, "font": font | {"size": 16}},
-            "legend": legend | {"font": small, "bgcolor": clear, "itemwidth": 40},
-            "modebar": modebar | {"remove": [*removed, "sendChartToCloud"]},
-            "sliderdefaults": slider | {"ticklen": 4, "minorticklen": 0, "pad": {"t": 44, "b": 4}},
-            "annotationdefaults": arrow | {"font": small},
-            "xaxis": axis | {"showgrid": False},
-            "yaxis": axis,
-        }
-    )
+    layout = Template(_read("layout.json")).substitute(palette(theme)._asdict())
+    return go.layout.Template(layout=json.loads(layout))
 
 
 def figure(title: str, subtitle: str, *, theme: Theme, height: int = 400) -> go.Figure:
@@ -144,19 +120,14 @@ def page(chart: go.Figure) -> str:
 
     A figure of usual height fills the window; title and subtitle stand above it, where they wrap.
     """
-    look, title, tall = chart.layout.template.layout, chart.layout.title.text, 600
-    height = chart.layout.height if chart.layout.height > tall else None
+    look, title = chart.layout.template.layout, chart.layout.title.text
+    height = chart.layout.height if chart.layout.height > 600 else None
     drawn = go.Figure(chart).update_layout(title=None, margin_t=28, height=height)
     options = {"responsive": True, "displaylogo": False}
     body = drawn.to_html(options, full_html=False, default_height="calc(100vh - 80px)")
-    colours = f"background: {look.paper_bgcolor}; color: {look.font.color}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title.split('<br>')[0]}</title></head>"
-        f'<body style="margin: 0; font: 16px Helvetica, Arial, sans-serif; {colours}">'
-        f'<div style="padding: 12px 16px 0">{title}</div>{body}</body></html>'
-    )
+    colours = {"background": look.paper_bgcolor, "ink": look.font.color}
+    heading = title.split("<br>")[0]
+    return Template(_read("page.html")).substitute(colours, heading=heading, title=title, body=body)
 
 
 def empty(chart: go.Figure, values: Iterable[Tensor], what: str) -> bool:

@@ -103,25 +103,20 @@ def _interventions(results: Results, theme: Theme) -> list[Figure]:
         highlight=results.layer,
         theme=theme,
     )
-    found = [_figure(results, "sweep", sweep, curves)]
+    found, names = [_figure(results, "sweep", sweep, curves)], intervention_names(results)
     for verb, effects in (("ablate", results.causal.ablation), ("add", results.causal.addition)):
-        chart = _cross_effects(results, effects, verb, theme)
+        changes, rows = cross_changes(effects)
+        chart = plotting.cross_effects(
+            changes.value.float(),
+            interventions=[f"{verb} {names[effects.interventions[row]]}" for row in rows],
+            outcomes=list(results.prompts())[: changes.value.shape[1]],
+            interval=(changes.lower.float(), changes.upper.float()),
+            quantity="change in refusal log-odds (nats)",
+            title=f"Cross-effects of {effects.kind}: directions of layer {effects.layer}",
+            theme=theme,
+        )
         found.append(_figure(results, f"cross-{verb}", chart))
     return found
-
-
-def _cross_effects(results: Results, effects: CrossEffects, verb: str, theme: Theme) -> "go.Figure":
-    changes, rows = cross_changes(effects)
-    names = intervention_names(results)
-    return plotting.cross_effects(
-        changes.value.float(),
-        interventions=[f"{verb} {names[effects.interventions[row]]}" for row in rows],
-        outcomes=list(results.prompts())[: changes.value.shape[1]],
-        interval=(changes.lower.float(), changes.upper.float()),
-        quantity="change in refusal log-odds (nats)",
-        title=f"Cross-effects of {effects.kind}: directions of layer {effects.layer}",
-        theme=theme,
-    )
 
 
 def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
