@@ -7,7 +7,6 @@ from .cosine import CosineEstimate as CosineEstimate
 from .cosine import CosineStatistics as CosineStatistics
 from .cosine import Unmeasured as Unmeasured
 from .cosine import cosine_statistics as cosine_statistics
-from .cosine import cosine_statistics_from_gram as cosine_statistics_from_gram
 from .cosine import estimate_cosine as estimate_cosine
 from .cosine import fewest_resamples as fewest_resamples
 from .gram import Gram as Gram

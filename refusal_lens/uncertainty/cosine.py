@@ -114,8 +114,13 @@ def cosine_statistics(
     Args:
         a_target, a_baseline, b_target, b_baseline, a_paired, b_paired, a_clusters, b_clusters: see
             `Gram.of`.
-        n_resamples, confidence, generator: see `cosine_statistics_from_gram`.
+        n_resamples: resamples and relabellings; InputError below `fewest_resamples(confidence)`.
+        confidence: of every interval, between 0 and 1.
+        generator: the only source of randomness, on the CPU.
     """
+    if n_resamples < (fewest := fewest_resamples(confidence)):
+        beyond = f"too few beyond the ends of a {confidence:.0%} interval"
+        raise InputError(f"n_resamples = {n_resamples} leaves {beyond}: set it to at least {fewest}")
     gram = Gram.of(
         *(a_target, a_baseline, b_target, b_baseline),
         a_paired=a_paired,
@@ -123,29 +128,6 @@ def cosine_statistics(
         a_clusters=a_clusters,
         b_clusters=b_clusters,
     )
-    return cosine_statistics_from_gram(
-        gram, n_resamples=n_resamples, confidence=confidence, generator=generator
-    )
-
-
-def cosine_statistics_from_gram(
-    gram: Gram,
-    *,
-    n_resamples: int = 10_000,
-    confidence: float = 0.95,
-    generator: torch.Generator,
-) -> CosineStatistics:
-    """`cosine_statistics` of two contrasts whose Gram matrices are known.
-
-    Args:
-        gram: Gram matrices of the two contrasts.
-        n_resamples: resamples and relabellings; InputError below `fewest_resamples(confidence)`.
-        confidence: of every interval, between 0 and 1.
-        generator: the only source of randomness, on the CPU.
-    """
-    if n_resamples < (fewest := fewest_resamples(confidence)):
-        beyond = f"too few beyond the ends of a {confidence:.0%} interval"
-        raise InputError(f"n_resamples = {n_resamples} leaves {beyond}: at least {fewest}")
     settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
     reliability_a, reliability_b = reliabilities(gram, generator=generator)
     estimate = estimate_cosine(gram, **settings, generator=generator)
@@ -172,7 +154,7 @@ def estimate_cosine(
     """The true cosine at each layer, with its interval and band.
 
     A layer with a reason has only NaN. An unbounded band edge is NaN too. For the arguments, see
-    `cosine_statistics_from_gram`.
+    `Gram` and `cosine_statistics`.
     """
     reasons = _obstacles(gram, confidence)
     names = ("unbiased", "lower", "upper", "band_lower", "band_upper")
