@@ -139,20 +139,25 @@ def mean(rows: Float[Tensor, "prompt layer d_model"]) -> Float[Tensor, "layer d_
     return total / len(rows)
 
 
+def checked_mean(
+    name: str, rows: Float[Tensor, "prompt layer d_model"]
+) -> Float[Tensor, "layer d_model"]:
+    """`mean` of the set `name`; InputError if the set is empty or holds a non-finite value."""
+    if len(rows) == 0:
+        raise InputError(f"the {name} is empty: a direction needs at least one prompt a side")
+    found = mean(rows)
+    if not found.isfinite().all():
+        row, layer = (~rows.isfinite().all(-1)).nonzero()[0].tolist()
+        where = f"row {row} of the {name} holds a NaN or an infinity at layer {layer}"
+        raise InputError(f"{where}: drop that prompt or recompute it in a wider dtype")
+    return found
+
+
 def _checked(
     target: Tensor, baseline: Tensor
 ) -> tuple[Float[Tensor, "layer d_model"], torch.dtype]:
     """The difference of the class means in float64, and the dtype of the direction."""
-    sides = {"target": target, "baseline": baseline}
-    check_tensors(**{side: (rows, f"{side} layer d_model") for side, rows in sides.items()})
-    means = []
-    for side, rows in sides.items():
-        if len(rows) == 0:
-            raise InputError(f"the {side} set is empty: a mean needs at least one prompt")
-        means.append(mean(rows))
-        if not means[-1].isfinite().all():
-            row, layer = (~rows.isfinite().all(-1)).nonzero()[0].tolist()
-            where = f"the {side} set's row {row} holds a non-finite value at layer {layer}"
-            raise InputError(f"{where}: drop that prompt or recompute it in a wider dtype")
-    dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    return means[0] - means[1], dtype
+    axes = "layer d_model"
+    check_tensors(target=(target, f"target {axes}"), baseline=(baseline, f"baseline {axes}"))
+    difference = checked_mean("target set", target) - checked_mean("baseline set", baseline)
+    return difference, torch.float64 if target.dtype == torch.float64 else torch.float32

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 
 import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
@@ -176,53 +175,14 @@ def metric_panel(
     title: str = "Similarity of the two directions across depth, by metric",
     theme: Theme = "light",
 ) -> go.Figure:
-    """Similarity under several metrics: one panel each, with the other metrics as thin lines.
+    """Similarity under several metrics, a curve for each, on the axes of `cosine_by_layer`.
 
     Args:
-        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...), all of one depth.
-        highlight: the layer marked in every panel.
+        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...).
+        highlight: the layer marked on every curve, with the curve's value.
         title, theme: the figure's title; "light" or "dark".
     """
-    curves = named_curves(metrics, "similarity", theme)
-    check_tensors(**{f"metric {curve.name!r}": (curve.values, "layer") for curve in curves})
-    columns = 2 if len(curves) in (2, 4) else max(1, min(3, len(curves)))
-    rows = max(1, math.ceil(len(curves) / columns))
-    subtitle = "thin: the other metrics, on the same scale"
-    chart = figure(title, subtitle, theme=theme, height=150 + 180 * rows)
-    if empty(chart, [curve.values for curve in curves], "similarity"):
-        return chart
-    labels = [f"<b>{wrapped(curve.name, width=21, lines=2)}</b>" for curve in curves]
-    depth, concepts = len(curves[0].values), palette(theme).concepts
-    if is_layer(highlight, depth):
-        for i, curve in enumerate(curves):
-            labels[i] += f"<br>{written(float(curve.values[highlight]))} at layer {highlight}"
-    grid = {"horizontal_spacing": 0.04, "vertical_spacing": 0.4 / rows, "shared_yaxes": True}
-    make_subplots(rows, columns, figure=chart, shared_xaxes=True, subplot_titles=labels, **grid)
-    chart.update_annotations(font_size=12)
-    for i, curve in enumerate(curves):
-        place = {"row": i // columns + 1, "col": i % columns + 1}
-        others = [numbers(other.values) for other in curves if other is not curve]
-        chart.add_scatter(
-            x=[*range(depth), None] * len(others),
-            y=[y for other in others for y in (*other, None)],
-            mode="lines",
-            line={"color": concepts["null"].colour, "width": 1},
-            opacity=0.6,
-            hoverinfo="skip",
-            **place,
-        )
-        mode = "lines" if depth > 1 else "markers"
-        add_curve(chart, replace(curve, style=concepts["negativity"]), mode=mode, **place)
-        if highlight is not None:
-            mark_point(chart, curve, highlight, theme, **place)
-    drawn = [v for curve in curves for v in numbers(curve.values) if v is not None]
-    axis = layer_axis(depth)
-    axis |= {"title": None, "showticklabels": True}
-    chart.update_xaxes(axis).update_xaxes(title_text="layer", row=rows)
-    chart.update_yaxes(range=cosine_limits(drawn), zeroline=True)
-    chart.update_yaxes(title_text="similarity", col=1)
-    chart.update_layout(showlegend=False, margin_t=chart.layout.margin.t + 40)
-    return chart
+    return cosine_by_layer(metrics, highlight=highlight, title=title, theme=theme)
 
 
 def cosine_limits(values: list[float]) -> tuple[float, float]:
@@ -331,14 +291,14 @@ def mark_layer(chart: go.Figure, layer: int, label: str, theme: Theme, **line: A
     )
 
 
-def mark_point(chart: go.Figure, curve: Curve, layer: int, theme: Theme, **place: Any) -> None:
+def mark_point(chart: go.Figure, curve: Curve, layer: int, theme: Theme) -> None:
     """Draw a ring around the point of a curve at a layer, where its value is known."""
     if layer >= len(curve.values) or not curve.values[layer].isfinite():
         return
     ring = {"symbol": "circle-open", "size": 13, "line_width": 2, "color": palette(theme).ink}
     hidden = {"mode": "markers", "hoverinfo": "skip", "showlegend": False}
     name, value = escaped(f"{curve.name} at layer {layer}"), float(curve.values[layer])
-    chart.add_scatter(x=[layer], y=[value], name=name, marker=ring, **hidden, **place)
+    chart.add_scatter(x=[layer], y=[value], name=name, marker=ring, **hidden)
 
 
 def mark_highlight(

@@ -120,7 +120,9 @@ def cosine_statistics(
     """
     if n_resamples < (fewest := fewest_resamples(confidence)):
         beyond = f"too few beyond the ends of a {confidence:.0%} interval"
-        raise InputError(f"n_resamples = {n_resamples} leaves {beyond}: set it to at least {fewest}")
+        raise InputError(
+            f"n_resamples = {n_resamples} leaves {beyond}: set it to at least {fewest}"
+        )
     gram = Gram.of(
         *(a_target, a_baseline, b_target, b_baseline),
         a_paired=a_paired,

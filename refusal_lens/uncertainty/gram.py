@@ -23,6 +23,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..directions.estimators import checked_mean
 from ..errors import InputError, check_tensors
 from .clusters import Clusters, cluster_means, cluster_weights, ways
 
@@ -259,14 +260,7 @@ def _check(
     """Check a contrast; return its groups and the layers at which a class is constant."""
     constant = torch.zeros(target.shape[1], dtype=torch.bool)
     for name, rows in (("target", target), ("baseline", baseline)):
-        where = f"the {name} set of contrast {contrast}"
-        if len(rows) == 0:
-            raise InputError(f"{where} is empty: a direction needs at least one prompt a side")
-        # A non-finite entry makes the sum non-finite; entries tell an overflow of the sum apart.
-        for row, layer in (~rows.sum(-1).isfinite()).nonzero().tolist():
-            if not rows[row, layer].isfinite().all():
-                found = f"row {row} of {where} holds a NaN or an infinity at layer {layer}"
-                raise InputError(f"{found}: drop that prompt or recompute it in a wider dtype")
+        checked_mean(f"{name} set of contrast {contrast}", rows)
         first = rows[0].double()
         alike = torch.ones_like(constant, device=rows.device)
         for row in rows:

@@ -121,7 +121,7 @@ DIRECTION_CASES = {
     ),
     "mean_difference: infinity": (
         lambda w: rl.mean_difference(A, with_one(torch.inf, 4, LAYERS, WIDTH)),
-        "baseline set's row 3",
+        "row 3 of the baseline set",
     ),
     "mean_difference: empty": (lambda w: rl.mean_difference(A[:0], B), "target set is empty"),
     "mean_difference: another width": (lambda w: rl.mean_difference(A, B[..., 1:]), "6 and 5"),

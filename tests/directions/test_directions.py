@@ -176,7 +176,7 @@ def test_paired_principal_component_is_a_unit_vector_and_numpys_leading_one():
 def test_a_non_finite_activation_is_named_by_set_row_and_layer(estimate):
     target, baseline = draw(seed=1), draw(seed=2)
     baseline[5, 2, 0] = torch.nan
-    with pytest.raises(InputError, match=r"baseline set's row 5 .* layer 2"):
+    with pytest.raises(InputError, match=r"row 5 of the baseline set .* layer 2"):
         estimate(target, baseline)
 
 

@@ -1,6 +1,5 @@
 """Direction files of other projects: read, write and compare them."""
 
-from .compare import SIGN_FLIP as SIGN_FLIP
 from .compare import Comparison as Comparison
 from .compare import compare as compare
 from .compare import sign_flips as sign_flips

@@ -40,15 +40,14 @@ class Comparison:
             lines.append("A and B are the same: from each layer to the next")
             cosine = self.matrix.diagonal(1)
         elif 1 in self.matrix.shape and self.matrix.numel() > len(cosine):
-            a_is_one = len(self.a.vectors) == 1
-            one, many, other = ("A", "B", self.b) if a_is_one else ("B", "A", self.a)
+            one, many = ("A", "B") if len(self.a.vectors) == 1 else ("B", "A")
             lines.append(f"{one}'s one direction against every layer of {many}")
-            layers, cosine = other.layers, self.matrix.flatten()
+            layers, cosine = getattr(self, many.lower()).layers, self.matrix.flatten()
         if len(cosine):
             lines.append(f"{'row' if layers is None else 'layer':>5}   cosine")
         # There is one step less than layers, hence not strict.
-        for layer, value in zip(layers or range(len(cosine)), cosine.tolist(), strict=False):
-            lines.append(f"{layer:>5}  {value:>+7.4f}")
+        rows = zip(layers or range(len(cosine)), cosine.tolist(), strict=False)
+        lines += [f"{layer:>5}  {value:>+7.4f}" for layer, value in rows]
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
 
 
@@ -58,8 +57,8 @@ def compare(a: Directions, b: Directions) -> Comparison:
     If `a` and `b` are the same set, the comparison shows how the direction changes from layer to
     layer. InputError if they differ in d_model.
     """
-    if a.d_model != b.d_model:
-        widths = f"{a.source} has d_model {a.d_model}, {b.source} {b.d_model}"
+    if a.vectors.shape[1] != b.vectors.shape[1]:
+        widths = f"{a.source} has d_model {a.vectors.shape[1]}, {b.source} {b.vectors.shape[1]}"
         raise InputError(f"{widths}: directions of different spaces can't be compared")
     matrix = cosine_matrix(a.vectors, b.vectors)
     if a.layers is None or b.layers is None:
@@ -69,7 +68,7 @@ def compare(a: Directions, b: Directions) -> Comparison:
         layers = tuple(layer for layer in a.layers if layer in b.layers)
         rows = [a.layers.index(layer) for layer in layers]
         cosine = matrix[rows, [b.layers.index(layer) for layer in layers]]
-    warnings = list(_own_warnings("A", a))
+    warnings = [*_own_warnings("A", a)]
     if not _same(a, b):
         warnings = [*_differences(a, b), *warnings, *_own_warnings("B", b)]
     if not len(cosine):
@@ -90,10 +89,10 @@ def sign_flips(directions: Directions) -> tuple[tuple[int, int, float], ...]:
 
 
 def _own_warnings(name: str, directions: Directions) -> Iterator[str]:
-    noise = cosine_matrix(directions.vectors, directions.vectors).diagonal().isnan()
-    for layer, is_noise in zip(directions.layers or range(len(noise)), noise, strict=True):
-        if is_noise:
-            yield f"{name} is rounding noise at layer {layer}: no cosine there (nan)"
+    itself = cosine_matrix(directions.vectors, directions.vectors).diagonal()
+    for row in itself.isnan().nonzero().flatten().tolist():
+        layer = directions.layers[row] if directions.layers else row
+        yield f"{name} is rounding noise at layer {layer}: no cosine there (nan)"
     for here, after, cosine in sign_flips(directions):
         turn = f"turns round from layer {here} to {after} (cosine {cosine:.3f} with itself)"
         yield f"{name} {turn}: its sign is arbitrary, compare the size of cosines, not the sign"

@@ -54,8 +54,7 @@ class Directions:
     def __post_init__(self) -> None:
         if self.vectors.numel() == 0:
             raise InputError(f"{self.source} holds no numbers: shape {list(self.vectors.shape)}")
-        bad = (~self.vectors.isfinite().all(-1)).nonzero().flatten().tolist()
-        if bad:
+        if bad := (~self.vectors.isfinite().all(-1)).nonzero().flatten().tolist():
             raise InputError(f"{self.source} holds a value that is not finite in row {bad[0]}")
         layers = range(len(self.vectors)) if self.layers is None else self.layers
         ascending = all(here < after for here, after in pairwise((-2, *layers, MOST_LAYERS)))
@@ -63,16 +62,10 @@ class Directions:
             found = f"{self.source} numbers its {len(self.vectors)} rows as layers {_short(layers)}"
             raise InputError(f"{found}: there must be one a row, ascending from -1 or above")
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.vectors.shape[1]
-
     def at(self, *layers: int) -> "Directions":
         """The directions of some `layers`, ascending. InputError if there is no such layer."""
         known = self.layers or ()
-        missing = [layer for layer in layers if layer not in known]
-        if missing:
+        if missing := [layer for layer in layers if layer not in known]:
             raise InputError(f"{self.source} has no layer {missing[0]}: {self.describe_layers()}")
         rows = [known.index(layer) for layer in layers]
         return replace(self, vectors=self.vectors[rows], layers=layers)
@@ -87,9 +80,10 @@ class Directions:
         return {name: str(value) for name, value in known.items() if value is not None}
 
     def __repr__(self) -> str:
-        facts = {"d_model": self.d_model} | {name: getattr(self, name) for name in FACTS}
+        facts = {name: getattr(self, name) for name in FACTS}
         known = [f"{k} {'unknown' if v is None else v}" for k, v in facts.items()]
-        return "\n  ".join([self.source, ", ".join([self.describe_layers(), *known]), *self.notes])
+        shape = f"{self.describe_layers()}, d_model {self.vectors.shape[1]}"
+        return "\n  ".join([self.source, ", ".join([shape, *known]), *self.notes])
 
     def describe_layers(self) -> str:
         """The layers in words, for messages."""
@@ -153,8 +147,8 @@ def write_control_vector(directions: Directions, path: str | Path, *, model_type
     """
     layers, path = _block_layers(directions), Path(path)
     if layers == (0,):
-        problem = f"{directions.source} has only layer 0, which llama.cpp can't steer"
-        raise InputError(f"{problem}: give later layers")
+        only = "has only layer 0, which llama.cpp can't steer: give later layers"
+        raise InputError(f"{directions.source} {only}")
     if layers[0] == 0:
         layers, note = layers[1:], "layer 0 left out, which llama.cpp can't steer"
         directions = replace(directions.at(*layers), notes=(*directions.notes, note))

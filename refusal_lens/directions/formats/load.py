@@ -113,8 +113,8 @@ def _read_family(pattern: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
     numbered = sorted((int(match[1]), file) for match, file in matches if match)
     if not numbered:
         raise InputError(f"no file like {pattern} with a number for {{layer}}")
-    layers = tuple(layer for layer, _ in numbered)
-    tensors, found = zip(*(_read_file(file, key) for _, file in numbered), strict=True)
+    layers, paths = zip(*numbered, strict=True)
+    tensors, found = zip(*(_read_file(file, key) for file in paths), strict=True)
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(set(layers)) < len(layers) or len(shapes) > 1 or tensors[0].ndim != 1:
         found_shapes = f"{sorted(shapes)[:4]} of {len(layers)} files of {len(set(layers))} layers"
@@ -132,8 +132,9 @@ def _read_file(path: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
         if not path.is_file():
             raise InputError(f"no file {path}: name a file of directions or a run's folder")
         if suffix not in READERS:
-            endings = ", ".join(READERS)
-            raise InputError(f"{path}: directions are read from {endings}, not this ending")
+            raise InputError(
+                f"{path}: directions are read from {', '.join(READERS)}, not this ending"
+            )
         with path.open("rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors, found = READERS[suffix](path)
@@ -143,8 +144,8 @@ def _read_file(path: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
         raise InputError(f"{path} can't be opened: {error.strerror or error}") from error
     except Exception as error:  # whatever a library raises on damaged bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        failure = f"{path} can't be read as {suffix[1:]}: {reason}"
-        raise InputError(f"{failure}; fetch it anew") from error
+        problem = f"{path} can't be read as {suffix[1:]}: {reason}; fetch it anew"
+        raise InputError(problem) from error
     name = _choose_tensor(tensors, key, path)
     if name and found.get("hook") == "resid_post" and "layers" not in found:
         found["contrast"] = name  # a run's file names each tensor by its contrast
