@@ -52,27 +52,19 @@ def check_tensors(**tensors: tuple[object, str]) -> None:
         InputError: on a value that is no such tensor, a wrong number of axes, axes of one name that
             differ in length, tensors on several devices or on the meta device.
     """
-    lengths: dict[str, tuple[str, int]] = {}
-    devices: dict[str, str] = {}
+    known: dict[str, tuple[str, object]] = {}
     for name, (tensor, axes) in tensors.items():
-        shape = _axis_lengths(name, tensor, axes)
-        devices.setdefault(str(tensor.device), name)  # type: ignore[attr-defined]
-        if len(devices) > 1:
-            (device, first), (other, second) = devices.items()
-            raise InputError(
-                f"{first} is on {device} and {second} on {other}: move both to one device"
-            )
-        for axis, length in shape.items():
-            first, other_length = lengths.setdefault(axis, (name, length))
-            if other_length != length:
+        for fact, value in _facts(name, tensor, axes).items():
+            first, other = known.setdefault(fact, (name, value))
+            if other != value:
                 raise InputError(
-                    f"{first} and {name} differ in {axis}, {other_length} and {length}: hand over "
-                    "tensors of one model and one set of layers"
+                    f"{first} and {name} differ in {fact}, {other} and {value}: hand over tensors "
+                    "of one model and one set of layers, on one device"
                 )
 
 
-def _axis_lengths(name: str, tensor: object, axes: str) -> dict[str, int]:
-    """Check one tensor alone; the length of each named axis."""
+def _facts(name: str, tensor: object, axes: str) -> dict[str, object]:
+    """Check one tensor alone; return its device and the length of each named axis."""
     from torch import Tensor
 
     if not isinstance(tensor, Tensor):
@@ -88,7 +80,8 @@ def _axis_lengths(name: str, tensor: object, axes: str) -> dict[str, int]:
     shape = list(tensor.shape)
     if len(shape) < len(named) or (len(shape) > len(named) and "*" not in axes):
         raise InputError(f"{name} has shape {shape}: hand over a tensor [{axes}]")
-    return dict(zip(named, shape[len(shape) - len(named) :], strict=True))
+    lengths = zip(named, shape[len(shape) - len(named) :], strict=True)
+    return {"device": str(tensor.device), **dict(lengths)}
 
 
 def _as_generator(seed: Any) -> Any:

@@ -178,10 +178,11 @@ def metric_panel(
     """Similarity under several metrics, a curve for each, on the axes of `cosine_by_layer`.
 
     Args:
-        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...).
+        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...), all of one depth.
         highlight: the layer marked on every curve, with the curve's value.
         title, theme: the figure's title; "light" or "dark".
     """
+    check_tensors(**{f"metric {name!r}": (curve, "layer") for name, curve in metrics.items()})
     return cosine_by_layer(metrics, highlight=highlight, title=title, theme=theme)
 
 

@@ -9,21 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from .depth import add_curve, named_curves
 from .text import numbers, wrapped, written
-from .theme import (
-    Theme,
-    check_count,
-    empty,
-    figure,
-    headed,
-    is_layer,
-    layer_axis,
-    padded,
-    palette,
-    styles,
-    tint,
-)
+from .theme import Theme, check_count, empty, figure, headed, is_layer, padded, styles, tint
 
 Step = tuple[dict[str, Any], dict[str, Any]]  # coordinates by axis, and the layout
 Sets = Mapping[str, Tensor]
@@ -88,19 +75,19 @@ def projections_by_layer(
 ) -> go.Figure:
     """Projections of the prompts of every set on a direction, one layer at a time.
 
-    Every prompt is a point below its set's distribution, plotly's kernel density. A curve above and
-    the title show the AUROC.
+    Every prompt is a point below its set's distribution, plotly's kernel density.
 
     Args:
         projections: `[prompt layer]` by set, in the units of the residual stream.
         prompts: the text of each prompt, shown shortened on hover.
-        auroc: separation of two sets by the projection, `[layer]` by comparison. 0.5 is chance.
+        auroc: separation of two sets by the projection, `[layer]` by comparison, for the line below
+            the title. 0.5 is chance.
         direction: the direction's name.
         highlight: the layer shown first; the last layer if the model has fewer.
         title, theme: the figure's title; "light" or "dark".
     """
     title, auroc = title or f"Projections on the {direction} direction", auroc or {}
-    chart = figure(title, "residual-stream units", theme=theme, height=500)
+    chart = figure(title, "residual-stream units", theme=theme, height=440)
     texts = _check_sets(projections, "prompt_{i} layer", prompts, auroc)
     if empty(chart, projections.values(), "set of projections"):
         return chart
@@ -109,16 +96,11 @@ def projections_by_layer(
         x = [numbers(each[:, layer]) for each in projections.values()]
         areas = [f"{name} {written(float(curve[layer]), '.2f')}" for name, curve in auroc.items()]
         small = f"layer {layer}" + (f"; AUROC {', '.join(areas)}" if areas else "")
-        layout: dict[str, Any] = {"title.text": headed(title, small, theme)}
-        layout["xaxis.range"] = padded(chain(*x), 0.06)
-        if auroc:
-            layout |= {"shapes[0].x0": layer, "shapes[0].x1": layer}
+        layout = {"title.text": headed(title, small, theme), "xaxis.range": padded(chain(*x), 0.06)}
         steps.append(({"x": x}, layout))
     _add_violins(chart, texts, theme)
     chart.update_xaxes(title_text=f"projection on the {wrapped(direction)} direction")
     chart.update_xaxes(zeroline=True, showgrid=True)
-    if auroc:
-        _add_auroc(chart, auroc, theme)
     _add_slider(chart, steps, highlight)
     return chart
 
@@ -143,19 +125,6 @@ def _add_violins(chart: go.Figure, texts: Mapping[str, Sequence[str]], theme: Th
     order = [trace.name for trace in chart.data][::-1]
     chart.update_yaxes(categoryorder="array", categoryarray=order, showgrid=False)
     chart.update_yaxes(range=[-0.45, len(order) - 0.2], ticks="", ticklabelstandoff=6)
-
-
-def _add_auroc(chart: go.Figure, auroc: Mapping[str, Tensor], theme: Theme) -> None:
-    """Draw AUROC across depth above the distributions, with a line that the slider moves."""
-    for curve in named_curves(auroc, "AUROC", theme):
-        add_curve(chart, curve, width=2.0, xaxis="x2", yaxis="y2")
-    rule = {"type": "line", "xref": "x2", "yref": "y2 domain", "y0": 0, "y1": 1}
-    chart.add_shape(rule, line={"color": palette(theme).muted, "width": 1.2})
-    known = [v for values in auroc.values() for v in numbers(values) if v is not None]
-    area = {"anchor": "x2", "domain": [0.78, 1], "range": [min([0.5, *known]) - 0.05, 1.05]}
-    depth = layer_axis(len(next(iter(auroc.values())))) | {"anchor": "y2"}
-    chart.update_layout(xaxis_anchor="y", yaxis_domain=[0, 0.6], xaxis2=depth, yaxis2=area)
-    chart.update_layout(yaxis2_title_text="AUROC")
 
 
 def _add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:

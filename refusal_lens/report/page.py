@@ -43,6 +43,7 @@ def html(results: Results) -> str:
     source = files(__package__).joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"minus": _minus, "written": written}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.from_string(source).render(
         results=results,
         names=results.names,
@@ -53,7 +54,7 @@ def html(results: Results) -> str:
         decodable=_decodable(results),
         provenance=json.dumps(disk.plain(results.provenance), indent=1),
         plotly=get_plotlyjs(),
-        data=_in_script(data),
+        data=data,
     )
 
 
@@ -89,11 +90,3 @@ def _patch(light: Any, dark: Any) -> list[tuple[list[str | int], Any]]:
     elif light != dark:
         return [([], dark)]
     return [([k, *path], value) for k in keys for path, value in _patch(light[k], dark[k])]
-
-
-def _in_script(value: Any) -> str:
-    """Return JSON for a script element, with markup characters escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

@@ -32,7 +32,7 @@ def cautions(gram: Gram, noise: Noise) -> list[tuple[Caution, ...]]:
     """The cautions at each layer; `noise` is that of `gram`, by both ways if clusters cross."""
     finest = (gram, *gram.crossed)[-1]
     farthest, totals = torch.zeros_like(noise.inner), []
-    for products, groups in ((finest.aa, finest.groups_a), (finest.bb, finest.groups_b)):
+    for products, groups in finest.sides:
         centred = centred_and_scaled(centred_and_scaled(products, groups).mT, groups)
         squares = centred.diagonal(dim1=-2, dim2=-1)
         totals.append(squares.sum(-1))

@@ -16,7 +16,7 @@ from .clusters import Clusters
 from .gram import ROUNDING, Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
 from .intervals import Noise, cosine_intervals
 from .permutation import permutation_null
-from .reliability import reliabilities
+from .reliability import split_half_reliability
 
 FEWEST_ROWS = 4  # rows per group (pairs, or prompts of one set) that the noise estimate needs
 FEWEST_CLUSTERS = 6  # effective clusters per group (`Gram.n_clusters`) that hold their coverage
@@ -76,7 +76,7 @@ class CosineStatistics(CosineEstimate):
         p_value, p_adjusted: two-sided permutation test that the true cosine is 0; the adjusted
             p-value stays valid for a layer picked after seeing all layers.
         null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
-        n_resamples, confidence: the settings of `cosine_statistics`.
+        confidence: the setting of `cosine_statistics`.
     """
 
     plain: Float[Tensor, " layer"]
@@ -87,7 +87,6 @@ class CosineStatistics(CosineEstimate):
     p_adjusted: Float[Tensor, " layer"]
     null_lower: Float[Tensor, " layer"]
     null_upper: Float[Tensor, " layer"]
-    n_resamples: int
     confidence: float
 
 
@@ -131,7 +130,11 @@ def cosine_statistics(
         b_clusters=b_clusters,
     )
     settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
-    reliability_a, reliability_b = reliabilities(gram, generator=generator)
+    reliable = [
+        torch.stack([split_half_reliability(*side, generator=generator) for side in way.sides])
+        for way in gram.one_way
+    ]
+    reliability_a, reliability_b = torch.stack(reliable).amin(0)  # of crossed ways the lower one
     estimate = estimate_cosine(gram, **settings, generator=generator)
     names = ("p_value", "p_adjusted", "null_lower", "null_upper")
     nulls = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
@@ -146,7 +149,7 @@ def cosine_statistics(
         ceiling=(reliability_a.clamp_min(0) * reliability_b.clamp_min(0)).sqrt(),
         **vars(estimate),
         **dict(zip(names, nulls, strict=True)),
-        **settings,
+        confidence=confidence,
     )
 
 
@@ -225,11 +228,10 @@ def _obstacles(gram: Gram, confidence: float) -> list[Unmeasured | None]:
         cause = Cause.TOO_FEW_CLUSTERS if gram.clustered else Cause.TOO_FEW_PROMPTS
         return [Unmeasured(cause)] * len(gram.aa)
     reasons: list[Unmeasured | None] = [None] * len(gram.aa)
-    ways = gram.one_way
-    weak_a = torch.stack([norm_undetected(x.aa, x.groups_a, confidence) for x in ways]).any(0)
-    weak_b = torch.stack([norm_undetected(x.bb, x.groups_b, confidence) for x in ways]).any(0)
-    constant = (gram.constant_a, gram.constant_b)
-    for cause, found in ((Cause.WEAK, (weak_a, weak_b)), (Cause.CONSTANT, constant)):
+    by_way = [[norm_undetected(*s, confidence) for s in way.sides] for way in gram.one_way]
+    weak = [torch.stack(ways).any(0) for ways in zip(*by_way, strict=True)]
+    constant = [gram.constant_a, gram.constant_b]
+    for cause, found in ((Cause.WEAK, weak), (Cause.CONSTANT, constant)):
         for layer in (found[0] | found[1]).nonzero()[:, 0].tolist():
             names = tuple(name for name, at in zip("ab", found, strict=True) if at[layer])
             reasons[layer] = Unmeasured(cause, names)

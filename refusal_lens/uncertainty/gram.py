@@ -122,12 +122,16 @@ class Gram:
         return min(1 / float(weights.square().sum()) for weights in groups)
 
     @property
+    def sides(self) -> tuple[tuple[Tensor, Groups], tuple[Tensor, Groups]]:
+        """The products of each contrast's rows with one another, and the contrast's groups."""
+        return (self.aa, self.groups_a), (self.bb, self.groups_b)
+
+    @property
     def unbiased_squared_norms(self) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
         """Unbiased squared norms of the two true directions; may be negative."""
-        a, *crossed_a = [(way.aa, way.groups_a) for way in (self, *self.crossed)]
-        b, *crossed_b = [(way.bb, way.groups_b) for way in (self, *self.crossed)]
-        one = unbiased_squared_norm(*a, crossed=crossed_a)
-        return one, unbiased_squared_norm(*b, crossed=crossed_b)
+        by_side = zip(*(way.sides for way in (self, *self.crossed)), strict=True)
+        a, b = (unbiased_squared_norm(*own, crossed=crossed) for own, *crossed in by_side)
+        return a, b
 
     @property
     def inner(self) -> Float[Tensor, " layer"]:
@@ -143,8 +147,8 @@ class Gram:
     @property
     def norms(self) -> Float[Tensor, " layer"]:
         """Product of the norms of the two sampled directions."""
-        squared_a = plain_squared_norm(self.aa, self.groups_a)
-        return (squared_a * plain_squared_norm(self.bb, self.groups_b)).sqrt()
+        squared_a, squared_b = (plain_squared_norm(*side) for side in self.sides)
+        return (squared_a * squared_b).sqrt()
 
 
 def mean_weights(groups: Groups) -> Float[Tensor, " row"]:

@@ -5,19 +5,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from .gram import Gram, Groups, RowProducts
-
-
-def reliabilities(
-    gram: Gram, *, generator: torch.Generator
-) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
-    """Reliability of both directions; of crossed ways of clustering, the lower one."""
-    found = []
-    for way in gram.one_way:
-        sides = ((way.aa, way.groups_a), (way.bb, way.groups_b))
-        found.append(torch.stack([split_half_reliability(*s, generator=generator) for s in sides]))
-    a, b = torch.stack(found).amin(0)
-    return a, b
+from .gram import Groups, RowProducts
 
 
 def split_half_reliability(

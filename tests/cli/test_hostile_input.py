@@ -117,7 +117,7 @@ DIRECTION_CASES = {
     "mean_difference: complex": (lambda w: rl.mean_difference(A + 0j, B), "holds complex64"),
     "mean_difference: NaN": (
         lambda w: rl.mean_difference(with_one(torch.nan, 5, LAYERS, WIDTH), B),
-        "row 4 holds a non-finite value at layer 2",
+        "row 4 of the target set .* layer 2",
     ),
     "mean_difference: infinity": (
         lambda w: rl.mean_difference(A, with_one(torch.inf, 4, LAYERS, WIDTH)),
@@ -213,7 +213,7 @@ DIRECTION_CASES = {
         lambda w: rl.analyse(
             {"refusal": (A, B), "negativity": (with_one(torch.nan, 5, LAYERS, WIDTH), B)}
         ),
-        "non-finite",
+        "row 4 of the target set of contrast a",
     ),
     "analyse: no such layer": (
         lambda w: rl.analyse({"refusal": (A, B), "negativity": (A, B)}, config=rl.Config(layer=3)),

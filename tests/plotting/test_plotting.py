@@ -376,26 +376,24 @@ def test_the_slider_moves_every_set_to_its_place_at_that_layer(sets):
     assert slider.steps[5].args[0]["x"] != shown["x"]
 
 
-def test_the_slider_takes_distributions_title_and_rule_along(sets):
+def test_the_slider_takes_distributions_and_title_along(sets):
     auroc = torch.linspace(0.5, 1, 32)
     figure = plotting.projections_by_layer(
         {name: points[..., 0] for name, points in sets.items()},
         auroc={"harmful vs harmless": auroc},
         highlight=7,
     )
-    assert [t.type for t in figure.data] == ["violin"] * 4 + ["scatter"]
+    assert [t.type for t in figure.data] == ["violin"] * 4
     assert (
         f"AUROC harmful vs harmless {written(auroc[7].item(), '.2f')}" in figure.layout.title.text
     )
     moved, layout, which = figure.layout.sliders[0].steps[30].args
     assert which == (0, 1, 2, 3)
     assert len(moved["x"]) == 4
-    assert layout["shapes[0].x0"] == layout["shapes[0].x1"] == 30
     assert (
         f"layer 30; AUROC harmful vs harmless {written(auroc[30].item(), '.2f')}"
         in layout["title.text"]
     )
-    assert trace(figure, "harmful vs harmless").y == pytest.approx(auroc.tolist(), abs=1e-3)
 
 
 def test_prompts_show_on_hover_in_the_order_of_their_points(sets):
