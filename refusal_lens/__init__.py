@@ -5,12 +5,11 @@ so that `import refusal_lens` itself is cheap. The functions under these names t
 names where the modules' own functions take tensors, models and contrasts (`errors.lenient`).
 """
 
-from types import FunctionType
 from typing import Any
 
-import lazy_loader
+from .errors import lenient_package
 
-_strict, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_attribute, __dir__, __all__ = lenient_package(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
@@ -18,11 +17,4 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version(__name__)
-    from .errors import lenient
-
-    found = _strict(name)
-    if isinstance(found, FunctionType):
-        found = lenient(found)
-        found.__module__ = __name__  # where pickle finds it again
-    globals()[name] = found
-    return found
+    return _attribute(name)

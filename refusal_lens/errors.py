@@ -4,8 +4,9 @@ import difflib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
-from types import UnionType
+from types import FunctionType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,6 +109,26 @@ def lenient(function: F) -> F:
         function.__init__ = lenient(function.__init__)  # type: ignore[misc]
         return function
     return _lenient(function)
+
+
+def lenient_package(package: str, file: str) -> tuple[Callable[[str], Any], Any, list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package: the names of its stub, functions lenient.
+
+    `package` and `file` are its `__name__` and `__file__`. A name is imported when it is first used.
+    """
+    import lazy_loader
+
+    strict, names, public = lazy_loader.attach_stub(package, file)
+
+    def attribute(name: str) -> Any:
+        found = strict(name)
+        if isinstance(found, FunctionType):
+            found = lenient(found)
+            found.__module__ = package  # where pickle finds it again
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return attribute, names, public
 
 
 @functools.cache

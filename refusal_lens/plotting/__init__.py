@@ -6,28 +6,6 @@ arguments that do not fit together, impossible layers or cells, negative norms a
 To save a figure, use plotly's `write_html`, or `write_image` with kaleido and Chrome.
 """
 
-from ..errors import lenient
-from .depth import cosine_by_layer, log_odds_by_ablated_layer, metric_panel, norms_by_layer
-from .matrices import cosine_matrix, cross_effects, position_by_layer, selection_scores
-from .prompts import projections_by_layer, prompts_in_plane
-from .specification import specification_curve
-from .theme import page
+from ..errors import lenient_package
 
-__all__ = [
-    "cosine_by_layer",
-    "cosine_matrix",
-    "cross_effects",
-    "log_odds_by_ablated_layer",
-    "metric_panel",
-    "norms_by_layer",
-    "page",
-    "position_by_layer",
-    "projections_by_layer",
-    "prompts_in_plane",
-    "selection_scores",
-    "specification_curve",
-]
-
-for _name in __all__:  # here, at the edge, arrays and lists pass for tensors
-    globals()[_name] = lenient(globals()[_name])
-    globals()[_name].__module__ = __name__  # where pickle finds it again
+__getattr__, __dir__, __all__ = lenient_package(__name__, __file__)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from .text import escaped, numbers, wrapped, written
+from .text import numbers, wrapped, written
 from .theme import Style, Theme, empty, figure, is_layer, layer_axis, padded, palette, styles, tint
 
 Values = Float[Tensor, " _layer"]
@@ -61,7 +61,7 @@ def cosine_by_layer(
         null: range of the first curve under permuted labels.
         ceiling: the largest cosine that the reliability of the first curve's directions permits.
         unbiased: the first curve's estimate corrected for noise.
-        strongest: the layer with the largest causal effect, marked on the first curve.
+        strongest: the layer with the largest causal effect, marked with a line.
         confidence: the level in the labels of the ranges.
         title, theme: the figure's title; "light" or "dark".
     """
@@ -91,7 +91,6 @@ def cosine_by_layer(
         label = f"largest causal effect: layer {strongest}"
         foot = "bottom right" if strongest < len(first.values) / 2 else "bottom left"
         mark_layer(chart, strongest, label, theme, line_dash="dot", annotation_position=foot)
-        mark_point(chart, first, strongest, theme)
     mark_highlight(chart, curves, highlight, theme)
     return chart
 
@@ -292,21 +291,11 @@ def mark_layer(chart: go.Figure, layer: int, label: str, theme: Theme, **line: A
     )
 
 
-def mark_point(chart: go.Figure, curve: Curve, layer: int, theme: Theme) -> None:
-    """Draw a ring around the point of a curve at a layer, where its value is known."""
-    if layer >= len(curve.values) or not curve.values[layer].isfinite():
-        return
-    ring = {"symbol": "circle-open", "size": 13, "line_width": 2, "color": palette(theme).ink}
-    hidden = {"mode": "markers", "hoverinfo": "skip", "showlegend": False}
-    name, value = escaped(f"{curve.name} at layer {layer}"), float(curve.values[layer])
-    chart.add_scatter(x=[layer], y=[value], name=name, marker=ring, **hidden)
-
-
 def mark_highlight(
     chart: go.Figure, curves: Sequence[Curve], layer: int | None, theme: Theme
 ) -> None:
-    """Mark a layer with a line, and every curve with a ring and its value, in their order."""
-    depth = max(len(curve.values) for curve in curves)
+    """Mark a layer with a line, and every curve with a dot and its value, in their order."""
+    depth, page = max(len(curve.values) for curve in curves), palette(theme)
     if not is_layer(layer, depth):
         return
     at_layer = [(float(c.values[layer]), c) for c in curves if layer < len(c.values)]
@@ -315,7 +304,6 @@ def mark_highlight(
     low, high = chart.layout.yaxis.range
     ceiling, floor = PLOT_HEIGHT - 14, 20 * len(known) - 10
     for value, curve in known:
-        mark_point(chart, curve, layer, theme)
         at_curve = PLOT_HEIGHT * (value - low) / (high - low)
         height = max(floor, min(at_curve + 24, ceiling))
         ceiling, floor = height - 20, floor - 20
@@ -327,8 +315,10 @@ def mark_highlight(
             x=layer,
             y=value,
             ax=34 if layer < 0.85 * depth else -34,
-            standoff=7,
-            bgcolor=palette(theme).background,
+            arrowhead=6,
+            arrowsize=2,
+            arrowcolor=page.ink,
+            bgcolor=page.background,
             bordercolor=curve.style.colour,
             borderpad=2,
         )

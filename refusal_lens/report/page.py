@@ -82,11 +82,7 @@ def _decodable(results: Results) -> list[list[str]]:
 
 def _patch(light: Any, dark: Any) -> list[tuple[list[str | int], Any]]:
     """Return the paths and values that turn the JSON of one figure into the other."""
-    keys: Any = ()
-    if isinstance(light, dict) and isinstance(dark, dict) and light.keys() == dark.keys():
-        keys = light
-    elif isinstance(light, list) and isinstance(dark, list) and len(light) == len(dark):
-        keys = range(len(light))
-    elif light != dark:
-        return [([], dark)]
+    if not isinstance(light, (dict, list)) or type(light) is not type(dark):
+        return [] if light == dark else [([], dark)]
+    keys: Any = light if isinstance(light, dict) else range(len(light))
     return [([k, *path], value) for k in keys for path, value in _patch(light[k], dark[k])]

@@ -122,26 +122,22 @@ def cosine_statistics(
         raise InputError(
             f"n_resamples = {n_resamples} leaves {beyond}: set it to at least {fewest}"
         )
-    gram = Gram.of(
-        *(a_target, a_baseline, b_target, b_baseline),
-        a_paired=a_paired,
-        b_paired=b_paired,
-        a_clusters=a_clusters,
-        b_clusters=b_clusters,
-    )
+    kinds: dict[str, Any] = {"a_paired": a_paired, "b_paired": b_paired}
+    kinds |= {"a_clusters": a_clusters, "b_clusters": b_clusters}
+    gram = Gram.of(a_target, a_baseline, b_target, b_baseline, **kinds)
     settings: dict[str, Any] = {"n_resamples": n_resamples, "confidence": confidence}
+    settings |= {"generator": generator}
     reliable = [
         torch.stack([split_half_reliability(*side, generator=generator) for side in way.sides])
         for way in gram.one_way
     ]
     reliability_a, reliability_b = torch.stack(reliable).amin(0)  # of crossed ways the lower one
-    estimate = estimate_cosine(gram, **settings, generator=generator)
+    estimate = estimate_cosine(gram, **settings)
     names = ("p_value", "p_adjusted", "null_lower", "null_upper")
     nulls = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
     varies = ~(gram.constant_a | gram.constant_b)
     if varies.any() and _enough(gram):
-        null = permutation_null(gram.at(varies), **settings, generator=generator)
-        nulls[:, varies] = torch.stack(null)
+        nulls[:, varies] = torch.stack(permutation_null(gram.at(varies), **settings))
     return CosineStatistics(
         plain=gram.plain,
         reliability_a=reliability_a,

@@ -119,12 +119,12 @@ def test_the_curve_is_the_cosine_against_whole_layers(curve):
 
 
 @pytest.mark.parametrize("layer", [0, 20, 31])
-def test_the_highlighted_layer_is_ringed_ruled_and_labelled_with_its_value(curve, layer):
+def test_the_highlighted_layer_is_ruled_and_the_curve_s_value_there_labelled(curve, layer):
     figure = plotting.cosine_by_layer(curve, highlight=layer)
-    ring = trace(figure, f"cosine similarity at layer {layer}")
-    assert (ring.x, ring.y) == ((layer,), (pytest.approx(curve[layer].item(), abs=1e-4),))
     assert f"layer {layer}" in notes(figure)
-    assert f"<b>{written(curve[layer].item())}</b>" in notes(figure)
+    label = f"<b>{written(curve[layer].item())}</b>"
+    (note,) = (note for note in figure.layout.annotations if note.text == label)
+    assert (note.x, note.y) == (layer, pytest.approx(curve[layer].item(), abs=1e-4))
     assert [shape.x0 for shape in figure.layout.shapes] == [layer]
 
 
@@ -144,7 +144,7 @@ def test_several_models_of_different_depth_share_a_figure(curve):
     assert len(trace(figure, "shallow").y) == 12
     assert len(trace(figure, "deep").y) == 80
     assert figure.layout.xaxis.range == (-0.6, 79.6)
-    assert [t.name for t in figure.data if "at layer" in t.name] == ["deep at layer 20"]
+    assert sum("<b>" in note for note in notes(figure)) == 1  # of the deep one
     assert figure.layout.showlegend is not False
 
 
@@ -190,8 +190,6 @@ def test_bands_go_to_the_curve_they_name(curve):
 
 def test_the_causally_strongest_layer_is_marked_beside_the_highlighted_one(curve):
     figure = plotting.cosine_by_layer(curve, strongest=12)
-    ring = trace(figure, "cosine similarity at layer 12")
-    assert (ring.x, ring.y) == ((12,), (pytest.approx(curve[12].item(), abs=1e-4),))
     assert {shape.x0: shape.line.dash for shape in figure.layout.shapes} == {12: "dot", 20: None}
 
 
@@ -275,7 +273,7 @@ def test_log_odds_stand_against_those_with_nothing_ablated():
     figure = plotting.log_odds_by_ablated_layer(log_odds, without={"harmful": 8.4}, highlight=1)
     assert trace(figure, "harmful").y == (8.0, -3.0, 5.0)
     assert 8.4 in [shape.y0 for shape in figure.layout.shapes]
-    assert trace(figure, "harmful at layer 1").y == (-3.0,)
+    assert [note.y for note in figure.layout.annotations if "<b>" in note.text] == [-3.0, -9.0]
     assert "nats" in figure.layout.yaxis.title.text
 
 

@@ -1,0 +1,12 @@
+from .depth import cosine_by_layer as cosine_by_layer
+from .depth import log_odds_by_ablated_layer as log_odds_by_ablated_layer
+from .depth import metric_panel as metric_panel
+from .depth import norms_by_layer as norms_by_layer
+from .matrices import cosine_matrix as cosine_matrix
+from .matrices import cross_effects as cross_effects
+from .matrices import position_by_layer as position_by_layer
+from .matrices import selection_scores as selection_scores
+from .prompts import projections_by_layer as projections_by_layer
+from .prompts import prompts_in_plane as prompts_in_plane
+from .specification import specification_curve as specification_curve
+from .theme import page as page
