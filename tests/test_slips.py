@@ -294,7 +294,7 @@ SLIPS = {
     ),
     "get_layer_activations: a wide table": (
         lambda m: rl.get_layer_activations(m, TABLE.assign(topic="x"), **QUICK),
-        "two columns, not .* use contrast_from_dataset",
+        r"two columns, not .* give table\[\[",
     ),
     "get_layer_activations: swapped": (
         lambda m: rl.get_layer_activations(rl.load_contrast("refusal"), m),

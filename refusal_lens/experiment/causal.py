@@ -26,7 +26,6 @@ from ..interventions.sweep import affine_references
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from ..prompts.thinking import constant_first_token
 from .distributed import divide, in_shares
 
 if TYPE_CHECKING:
@@ -160,11 +159,16 @@ def _constant_token(
     refusal: ReplyOpenings,
     options: dict[str, Any],
 ) -> str:
-    """A token with which the reply to every prompt begins, unless refusals begin with it; else ""."""
+    """A token that begins every reply (probability 0.99 or more), but no refusal; else "".
+
+    Where there is one, `<think>` for instance, the first token says nothing about refusal.
+    """
     tokenizer: Any = model.tokenizer
     sets = [side for contrast in pair for side in (contrast.target, contrast.baseline)]
-    token = constant_first_token(first_token_logits(model, sum(sets, ()), **options))
-    return "" if token is None or token in refusal.first_tokens else tokenizer.decode([token])
+    least = first_token_logits(model, sum(sets, ()), **options).float().softmax(-1).amin(0)
+    token = int(least.argmax())
+    begins = least[token] >= 0.99 and token not in refusal.first_tokens
+    return tokenizer.decode([token]) if begins else ""
 
 
 def some_prompts(contrast: Contrast, at_most: int) -> Contrast:

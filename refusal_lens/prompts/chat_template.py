@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from .protocol import Protocol
-from .thinking import with_closed_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 _TEMPLATES = Path(__file__).with_name("templates")
 # As Llama-3-Instruct's tokenizer has it.
 LLAMA3_CHAT_TEMPLATE = (_TEMPLATES / "llama3.jinja").read_text("utf-8").rstrip()
-PLAIN = "plain"  # name of a template for models without one
 # In front of a template that reads the clock. Jinja drops the newlines after its statements.
 FIXED_CLOCK = (_TEMPLATES / "fixed_clock.jinja").read_text("utf-8")
 
@@ -35,15 +33,13 @@ class Chats(NamedTuple):
 def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol) -> Chats:
     """Return the chat of each prompt as the tokenizer's `apply_chat_template` writes it.
 
-    Raises:
-        InputError: if there is no such template; if the template refuses the system prompt or a
-            prompt, does not write it exactly once, or changes more than the white space around it.
+    InputError if the template is missing, refuses a text, or does not write each exactly once.
     """
     render = _renderer(tokenizer, protocol)
     system = {} if protocol.system_prompt is None else {"system": protocol.system_prompt}
     placed = {role: _PLACEHOLDERS[role] for role in (*system, "prompt")}
     frame, content = _frame(render, placed)
-    role_of = {placeholder: role for role, placeholder in placed.items()}
+    role_of = dict(zip(placed.values(), placed, strict=True))
     roles = [role_of.get(piece, "template") for piece in frame]
     if system:
         [text] = render([placed | system], content)
@@ -54,36 +50,31 @@ def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Pro
     return Chats(roles, filled)
 
 
-def chat_template_of(tokenizer: "Tokenizer", protocol: Protocol) -> str:
-    """Return the Jinja text of a protocol's chat template for a tokenizer.
-
-    None in the protocol is the tokenizer's only template, or the one that it names `default`.
-    InputError if there is no such template; the message names those there are.
-    """
+def _template(tokenizer: "Tokenizer", asked: str | None) -> str:
+    """The Jinja text of a template: `asked` itself, or the tokenizer's of this name or `default`."""
     own: Any = getattr(tokenizer, "chat_template", None) or {}
     named: dict[str, str] = own if isinstance(own, dict) else {"default": own}
-    asked = "default" if protocol.chat_template is None else protocol.chat_template
-    if asked in named:
-        return named[asked]
-    if asked == PLAIN:
+    asked = "default" if asked is None else asked
+    if asked in named or "{" in asked:
+        return named.get(asked, asked)
+    if asked == "plain":
         # A model that was trained with BOS in front of a text has it in front of a chat as well.
         begins = tokenizer("").input_ids[:1]
         plain = (_TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
         return "{{ bos_token }}" * (begins == [tokenizer.bos_token_id]) + plain
-    if "{" in asked:
-        return asked
-    problem = f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template"
-    if named:
-        problem += f" named {asked!r}, but {', '.join(map(repr, sorted(named)))}"
-    advice = "give one (Jinja, or a name) as Protocol(chat_template=...), or --chat-template FILE"
-    raise InputError(f"{problem}: {advice}; {PLAIN!r} is one for models without any")
+    but = f" named {asked!r}, but {', '.join(map(repr, sorted(named)))}" if named else ""
+    raise InputError(
+        f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template{but}: give "
+        "one (Jinja, or a name) as Protocol(chat_template=...), or --chat-template FILE; "
+        "'plain' is one for models without any"
+    )
 
 
 def _renderer(tokenizer: "Tokenizer", protocol: Protocol) -> Callable[..., list[str]]:
     """Return a function from the texts of each chat by role, and the form of contents, to chats."""
     from jinja2 import TemplateError
 
-    template = chat_template_of(tokenizer, protocol)
+    template = _template(tokenizer, protocol.chat_template)
     now = datetime.fromisoformat(protocol.date)
     options: dict[str, Any] = {"chat_template": template, "date_string": now.strftime("%d %b %Y")}
     options |= {"add_generation_prompt": protocol.generation_prompt, "tokenize": False}
@@ -106,7 +97,10 @@ def _renderer(tokenizer: "Tokenizer", protocol: Protocol) -> Callable[..., list[
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             what = " with a system prompt (some models take none)" if "system" in chats[0] else ""
             raise InputError(f"the chat template fails{what}: {error}") from error
-        return [*map(with_closed_thinking, texts)] if closes else texts
+        if not closes:
+            return texts
+        closed = "<think>\n\n</think>\n\n"  # as Qwen3's template has it; another may open the block
+        return [re.sub(r"(<think>\s*)?\Z", closed, text, count=1) for text in texts]
 
     return render
 
@@ -127,9 +121,10 @@ def _frame(render: Callable[..., list[str]], placed: dict[str, str]) -> tuple[li
         # A template that takes text alone writes a list of parts as Python spells it.
         if wrong is None and "{'type'" not in "".join(frame):
             return frame, content
-        what = "the system prompt" if wrong == "system" else "a prompt"
-        problem = f"the chat template writes {what} {counts[wrong or 'prompt']} times"
-        problems.append(InputError(f"{problem}: it should do so once"))
+        what = (
+            f"{'the system' if wrong == 'system' else 'a'} prompt {counts[wrong or 'prompt']} times"
+        )
+        problems.append(InputError(f"the chat template writes {what}: it should do so once"))
     raise problems[0]
 
 

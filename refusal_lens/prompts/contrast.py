@@ -75,30 +75,26 @@ class Contrast:
         sides = [self.clusters] if self.paired else [*self.clusters]
         if any(isinstance(side, str) or not isinstance(side, Iterable) for side in sides):
             raise InputError("`clusters` is one list: give two, the targets' and the baselines'")
-        labels = [
-            tuple(tuple(label) if isinstance(label, list) else label for label in side)
-            for side in sides
-        ]
+        labels = [tuple(tuple(x) if isinstance(x, list) else x for x in side) for side in sides]
         sizes = [len(self.target), len(self.baseline)][: 2 - self.paired]
         if self.clusters and [*map(len, labels)] != sizes:
             form = "give a label a pair" if self.paired else "give two lists, a label a prompt"
             raise InputError(f"`clusters` are not as many as the prompts: {form}")
+        ways = set()
         for number, side in enumerate(labels):
             for row, label in enumerate(side):
+                ways.add(len(label) if isinstance(label, tuple) else 0)
                 place = f"clusters[{row}]" if self.paired else f"clusters[{number}][{row}]"
                 for part in (label or ("",)) if isinstance(label, tuple) else (label,):
                     check_filled(place, part)
-        ways = {len(label) if isinstance(label, tuple) else 0 for side in labels for label in side}
         if len(ways) > 1:
             raise InputError("`clusters` differ in form: give every row one label, or as many each")
         return labels[0] if self.paired else tuple(labels)
 
     def subset(self, target_rows: Iterable[int], baseline_rows: Iterable[int]) -> "Contrast":
-        """Return the contrast of these rows with their clusters.
+        """Return the contrast of these rows, counted from 0, in the order given, with clusters.
 
-        Args:
-            target_rows, baseline_rows: indices from 0, in the order wanted. InputError if they
-                differ in a paired contrast or select nothing.
+        InputError if the rows of a paired contrast differ, or if a side has none.
         """
         rows = [*target_rows], [*baseline_rows]
         if self.paired and rows[0] != rows[1]:
@@ -107,14 +103,12 @@ class Contrast:
         def some(cells: tuple[Any, ...], which: list[int]) -> tuple[Any, ...]:
             return tuple(cells[row] for row in which) if cells else ()
 
-        sides = [self.clusters] if self.paired else self.clusters
-        clusters = [some(side, which) for side, which in zip(sides, rows, strict=False)]
-        return replace(
-            self,
-            target=some(self.target, rows[0]),
-            baseline=some(self.baseline, rows[1]),
-            clusters=clusters[0] if self.paired else tuple(clusters),
-        )
+        target, baseline = some(self.target, rows[0]), some(self.baseline, rows[1])
+        if self.paired:
+            clusters = some(self.clusters, rows[0])
+        else:
+            clusters = tuple(map(some, self.clusters, rows))
+        return replace(self, target=target, baseline=baseline, clusters=clusters)
 
     @property
     def sha256(self) -> str:
@@ -124,16 +118,14 @@ class Contrast:
 
     def __repr__(self) -> str:
         target = f"{len(self.target)} {brief(self.target_name)}"
-        baseline = f"{len(self.baseline)} {brief(self.baseline_name)}"
-        paired = ", paired" if self.paired else ""
-        return f"<Contrast {brief(repr(self.name))}: {target} / {baseline}{paired}>"
+        baseline = f"{len(self.baseline)} {brief(self.baseline_name)}" + ", paired" * self.paired
+        return f"<Contrast {brief(repr(self.name))}: {target} / {baseline}>"
 
     def _repr_html_(self) -> str:
         table = f"<caption>{html.escape(repr(self).strip('<>'))}</caption>"
         first = zip_longest(self.target[:4], self.baseline[:4], fillvalue="")
         for cells in [(self.target_name, self.baseline_name), *first]:
-            shown = (f"<td>{html.escape(brief(cell))}</td>" for cell in cells)
-            table += f"<tr>{''.join(shown)}</tr>"
+            table += "<tr>" + "".join(f"<td>{html.escape(brief(x))}</td>" for x in cells) + "</tr>"
         return f'<table style="text-align: left">{table}</table>'
 
 
@@ -172,10 +164,7 @@ def bundled_contrasts() -> tuple[str, ...]:
 
 
 def as_contrast(value: Any) -> Any:
-    """A contrast from its bundled name, its fields in a mapping, or a table of two columns.
-
-    Lists and mappings of contrasts are read item by item. InputError for other values.
-    """
+    """A contrast, or several, from bundled names, mappings of fields, or tables of two columns."""
     if isinstance(value, str):
         return load_contrast(value)
     if isinstance(value, Mapping) and "target" in value:
@@ -186,16 +175,15 @@ def as_contrast(value: Any) -> Any:
         return type(value)(map(as_contrast, value))
     if hasattr(value, "columns") and hasattr(value, "dropna"):
         if len(value.columns) != 2:
-            advice = "contrast_from_dataset(table, target='COLUMN', baseline='COLUMN')"
             names = ", ".join(map(quoted, value.columns))
-            raise InputError(f"a contrast has two columns, not {names}: use {advice}")
+            raise InputError(
+                f"a contrast has two columns, not {names}: give table[[TARGET, BASELINE]]"
+            )
         sides = {str(column): tuple(value[column].dropna()) for column in value.columns}
         return Contrast("contrast", *sides.values(), *sides)  # type: ignore[arg-type]
-    if not isinstance(value, Contrast):
-        raise InputError(
-            f"{quoted(value)} is no contrast: give a bundled one's name, or a Contrast"
-        )
-    return value
+    if isinstance(value, Contrast):
+        return value
+    raise InputError(f"{quoted(value)} is no contrast: give a bundled one's name, or a Contrast")
 
 
 READERS["Contrast"] = as_contrast
@@ -235,8 +223,8 @@ def checked_sides(
     longest, fewest = max(sides.values(), key=len), min(map(len, sides.values()))
     if paired and fewest < len(longest):
         counts = " and ".join(f"{len(side)} {name}" for name, side in sides.items())
-        problem = f"{longest[fewest][0]} has no partner ({counts} prompts)"
-        raise InputError(f"{problem}: add the missing ones or set paired=False")
+        advice = "add the missing ones or set paired=False"
+        raise InputError(f"{longest[fewest][0]} has no partner ({counts} prompts): {advice}")
     return [tuple(prompt for _, prompt in side) for side in sides.values()]
 
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,15 +142,18 @@ def load_prompts(source: FilePath) -> tuple[str, ...]:
     Raises:
         InputError: if the source can't be read, lacks the column, or has blank prompts.
     """
-    side = _read_source(source)
-    [rows] = _distinct([side], paired=False, keep=False)
-    return checked_sides({side.name: [side.prompts[row] for row in rows]})[0]
+    [side] = _distinct([_read_source(source)], paired=False, keep=False)
+    return checked_sides({side.name: side.prompts})[0]
 
 
 class _Side(NamedTuple):
     name: str
     prompts: Cells
     clusters: Cells  # one a prompt; empty if the table has no column `cluster`
+
+    def at(self, rows: list[int]) -> "_Side":
+        prompts = [self.prompts[row] for row in rows]
+        return _Side(self.name, prompts, [self.clusters[row] for row in rows if self.clusters])
 
 
 def _sides(
@@ -167,44 +169,41 @@ def _sides(
 
 
 def _contrast(name: str, sides: list[_Side], paired: bool, keep: bool) -> Contrast:
-    kept = _distinct(sides, paired=paired, keep=keep)
-    cells = {s.name: [s.prompts[row] for row in rows] for s, rows in zip(sides, kept, strict=True)}
-    target, baseline = checked_sides(cells, paired=paired, keep_duplicates=keep)
-    clusters = [[s.clusters[i] for i in r] for s, r in zip(sides, kept, strict=True) if s.clusters]
-    for place, label in chain(*clusters):
-        check_filled(place, None if label is None else str(label))
-    labels: Any = tuple(
-        tuple(tuple(map(str, x)) if isinstance(x, list) else str(x) for _, x in side)
-        for side in clusters
-    )
-    names = (sides[0].name, sides[1].name)
+    sides = _distinct(sides, paired=paired, keep=keep)
+    prompts = {side.name: side.prompts for side in sides}
+    target, baseline = checked_sides(prompts, paired=paired, keep_duplicates=keep)
+    labels: Any = []
+    for side in (side for side in sides if side.clusters):
+        for place, label in side.clusters:
+            check_filled(place, None if label is None else str(label))
+        found = [label for _, label in side.clusters]
+        labels.append([[*map(str, x)] if isinstance(x, list) else str(x) for x in found])
     labels = labels[0] if labels and paired else labels
+    names = (sides[0].name, sides[1].name)
     return Contrast(name, target, baseline, *names, paired, labels, keep_duplicates=keep)
 
 
-def _distinct(sides: list[_Side], *, paired: bool, keep: bool) -> list[list[int]]:
-    """Rows of each side to use: the first of equal prompts (all, if `keep`), none on both sides."""
-    everything = [[*range(len(side.prompts))] for side in sides]
+def _distinct(sides: list[_Side], *, paired: bool, keep: bool) -> list[_Side]:
+    """The sides with the first of equal prompts (all, if `keep`) and none that is on both sides."""
     texts = [  # a missing prompt equals no other
         [" ".join(cell.split()) if isinstance(cell, str) else place for place, cell in side.prompts]
         for side in sides
     ]
     shared = set(texts[0]) & set(texts[1]) if len(sides) > 1 else set()
-    first = [{text: row for row, text in reversed([*enumerate(side)])} for side in texts]
+    first = [dict(zip(reversed(side), reversed(range(len(side))), strict=True)) for side in texts]
     kept = [
-        [row for row in rows if side[row] not in shared and (keep or where[side[row]] == row)]
-        for rows, side, where in zip(everything, texts, first, strict=True)
+        [i for i, text in enumerate(side) if text not in shared and (keep or where[text] == i)]
+        for side, where in zip(texts, first, strict=True)
     ]
     if paired:
         kept = [sorted(set(kept[0]) & set(kept[1]))] * 2
-    if not all(kept) or (paired and everything[0] != everything[-1]):
-        return everything  # `checked_sides` names a row that repeats another or has no partner
-    before, after = sum(map(len, everything)), sum(map(len, kept))
-    if after < before:
+    if not all(kept) or (paired and len(texts[0]) != len(texts[1])):
+        return sides  # `checked_sides` names a row that repeats another or has no partner
+    if (after := sum(map(len, kept))) < (before := sum(map(len, texts))):
         reason = f"{len(shared)} stand on both sides, the rest" if shared else "they"
         dropped = f"dropped {before - after} of {before} prompts: {reason} repeat others"
         logger.warning(f"{dropped}; keep_duplicates keeps the repeats within a side")
-    return kept
+    return [side.at(rows) for side, rows in zip(sides, kept, strict=True)]
 
 
 def _column(table: Table, name: str, *, may_end_early: bool = False) -> Cells:
@@ -239,24 +238,22 @@ def _inside(cell: Any, key: str) -> Any:
 
 def _column_side(table: Table, name: str, *, may_end_early: bool) -> _Side:
     prompts = _column(table, name, may_end_early=may_end_early)
-    return _Side(
-        name, prompts, _beside(table, CLUSTER, prompts) if CLUSTER in table.columns else []
-    )
+    clusters = _beside(table, CLUSTER, len(prompts)) if CLUSTER in table.columns else []
+    return _Side(name, prompts, clusters)
 
 
-def _beside(table: Table, name: str, prompts: Cells) -> Cells:
-    """The cells of another column, one for each prompt."""
-    cells = _column(table, name)
-    if len(cells) < len(prompts):
-        sizes = f"{len(prompts)} prompts and {len(cells)} in {name!r}"
+def _beside(table: Table, name: str, n: int) -> Cells:
+    """The cells of another column, one for each of `n` prompts."""
+    if len(cells := _column(table, name)) < n:
+        sizes = f"{n} prompts and {len(cells)} in {name!r}"
         raise InputError(f"{table.source} has {sizes}: give each prompt one")
-    return cells
+    return cells[:n]
 
 
 def _labelled_side(table: Table, prompt: str, label: str, wanted: str) -> _Side:
     """The prompts of the rows with a label, or with the class label of this number."""
-    prompts, clusters = _column_side(table, prompt, may_end_early=False)[1:]
-    labels = [cell for _, cell in _beside(table, label, prompts)][: len(prompts)]
+    side = _column_side(table, prompt, may_end_early=False)
+    labels = [cell for _, cell in _beside(table, label, len(side.prompts))]
     classes = {str(number): name for number, name in enumerate(table.classes.get(label, ()))}
     texts = [x.strip() if isinstance(x, str) else json.dumps(x, default=str) for x in labels]
     texts = [classes.get(text, text) for text in texts]
@@ -264,22 +261,19 @@ def _labelled_side(table: Table, prompt: str, label: str, wanted: str) -> _Side:
     if name not in texts:
         problem = f"{table.source} has no row whose {label!r} is {wanted!r}"
         raise InputError(f"{problem}: its labels are {listed(sorted(set(texts)))}")
-    rows = [row for row, text in enumerate(texts) if text == name]
-    return _Side(name, [prompts[row] for row in rows], [clusters[row] for row in rows if clusters])
+    return side._replace(name=name).at([row for row, text in enumerate(texts) if text == name])
 
 
 def _read_source(source: FilePath) -> _Side:
     place, names = _split_source(source)
     table = read_table(place)
-    column, condition = (*names, None, None)[:2]
-    if column is None:
-        column, *others = table.columns
-        if others:
-            problem = f"{table.source} has several columns, {listed(table.columns)}"
-            raise InputError(f"{problem}: say which one, as in {table.source}:{column}")
-    if condition is None:
+    column, *others = names[:1] or table.columns
+    if others:
+        problem = f"{table.source} has several columns, {listed(table.columns)}"
+        raise InputError(f"{problem}: say which one, as in {table.source}:{column}")
+    if len(names) < 2:
         return _column_side(table, column, may_end_early=True)
-    label, _, value = condition.partition("=")
+    label, _, value = names[1].partition("=")
     return _labelled_side(table, column, label, value)
 
 

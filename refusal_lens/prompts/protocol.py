@@ -1,8 +1,8 @@
 """Protocols: every choice about how a prompt becomes a vector, and three named protocols."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -65,10 +65,8 @@ class Protocol:
 
     def __post_init__(self):
         given: Any = self.positions
-        several = isinstance(given, Iterable) and not isinstance(given, str)
-        numbered = [
-            int(p) if re.fullmatch(r"-?\d+", str(p)) else p for p in (given if several else [given])
-        ]
+        rows = [given] if isinstance(given, str) or not isinstance(given, Iterable) else given
+        numbered = [int(p) if re.fullmatch(r"-?\d+", str(p)) else p for p in rows]
         object.__setattr__(self, "positions", tuple(numbered))
         for name, kind in self.__annotations__.items():
             kind, value = getattr(kind, "__origin__", kind), getattr(self, name)
@@ -78,20 +76,19 @@ class Protocol:
             if value not in (choices := _CHOICES.get(name, (value,))):
                 raise InputError(f"Protocol.{name} is {value!r}: choose {' or '.join(choices)}")
         if self.bugs and not self.allow_bugs:
-            problem = f"this protocol has a known bug ({self.bugs[0]})"
-            raise InputError(f"{problem}: use `protocol.PUBLISHED`, or set allow_bugs=True")
+            advice = "use `protocol.PUBLISHED`, or set allow_bugs=True"
+            raise InputError(f"this protocol has a known bug ({self.bugs[0]}): {advice}")
         try:
             datetime.strptime(self.date, "%Y-%m-%d")
         except ValueError:
             raise InputError(f"Protocol.date is {self.date!r}: write it as 2024-07-26") from None
         if not self.positions:
             raise InputError("Protocol.positions is empty: (-1,) reads the last token")
+        names = (LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN)
         for position in self.positions:
-            counted = isinstance(position, int) and not isinstance(position, bool) and position < 0
-            if not counted and position not in (LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN):
-                problem = f"Protocol.positions has {position!r}: positions count from the end"
-                named = f"{LAST_PROMPT_TOKEN} or {LAST_TEMPLATE_TOKEN}"
-                raise InputError(f"{problem} (-1 is the last token), or are {named}")
+            if position not in names and not (isinstance(position, int) and position < 0):
+                advice = f"positions count from the end (-1 is the last), or {' or '.join(names)}"
+                raise InputError(f"Protocol.positions has {position!r}: {advice}")
 
     @property
     def bugs(self) -> tuple[str, ...]:
@@ -101,16 +98,6 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
         return asdict(self) | {"positions": list(self.positions)}
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "Protocol":
-        """Return the protocol that `to_dict` saved; InputError for unknown fields or bad values."""
-        names = [field.name for field in fields(cls)]
-        if unknown := set(saved) - set(names):
-            asked = ", ".join(sorted(unknown))[:80]
-            raise InputError(f"a protocol has no {asked}: it has {', '.join(names)}")
-        lists: dict[str, Any] = {key: tuple(x) for key, x in saved.items() if isinstance(x, list)}
-        return cls(**(dict(saved) | lists))
 
 
 DEFAULT = Protocol()  # no system prompt, last token of the generation prompt, `resid_post`

@@ -1,5 +1,6 @@
 """Bytes of a file, a saved folder or a Hugging Face dataset -> a table of named columns."""
 
+import codecs
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,29 +21,19 @@ DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?")  # owner/name, or owne
 
 
 class Table(NamedTuple):
-    """Columns by name.
-
-    `place(i)` names row `i` in error messages: "row 3" or "line 7". `classes` names the numbers in
-    columns of class labels.
-    """
+    """Columns by name."""
 
     source: str
     columns: Mapping[str, Iterable[Any]]
-    place: Callable[[int], str] = lambda row: f"row {row + 1}"
-    classes: Mapping[str, Sequence[str]] = {}
+    place: Callable[[int], str] = lambda row: f"row {row + 1}"  # row `i` in messages; or "line 7"
+    classes: Mapping[str, Sequence[str]] = {}  # names of the numbers in columns of class labels
 
 
 def read_table(place: str, split: str | None = None) -> Table:
     """Read a file, a folder written by `save_to_disk`, or a dataset by its name on the hub.
 
-    Text that resembles numbers stays text.
-
-    Args:
-        place: path, `owner/name` or `owner/name/subset`; `@SPLIT` may follow a folder or dataset.
-        split: split of a folder or dataset; several are joined by "+".
-
-    Raises:
-        InputError: if nothing there can be read as a table.
+    `place` is a path, `owner/name` or `owner/name/subset`; `@SPLIT` may follow a folder or dataset,
+    several joined by "+". Text that resembles numbers stays text. InputError for anything else.
     """
     if "@" in place and not os.path.exists(place):
         place, _, split = place.rpartition("@")
@@ -69,8 +61,8 @@ def load_dataset(name: str, subset: str | None = None, revision: str | None = No
     try:
         return datasets.load_dataset(name, subset, revision=revision)
     except (OSError, ValueError) as error:
-        problem = f"the dataset {name!r} can't be loaded ({brief(str(error))})"
-        raise InputError(f"{problem}: check name, subset and access") from None
+        why = f"can't be loaded ({brief(str(error))}): check name, subset and access"
+        raise InputError(f"the dataset {name!r} {why}") from None
 
 
 def table_of_dataset(source: str, dataset: Any, split: str | None) -> Table:
@@ -82,14 +74,13 @@ def table_of_dataset(source: str, dataset: Any, split: str | None) -> Table:
 
         wanted = [*dataset] if split is None and len(dataset) == 1 else (split or "").split("+")
         if missing := [name for name in wanted if name not in dataset]:
-            problem = "several splits" if split is None else f"no split {missing[0]!r}"
-            advice = f"choose one of {listed(dataset)}, or several joined by +"
-            raise InputError(f"{source} has {problem}: {advice}")
+            splits = "several splits" if split is None else f"no split {missing[0]!r}"
+            choice = f"choose one of {listed(dataset)}, or several joined by +"
+            raise InputError(f"{source} has {splits}: {choice}")
         dataset = concatenate_datasets([dataset[name] for name in wanted])
     columns = {name: dataset[name] for name in dataset.column_names}
-    features = (dataset.features or {}).items()
-    classes = {name: names for name, f in features if (names := getattr(f, "names", None))}
-    return Table(source, columns, "row {}".format, classes)
+    labels = {name: getattr(f, "names", None) for name, f in (dataset.features or {}).items()}
+    return Table(source, columns, "row {}".format, {name: n for name, n in labels.items() if n})
 
 
 def listed(names: Iterable[object]) -> str:
@@ -136,18 +127,14 @@ def _parse_parquet(source: str, content: bytes) -> Table:
 
 def _decode(source: str, content: bytes) -> str:
     """The text in UTF-8, or in an encoding that the log names: UTF-16 or Windows-1252."""
-    match [*content[:2]]:
-        case [0xFF, 0xFE] | [0xFE, 0xFF]:
-            encoding = "UTF-16"
-        case [_, 0]:
-            encoding = "UTF-16-LE"
-        case [0, _]:
-            encoding = "UTF-16-BE"
-        case _:
-            try:
-                return content.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                encoding = "cp1252"
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        encoding = "UTF-16"
+    elif 0 in content[:2]:
+        encoding = "UTF-16-BE" if content[0] == 0 else "UTF-16-LE"
+    else:
+        with suppress(UnicodeDecodeError):
+            return content.decode("utf-8-sig")
+        encoding = "cp1252"
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -172,8 +159,7 @@ def _parse_csv(text: str, usual: str) -> dict[str, Any]:
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     if not rows:
         raise ValueError("it has a header but no rows; put prompts under it")
-    names = [name.strip() for name in header]
-    columns = zip(names, zip(*rows, strict=True), strict=True)
+    columns = zip(map(str.strip, header), zip(*rows, strict=True), strict=True)
     return _by_name([(name, cells) for name, cells in columns if name])
 
 
@@ -191,9 +177,9 @@ def _columns_of_json(content: Any) -> dict[str, Any]:
     if not isinstance(content, list) or not content:
         raise ValueError(f"it holds {quoted(content)}; give a list of records")
     kind = str if isinstance(content[0], str) else dict
+    wanted = "a string" if kind is str else 'a record, {"column": ...}'
     for row, record in enumerate(content, 1):
         if not isinstance(record, kind):
-            wanted = "a string" if kind is str else 'a record, {"column": ...}'
             raise ValueError(f"record {row} is {quoted(record)}; make it {wanted}")
     if kind is str:
         return {"prompt": content}

@@ -74,10 +74,7 @@ def build_inputs_with_chat_template(
 def encode_prompts(
     tokenizer: "Tokenizer", prompts: Sequence[str], *, protocol: Protocol = DEFAULT
 ) -> list[list[int]]:
-    """Return the ids of each row of `build_inputs_with_chat_template`, unpadded.
-
-    InputError, too, for a protocol that reads padding.
-    """
+    """Return the ids of each row of `build_inputs_with_chat_template`, unpadded."""
     refuse_padding(protocol)
     return [one.ids for one in _formatted(tokenizer, prompts, protocol)]
 
@@ -92,8 +89,8 @@ def arditi(tokenizer: "Tokenizer") -> Protocol:
 def refuse_padding(protocol: Protocol) -> None:
     """Raise an InputError for a protocol that reads padding; only `run_sensitivity` takes one."""
     if protocol.padding != "left":
-        problem = f"the protocol {protocol.name!r} reads padding tokens"
-        raise InputError(f"{problem}: choose another one, or measure this one in run_sensitivity")
+        advice = "choose another one, or measure this one in run_sensitivity"
+        raise InputError(f"the protocol {protocol.name!r} reads padding tokens: {advice}")
 
 
 def check_prompts(prompts: Sequence[object]) -> None:
@@ -234,8 +231,8 @@ def _index(position: int | str, roles: list[str], before: int, name: str) -> int
         return len(roles) - 1 - roles[::-1].index("prompt")
     index = len(roles) - 1 if position == LAST_TEMPLATE_TOKEN else len(roles) + int(position)
     if index < before:
-        sizes = f"{name}, which has {len(roles) - before} tokens in its chat format"
-        raise InputError(f"position {position} lies before the start of {sizes}")
+        sizes = f"which has {len(roles) - before} tokens in its chat format"
+        raise InputError(f"position {position} lies before the start of {name}, {sizes}")
     return index
 
 
@@ -265,11 +262,11 @@ class TokenTable(tuple[TokenRow, ...]):
     def _repr_html_(self) -> str:
         # Translucent, so that the text stays readable on a dark page.
         colours = {"pad": "#8883", "special": "#b4d3", "template": "#28e3", "system": "#4b63"}
-        lines = ""
-        for row in self:
-            style = f"background: {colours.get(row.role, 'none')}"
-            lines += f'<div style="{style}">{html.escape(str(row))}</div>'
-        return f"<pre>{lines}</pre>"
+        lines = [
+            f'<div style="background: {colours.get(row.role, "none")}">{html.escape(str(row))}</div>'
+            for row in self
+        ]
+        return f"<pre>{''.join(lines)}</pre>"
 
 
 def show_tokens(

@@ -333,7 +333,7 @@ TEXT_CASES = {
     "Config: prompts shared": (lambda w: rl.Config(negativity="refusal").contrasts(), "share"),
     "Protocol: a position of nought": (lambda w: rl.Protocol(positions=(0,)), "count from the end"),
     "Protocol: a list": (lambda w: rl.Protocol(positions=[-1.5]), "positions has -1.5"),
-    "Protocol: an unknown key": (lambda w: rl.Protocol.from_dict({"x": 1}), "has no x"),
+    "Protocol: an unknown key": (lambda w: rl.Protocol(x=1), "is named 'x'"),
     "Protocol: a known bug": (lambda w: rl.Protocol(bos="twice"), "has a known bug"),
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ def read(path: Path) -> Any:
         saved = artifacts.read_json(path)
         if not isinstance(saved, dict):
             raise InputError("no protocol")
-        return Protocol.from_dict(saved)
+        return Protocol(**saved)
     if path.suffix == ".safetensors":
         return artifacts.read_tensors(path)
     if path.suffix == ".txt":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch
 import refusal_lens as rl
 from refusal_lens.activations import disk as artifacts
 from refusal_lens.errors import InputError, InterventionError
+from refusal_lens.experiment import causal
 from refusal_lens.experiment.measures import depth_profile
 from refusal_lens.experiment.run import highlighted_layer
 from refusal_lens.experiment.serialise import pack
+from refusal_lens.interventions import openings_of
+from refusal_lens.interventions.reply_openings import REFUSAL
 
 ORGANISMS = ("specific", "entangled", "oblivious")
 
@@ -34,6 +38,22 @@ def test_the_default_layer_is_20_of_32_and_as_deep_elsewhere(n_layers, layer):
     assert found == layer
     assert "layer 20" in note
     assert ("relative depth" in note) == (n_layers != 32)
+
+
+def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_enough(monkeypatch):
+    model = rl.load_model("organism:specific")
+    refusal = openings_of(model.tokenizer, REFUSAL)
+    logits = torch.randn(200, model.cfg.d_vocab, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(causal, "first_token_logits", lambda *args, **options: logits)
+    token_of = partial(causal._constant_token, model, [rl.load_contrast("refusal")], refusal, {})
+    thinks, other, *_ = sorted({*range(60, 90)} - {*refusal.first_tokens})
+    assert token_of() == ""
+    logits[:, thinks] = 30
+    assert token_of() == model.tokenizer.decode([thinks])
+    logits[100, other] = 40
+    assert token_of() == ""
+    logits[:, refusal.first_tokens[0]] = 60
+    assert token_of() == "", "every reply is a refusal"
 
 
 @pytest.mark.parametrize("layer", [-1, 32, 1000])

@@ -15,7 +15,6 @@ from llama3 import llama3_tokenizer, meta_tokenizer
 from refusal_lens.errors import InputError
 from refusal_lens.prompts.chat_template import LLAMA3_CHAT_TEMPLATE
 from refusal_lens.prompts.protocol import Protocol
-from refusal_lens.prompts.thinking import constant_first_token
 from refusal_lens.prompts.tokenize import (
     build_inputs_with_chat_template,
     check_prompts,
@@ -422,14 +421,6 @@ def test_thinking_is_switched_off_by_the_templates_own_switch():
     assert tokenizer.decode(itself).endswith("/no_think\n")
 
 
-def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_enough():
-    logits = torch.randn(200, 11, generator=torch.Generator().manual_seed(0))
-    logits[:, 3] = 20
-    assert constant_first_token(logits) == 3
-    logits[100, 7] = 30
-    assert constant_first_token(logits) is None
-
-
 def test_a_template_that_reads_lists_of_parts_is_given_lists_of_parts():
     template = (
         "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}"
@@ -501,9 +492,9 @@ def test_a_protocol_with_an_impossible_position_cannot_be_made(fields, complaint
 
 def test_a_protocol_survives_json():
     protocol = Protocol("mine", "Be kind.", False, (-2, "last_prompt_token"), PLAIN_TEMPLATE)
-    assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
-    with pytest.raises(InputError, match="no sytem_prompt"):
-        Protocol.from_dict({"sytem_prompt": "typo"})
+    assert Protocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
+    with pytest.raises(InputError, match="no argument is named 'sytem_prompt'"):
+        Protocol(sytem_prompt="typo")
 
 
 def test_the_table_shows_every_token_of_the_batch_its_role_and_where_it_is_read():

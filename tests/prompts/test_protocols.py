@@ -136,7 +136,7 @@ def test_arditis_positions_are_counted_off_the_template_at_hand():
 def test_named_protocols_survive_json_with_every_choice_and_known_bug():
     for protocol in (DEFAULT, PUBLISHED, ARDITI):
         saved = json.loads(json.dumps(protocol.to_dict()))
-        assert Protocol.from_dict(saved) == protocol
+        assert Protocol(**saved) == protocol
         assert {"system_prompt", "generation_prompt", "positions", "bos", "padding", "hook"} <= set(
             saved
         )
