@@ -1,10 +1,10 @@
 """Find the files of a model: bundled, local, or fetched from the hub."""
 
-import getpass
 import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ SAMPLE_BYTES = 65_536
 SAMPLES_PER_FILE = 64
 
 logger = logging.getLogger(__name__)
-
-_typed: dict[str, str] = {}  # tokens that the user typed, by model; never written to disk
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,11 @@ class Checkpoint:
 def find_checkpoint(
     name: str, files: Sequence[str] = CONFIG_FILES, *, revision: str | None = None
 ) -> Checkpoint:
-    """Return the directory that a name stands for.
+    """Return the directory that a name stands for, as in `load_model`.
 
-    Args:
-        name: `organism:NAME`, a local directory or GGUF file, or a hub name, also a short one of
-            `SHORT_NAMES`. Only a hub name is downloaded. `+ADAPTER` may follow, a bundled adapter's
-            name or a folder of peft's, or of several that add up.
-        files: patterns of the files to download from the repository's top folder.
-        revision: the hub's branch, tag or commit; `None` takes the newest.
-
-    Raises:
-        InputError: if the name or revision does not exist, can't be fetched, or is gated.
+    `+ADAPTER` may follow, a bundled adapter's name, a folder of peft's, or one of several that add up.
+    Only of a hub name, or a short one of `SHORT_NAMES`, the `files` of these patterns are downloaded.
+    InputError if the name or revision does not exist, can't be fetched, or is gated.
     """
     model, _, adapter = name.rpartition("+")
     for folder in (ORGANISMS_DIRECTORY / "adapters" / adapter, Path(adapter).expanduser()):
@@ -117,87 +109,58 @@ def find_checkpoint(
 
 
 def _fetched(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
-    from huggingface_hub import get_token
+    """The checkpoint in the hub's cache; a gated model asks a user who is there to log in."""
+    from huggingface_hub import errors, login
+    from huggingface_hub.utils import is_notebook
 
-    if fetched := _download(name, files, revision, _typed.get(name) or get_token()):
-        return fetched
-    token = _ask_for_token(name)
-    if token and (fetched := _download(name, files, revision, token)):
-        _typed[name] = token
-        return fetched
-    raise InputError(_gate(name))
+    try:
+        return _download(name, files, revision)
+    except errors.GatedRepoError:
+        gate = (
+            f"{name} is gated: accept its conditions at https://huggingface.co/{name}, make a token at "
+            "https://huggingface.co/settings/tokens, and set the environment variable HF_TOKEN to it "
+            "(or run: hf auth login, in a notebook huggingface_hub.login(), and this again)"
+        )
+    if is_notebook() or (sys.stdin is not None and sys.stdin.isatty()):
+        logger.warning(gate)
+        try:
+            login(skip_if_logged_in=False)
+        except Exception as error:  # the hub's own login can fail in any way
+            logger.warning("the login at the hub failed (%r)", error)
+        with suppress(errors.GatedRepoError):
+            return _download(name, files, revision)
+    raise InputError(gate)
 
 
-def _download(
-    name: str, files: Sequence[str], revision: str | None, token: str | None
-) -> Checkpoint | None:
-    """The checkpoint in the hub's cache; `None` if the token grants no access to a gated model."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError
+def _download(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
+    """The checkpoint in the hub's cache; GatedRepoError if the user's token grants no access."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     try:
         # The request for a single small file gives a clear error.
-        config = Path(hf_hub_download(name, "config.json", revision=revision, token=token))
-        commit = config.parent.name
+        config = Path(hf_hub_download(name, "config.json", revision=revision))
         if tuple(files) != CONFIG_FILES:
             only: Any = {"allow_patterns": [*files], "ignore_patterns": ["*/*", "consolidated*"]}
-            snapshot_download(name, revision=commit, token=token, **only)
-    except GatedRepoError:
-        return None
-    except Exception as error:
-        raise _as_input_error(error, name, revision) from None
-    return Checkpoint(name, config.parent, commit)
-
-
-def _ask_for_token(name: str) -> str | None:
-    """A token typed at the notebook or terminal, which this package never writes down."""
-    from huggingface_hub import get_token, notebook_login
-    from huggingface_hub.utils import is_notebook
-
-    if is_notebook():
-        try:
-            notebook_login(skip_if_logged_in=False)
-        except Exception as error:  # the hub's own login box can fail in any way
-            logger.warning("the hub's login box can't be shown (%r)", error)
-        return get_token()
-    if sys.stdin is not None and sys.stdin.isatty():
-        logger.warning(_gate(name))
-        return getpass.getpass("Hugging Face token (hidden as you type; empty to stop): ") or None
-    return None
-
-
-def _gate(name: str) -> str:
-    from huggingface_hub.utils import is_notebook
-
-    log_in = "run: hf auth login"
-    if is_notebook():
-        log_in = "run huggingface_hub.login() in a cell of its own, and this one again"
-    accept = f"accept its conditions at https://huggingface.co/{name}"
-    make = "make a token at https://huggingface.co/settings/tokens"
-    use = f"set the environment variable HF_TOKEN to it (or {log_in})"
-    return f"{name} is gated: {accept}, {make}, and {use}"
-
-
-def _as_input_error(error: Exception, name: str, revision: str | None) -> Exception:
-    """The InputError for a failed download; any other failure stays as it is."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", "nothing")
-    offline = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled
-    kinds = "organism:NAME, a directory, a GGUF file, or a hub name (owner/model)"
-    choose = "give a branch, tag or commit"
-    private = "or it is private and HF_TOKEN does not open it"
-    unreachable = "has not been downloaded before and the hub can't be reached"
-    check = "check the network and HF_HUB_OFFLINE, or the name (there is no such directory here)"
-    check_name = "check the name (there is no such directory here either)"
+            snapshot_download(name, revision=config.parent.name, **only)
+        return Checkpoint(name, config.parent, config.parent.name)
+    except errors.GatedRepoError:
+        raise
     # A subclass comes before its base class.
-    messages: dict[type | tuple[type, ...], str] = {
-        errors.HFValidationError: f"{name!r} is no model: give {kinds}",
-        errors.RevisionNotFoundError: f"{name} has no revision {revision!r} on the hub: {choose}",
-        errors.RepositoryNotFoundError: f"the hub has no model {name!r}, {private}: {check_name}",
-        offline: f"{name} {unreachable}: {check}",
-        errors.EntryNotFoundError: f"{name} on the hub holds no model: it has no config.json",
-        errors.HfHubHTTPError: f"the hub answers {status} when asked for {name}: try again later",
-    }
-    found = (message for kind, message in messages.items() if isinstance(error, kind))
-    return next(map(InputError, found), error)
+    except errors.HFValidationError:
+        kinds = "organism:NAME, a directory, a GGUF file, or a hub name (owner/model)"
+        why = f"{name!r} is no model: give {kinds}"
+    except errors.RevisionNotFoundError:
+        why = f"{name} has no revision {revision!r} on the hub: give a branch, tag or commit"
+    except errors.RepositoryNotFoundError:
+        private = "or it is private and HF_TOKEN does not open it"
+        check = "check the name (there is no such directory here either)"
+        why = f"the hub has no model {name!r}, {private}: {check}"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        check = "check the network and HF_HUB_OFFLINE, or the name (no such directory is here)"
+        why = f"{name} has not been downloaded before and the hub can't be reached: {check}"
+    except errors.EntryNotFoundError:
+        why = f"{name} on the hub holds no model: it has no config.json"
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "nothing")
+        why = f"the hub answers {status} when asked for {name}: try again later"
+    raise InputError(why)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -119,33 +120,38 @@ def test_a_stored_login_opens_a_gated_model(hub, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_person_at_a_terminal_is_asked_and_what_they_type_is_not_shown(hub, tmp_path):
+def test_a_person_at_a_terminal_can_log_in_at_the_hub_and_is_asked_once(hub, tmp_path, monkeypatch):
     import pty
 
+    if not hasattr(huggingface_hub._login, "_prompt_login_method"):
+        pytest.skip("this huggingface_hub has another dialogue")
+    monkeypatch.setattr(hub, "logs_in", True)
     ours, theirs = pty.openpty()
     keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", FIND, GATED, GATED],
         stdin=theirs,
-        stdout=subprocess.PIPE,
+        stdout=theirs,
         stderr=theirs,
         start_new_session=True,
         env=keep | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url},
     )
-    shown = b""
-    patience = time.monotonic() + 60
-    while b"hidden" not in shown and time.monotonic() < patience:
-        shown += os.read(ours, 4096)
-    os.write(ours, TOKEN.encode() + b"\n")
-    answer, _ = process.communicate(timeout=60)
     os.set_blocking(ours, False)
-    shown += os.read(ours, 65536)
+    shown, patience, answered = "", time.monotonic() + 40, False
+    while shown.count("found") < 2 and time.monotonic() < patience:
+        time.sleep(0.05)
+        with suppress(BlockingIOError):
+            shown += os.read(ours, 65536).decode()
+        if "Paste an access token" in shown and not answered:
+            answered = os.write(ours, b"1\n")
+    process.kill()
+    process.wait()
     os.close(ours)
     os.close(theirs)
-    assert answer.decode() == f"found {COMMIT}\n" * 2, "asked twice"
-    assert b"accept its conditions" in shown
-    assert TOKEN.encode() not in shown
-    assert TOKEN.encode() not in everything_under(tmp_path)
+    assert shown.count(f"found {COMMIT}") == 2, shown
+    assert shown.count(USER_CODE) == shown.count("Waiting for authorization") == 1
+    assert "accept its conditions" in shown
+    assert TOKEN not in shown
 
 
 @pytest.mark.parametrize("logs_in", [True, False])
@@ -167,8 +173,7 @@ def test_in_a_notebook_the_hub_s_login_box_is_shown(hub, tmp_path, monkeypatch, 
         assert f"found {COMMIT}" in shown
     else:
         assert f"refused {GATED} is gated" in shown
-        assert "run huggingface_hub.login() in a cell of its own" in shown
-        assert "hf auth login" not in shown
+        assert "in a notebook huggingface_hub.login()" in shown
     assert TOKEN not in shown
 
 
