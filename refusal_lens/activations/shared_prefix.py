@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..models.forward import generation, input_device
+from ..models.forward import generation, input_device, of_rows
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: int) -> bool:
     """Whether prompts of up to `longest` tokens keep their activations when a prefix runs once.
 
-    Batches are padded between the prefix and the rest of each prompt, so positions must be rotary
-    (taken from the mask) and a sliding window must hold every prompt. The model must be free of
-    hooks, since a hook may address a token by its index, and must be measured to keep its keys.
+    Batches are padded behind the prefix, so positions must be rotary (taken from the mask) and a
+    sliding window must hold every prompt. A hook may address a token by its index, so there may be
+    none. The model must be measured to keep its keys.
     """
     return (
         model.cfg.positional_embedding_type == "rotary"
@@ -42,23 +42,26 @@ class SharedPrefix:
     """
 
     def __init__(self, model: "HookedTransformer | TransformerBridge"):
-        self.length = 0  # recorded tokens
-        self._device = input_device(model)
-        self._cache = generation(model).PrefixCache(model)
+        self._model = model
+        self._layers = generation(model).prefix_layers(model)
+        self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))
+
+    @property
+    def length(self) -> int:
+        """The number of recorded tokens."""
+        return self._mask.shape[1]
 
     def recording(self, n_tokens: int) -> dict[str, Any]:
         """Arguments of the pass that records one row of tokens; call once, right before the pass."""
-        self.length = n_tokens
-        mask = torch.ones(1, n_tokens, dtype=torch.long, device=self._device)
-        return self._cache.arguments(mask, records=True, rows=1)
+        return self._arguments(self._mask.new_ones(1, n_tokens), records=True, rows=1)
 
     def following(self, mask: Int[Tensor, "rows pos"], *, repeat: int = 1) -> dict[str, Any]:
-        """Arguments of a pass over the tokens after the prefix, or over whole prompts without one.
+        """Arguments of any pass over the tokens after the prefix, or over prompts without one.
 
         `mask` is 1 on these tokens and 0 on padding. Every recorded row serves `repeat` consecutive
-        rows of the batch. Any number of passes can follow one recording.
+        rows of the batch.
         """
-        return self._cache.arguments(mask, records=False, rows=repeat)
+        return self._arguments(mask, records=False, rows=repeat)
 
     def extended(
         self, mask: Int[Tensor, "_ pos"], *, rows: int | tuple[Int[Tensor, " row"], int]
@@ -66,8 +69,19 @@ class SharedPrefix:
         """A prefix that also holds the tokens of the next pass, and that pass's arguments.
 
         The pass leaves this prefix as it is. `rows` is the number of consecutive rows that each
-        recorded row serves, or the recorded row of each (`models.forward.after_prefix`).
+        recorded row serves, or the recorded row of each (`models.forward.of_rows`).
         """
         longer = copy.copy(self)
-        longer.length, longer._cache = self.length + mask.shape[1], self._cache.copy()
-        return longer, longer._cache.arguments(mask, records=True, rows=rows)
+        longer._layers = [copy.copy(layer) for layer in self._layers]
+        return longer, longer._arguments(mask, records=True, rows=rows)
+
+    def _arguments(self, mask: Int[Tensor, "_ pos"], *, records: bool, rows: Any) -> dict[str, Any]:
+        layers = self._layers if records or self.length else []
+        for layer in layers:
+            layer.records, layer.rows = records, rows
+        # A mask of one row is that of all rows.
+        before = self._mask if len(self._mask) == 1 else of_rows(self._mask, rows)
+        n_rows = max(len(before), len(mask))
+        whole = torch.cat([before.expand(n_rows, -1), mask.expand(n_rows, -1)], dim=1)
+        self._mask = whole if records else self._mask
+        return generation(self._model).prefix_arguments(self._model, layers, whole, mask.shape[1])

@@ -73,10 +73,7 @@ class Cache:
         return found
 
     def store(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store named tensors in one complete file.
-
-        `key` holds everything that determines the numbers, in JSON's types.
-        """
+        """Store named tensors under all that determines them, in JSON's types, in one whole file."""
         if self.folder is None or not self._storing:
             return
         content = packed_tensors(tensors, {"key": json.dumps(key)})

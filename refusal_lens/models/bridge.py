@@ -1,6 +1,5 @@
 """TransformerLens 4: a `TransformerBridge` wraps the Hugging Face model and runs its own pass."""
 
-import copy
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -8,12 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
-from .forward import after_prefix, input_device, mask_after_prefix, undisturbed
+from .forward import input_device, of_rows, undisturbed
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _keeps_keys: "weakref.WeakKeyDictionary[TransformerBridge, bool]" = weakref.WeakKeyDictionary()
-_renamed: "weakref.WeakSet[TransformerBridge]" = weakref.WeakSet()  # need `keeping_keys`
 
 
 def from_hugging_face(
@@ -52,32 +49,27 @@ def window(model: "TransformerBridge") -> int | None:
 
 
 def keeps_keys(model: "TransformerBridge") -> bool:
-    """Whether every attention fills the cache it is given, measured once for each model."""
-    # transformers 5.24 renamed the attention's `past_key_values` to `cache`, and TransformerLens
-    # 4.3 takes the former name alone: its cache stays empty unless `keeping_keys` renames it.
+    """Whether one token leaves its keys in every layer of a cache, measured once for each model."""
     if model not in _keeps_keys:
-        _keeps_keys[model] = _fills_cache(model)
-        if not _keeps_keys[model]:
-            _renamed.add(model)
-            _keeps_keys[model] = _fills_cache(model)
+        config: Any = model.original_model.config
+        cache: Any = DynamicCache(config=config.get_text_config())
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        filling = without_logits(model) | {"use_cache": True, _cache_argument(model): cache}
+        with undisturbed(model):
+            model(token, **filling)
+        known = (DynamicLayer, DynamicSlidingWindowLayer)
+        lengths = [layer.get_seq_length() for layer in cache.layers if type(layer) in known]
+        _keeps_keys[model] = lengths == [1] * model.cfg.n_layers
     return _keeps_keys[model]
-
-
-def _fills_cache(model: "TransformerBridge") -> bool:
-    """Whether one token leaves its keys in every layer of Hugging Face's own cache."""
-    config: Any = model.original_model.config
-    cache: Any = DynamicCache(config=config.get_text_config())
-    token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-    with undisturbed(model):
-        model(token, **without_logits(model) | {"use_cache": True, _cache_argument(model): cache})
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
-    lengths = [layer.get_seq_length() for layer in cache.layers if type(layer) in known]
-    return lengths == [1] * model.cfg.n_layers
 
 
 @contextmanager
 def keeping_keys(model: "TransformerBridge") -> Iterator[None]:
-    """Give each attention the cache under its former name, where the model needs that name."""
+    """Give each attention the cache under its former name too.
+
+    transformers 5.24 renamed the attention's `past_key_values` to `cache`, and TransformerLens 4.3
+    takes the former name alone, so that its cache stays empty.
+    """
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     def rename(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -86,7 +78,7 @@ def keeping_keys(model: "TransformerBridge") -> Iterator[None]:
         return args, kwargs
 
     with ExitStack() as hooks:
-        for module in model.modules() if model in _renamed else ():
+        for module in model.modules():
             if isinstance(module, AttentionBridge):
                 hooks.enter_context(module.register_forward_pre_hook(rename, with_kwargs=True))
         yield
@@ -97,29 +89,17 @@ def _cache_argument(model: "TransformerBridge") -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-class PrefixCache:
-    """The key-value cache of a `SharedPrefix`, as a Hugging Face model takes it."""
+def prefix_layers(model: "TransformerBridge") -> list["_PrefixLayer"]:
+    """The layers of a prefix without tokens."""
+    return [_PrefixLayer() for _ in range(model.cfg.n_layers)]
 
-    def __init__(self, model: "TransformerBridge"):
-        self._cache: Any = Cache(layers=[_PrefixLayer() for _ in range(model.cfg.n_layers)])
-        self._argument = _cache_argument(model)
-        self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))
 
-    def copy(self) -> "PrefixCache":
-        """A cache of the same keys and values, which records further ones by itself."""
-        other = copy.copy(self)
-        other._cache = Cache(layers=[copy.copy(layer) for layer in self._cache.layers])
-        return other
-
-    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
-        """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
-        if not records and not self._mask.shape[1]:
-            return {"attention_mask": mask, "use_cache": False}
-        for layer in self._cache.layers:
-            layer.records, layer.rows = records, rows
-        whole = mask_after_prefix(self._mask, mask, rows=rows)
-        self._mask = whole if records else self._mask
-        return {"attention_mask": whole, self._argument: self._cache, "use_cache": True}
+def prefix_arguments(
+    model: "TransformerBridge", layers: list["_PrefixLayer"], whole: Tensor, n_tokens: int
+) -> dict[str, Any]:
+    """Arguments of a pass over `n_tokens` after a prefix, if any; `whole` is the mask over both."""
+    prefix: Any = {_cache_argument(model): Cache(layers=layers)} if layers else {}  # type: ignore
+    return {"attention_mask": whole, "use_cache": bool(layers)} | prefix
 
 
 class _PrefixLayer(DynamicLayer):
@@ -128,10 +108,10 @@ class _PrefixLayer(DynamicLayer):
     records, rows = False, 1
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             return super().update(key_states, value_states)
-        prefix: Any = (self.keys, self.values)
-        whole = after_prefix(prefix, (key_states, value_states), rows=self.rows, dim=2)
+        keys = torch.cat([of_rows(self.keys, self.rows), key_states], 2)
+        values = torch.cat([of_rows(self.values, self.rows), value_states], 2)
         if self.records:
-            self.keys, self.values = whole
-        return whole
+            self.keys, self.values = keys, values
+        return keys, values

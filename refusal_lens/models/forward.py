@@ -104,36 +104,13 @@ def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
     return Columns(columns)
 
 
-def after_prefix(
-    prefix: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    *,
-    rows: int | tuple[Int[Tensor, " row"], int],
-    dim: int,
-) -> tuple[Tensor, ...]:
-    """Keys and values of a prefix with new ones appended along `dim`.
+def of_rows(recorded: Tensor, rows: int | tuple[Int[Tensor, " row"], int]) -> Tensor:
+    """What a prefix recorded for each row of a batch.
 
     `rows` is a number of repetitions of each recorded row, or the recorded rows to take and the
     number of prompts. Rows beyond the recorded ones have not joined the batch at this layer: they
     are still the unmodified model's, `row % n_prompts`.
     """
-    old = [_of_rows(each, rows) for each in prefix]
-    return tuple(torch.cat(pair, dim) for pair in zip(old, new, strict=True))
-
-
-def mask_after_prefix(
-    prefix: Int[Tensor, "_ prefix"],
-    new: Int[Tensor, "_ pos"],
-    *,
-    rows: int | tuple[Int[Tensor, " row"], int],
-) -> Int[Tensor, "_ whole"]:
-    """The mask over a prefix and new tokens; a mask of one row is that of all rows."""
-    old = prefix if len(prefix) == 1 else _of_rows(prefix, rows)
-    n_rows = max(len(old), len(new))
-    return torch.cat([old.expand(n_rows, -1), new.expand(n_rows, -1)], dim=1)
-
-
-def _of_rows(recorded: Tensor, rows: int | tuple[Int[Tensor, " row"], int]) -> Tensor:
     if isinstance(rows, int):
         return einops.repeat(recorded, "row ... -> (row n) ...", n=rows)
     wanted, n_prompts = rows[0].to(recorded.device), rows[1]

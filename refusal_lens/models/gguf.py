@@ -60,9 +60,8 @@ class Reader(gguf.GGUFReader):
                 block = np.zeros((1, GGML_QUANT_SIZES[quantisation][1]), np.uint8)
                 gguf.quants.dequantize(block, quantisation)
             except (ValueError, NotImplementedError) as error:
-                what = f"the quantisation of {field.name} in {self.path} can't be read ({error})"
-                advice = "take another file of the model, such as Q4_K_M or Q8_0"
-                raise InputError(f"{what}: {advice}") from None
+                why = f"can't be read ({error}): take another file, such as Q4_K_M or Q8_0"
+                raise InputError(f"the quantisation of {field.name} in {self.path} {why}") from None
         super()._build_tensors(start_offs, fields)
 
     @property
@@ -80,12 +79,7 @@ class Reader(gguf.GGUFReader):
 
 
 def read_header(path: Path) -> Reader:
-    """Read the header of a GGUF file that holds a whole model.
-
-    Raises:
-        InputError: if the file is missing, is no GGUF file, is damaged, is a part of a split one,
-            or has a quantisation that can't be read.
-    """
+    """Read the header of a GGUF file that holds a whole model; InputError for any other file."""
     if not path.is_file():
         raise InputError(f"there is no file {path}: check the path")
     with path.open("rb") as file:
@@ -123,8 +117,7 @@ def complete_config(config: "PretrainedConfig", header: Reader) -> None:
 def without_words() -> Iterator[None]:
     """Let transformers read a file's configuration and weights by `Reader`.
 
-    transformers makes a reader for each part of a model that it reads, and neither part needs the
-    words. The table of tensor names, which transformers makes anew for every module, is made once.
+    The table of tensor names, which transformers makes anew for every module, is made once.
     """
     names = cache(gguf.get_tensor_name_map)
     with patch.multiple(gguf, GGUFReader=Reader, get_tensor_name_map=names):
@@ -133,18 +126,16 @@ def without_words() -> Iterator[None]:
 
 def loading_options() -> dict[str, Any]:
     """Arguments of `from_pretrained` that make every weight an ordinary tensor."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # before transformers 5.24, which can keep weights quantised
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
+    import transformers
+
+    made = getattr(transformers, "GgufConfig", None)  # since 5.24, which can keep weights quantised
+    return {"quantization_config": made(dequantize=True)} if made else {}
 
 
 def complete_model(hf_model: "PreTrainedModel", header: Reader) -> None:
     """Apply the tensor by which Llama 3.1 and later stretch positions, which transformers leaves out.
 
-    Raises:
-        InputError: if transformers left out any other tensor.
+    InputError if transformers left out any other tensor.
     """
     tensors = {tensor.name: tensor for tensor in header.tensors}
     factors = tensors.pop(ROPE_FACTORS, None)

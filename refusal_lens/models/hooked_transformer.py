@@ -1,18 +1,19 @@
 """TransformerLens 3: a `HookedTransformer` with views of a Hugging Face model's weights."""
 
 import copy
+import json
 import tempfile
 import warnings
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from .forward import after_prefix, input_device, mask_after_prefix
+from .forward import of_rows
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -21,17 +22,9 @@ if TYPE_CHECKING:
 
 LONGEST_ROTARY_TABLE = 32_768  # positions, however long a context the config promises
 
-FAMILIES = {  # decoders with RMS norm, rotary positions and gated MLP, configured from their fields
-    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    *("Phi3ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-    "Gemma3ForConditionalGeneration",
-}
-SHARED_FIELDS = {"normalization_type": "RMS", "final_rms": True, "gated_mlp": True}
-SHARED_FIELDS |= {"positional_embedding_type": "rotary", "rotary_adjacent_pairs": False}
-SHARED_FIELDS |= {"init_weights": False}
-RENAMED_FIELDS = {"d_model": "hidden_size", "d_mlp": "intermediate_size", "d_vocab": "vocab_size"}
-RENAMED_FIELDS |= {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
-RENAMED_FIELDS |= {"eps": "rms_norm_eps", "tie_word_embeddings": "tie_word_embeddings"}
+# Decoders with RMS norm, rotary positions and gated MLP, which are configured from their fields.
+DECODERS = json.loads(Path(__file__).with_name("decoder_fields.json").read_text("utf-8"))
+FAMILIES = DECODERS["architectures"]
 
 
 def from_hugging_face(
@@ -72,8 +65,7 @@ def _config(hf_model: "PreTrainedModel", name: str, n_devices: int) -> Any:
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
     architecture, model_name = type(hf_model).__name__, name.rstrip("/").split("/")[-1]
-    device: dict[str, Any] = {"device": str(hf_model.device), "n_devices": n_devices}
-    device["dtype"] = hf_model.dtype
+    device: Any = {"device": str(hf_model.device), "dtype": hf_model.dtype, "n_devices": n_devices}
     if architecture in FAMILIES:
         fields = _decoder_fields(hf_model.config.get_text_config(), architecture)
         return HookedTransformerConfig(**fields, **device, model_name=model_name)
@@ -95,7 +87,7 @@ def _config(hf_model: "PreTrainedModel", name: str, n_devices: int) -> Any:
 
 
 def _decoder_fields(config: Any, architecture: str) -> dict[str, Any]:
-    n_heads, is_gemma = config.num_attention_heads, architecture.startswith("Gemma")
+    n_heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     ropes = config.rope_parameters
     rope = ropes.get("full_attention", ropes)
@@ -106,8 +98,8 @@ def _decoder_fields(config: Any, architecture: str) -> dict[str, Any]:
     longest = config.max_position_embeddings
     if rope["rope_type"] in ("dynamic", "longrope"):  # longer prompts have other angles
         longest = rope.get("original_max_position_embeddings") or longest
-    own = {field: getattr(config, theirs) for field, theirs in RENAMED_FIELDS.items()}
-    fields: dict[str, Any] = SHARED_FIELDS | own
+    own = {field: getattr(config, theirs) for field, theirs in DECODERS["renamed"].items()}
+    fields = DECODERS["fixed"] | own
     fields |= {
         "original_architecture": architecture,
         "d_head": d_head,
@@ -126,8 +118,8 @@ def _decoder_fields(config: Any, architecture: str) -> dict[str, Any]:
         types = ["local" if kind == "sliding_attention" else "global" for kind in kinds]
         if "local" in types:
             fields |= {"use_local_attn": True, "window_size": window, "attn_types": types}
-    if is_gemma and getattr(config, "query_pre_attn_scalar", None):
-        fields["attn_scale"] = config.query_pre_attn_scalar**0.5
+    if scalar := getattr(config, "query_pre_attn_scalar", None):
+        fields["attn_scale"] = scalar**0.5
     for field, cap in (("attn_scores", "attn_logit"), ("output_logits", "final_logit")):
         if value := getattr(config, f"{cap}_softcapping", None):
             fields[f"{field}_soft_cap"] = value
@@ -230,37 +222,31 @@ def keeps_keys(model: "HookedTransformer") -> bool:
 keeping_keys = nullcontext  # the attention needs no help to fill its cache
 
 
-class PrefixCache:
-    """The key-value cache of a `SharedPrefix`, as a HookedTransformer takes it."""
+def prefix_layers(model: "HookedTransformer") -> list["_PrefixLayer"]:
+    """The layers of a prefix without tokens."""
+    cfg = model.cfg
+    nothing = torch.empty(1, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+    return [_PrefixLayer(nothing) for _ in range(cfg.n_layers)]
 
-    def __init__(self, model: "HookedTransformer"):
-        cfg = model.cfg
-        nothing = torch.empty(1, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
-        self._layers = [_PrefixLayer(nothing) for _ in range(cfg.n_layers)]
-        self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))
 
-    def copy(self) -> "PrefixCache":
-        """A cache of the same keys and values, which records further ones by itself."""
-        other = copy.copy(self)
-        other._layers = [copy.copy(layer) for layer in self._layers]
-        return other
+def prefix_arguments(
+    model: "HookedTransformer", layers: list["_PrefixLayer"], whole: Tensor, n_tokens: int
+) -> dict[str, Any]:
+    """Arguments of a pass over `n_tokens` after a prefix, if any; `whole` is the mask over both."""
+    for layer in layers:
+        layer.n_token_rows = len(whole)
+    prefix = _PrefixCache(layers, whole) if layers else None
+    return {"attention_mask": whole[:, -n_tokens:], "past_kv_cache": prefix}
 
-    def arguments(self, mask: Int[Tensor, "row pos"], records: bool, rows: Any) -> dict[str, Any]:
-        """Arguments of the next pass, which records or takes recorded rows (`after_prefix`)."""
-        if not records and not self._mask.shape[1]:
-            return {"attention_mask": mask}
-        self._whole = mask_after_prefix(self._mask, mask, rows=rows)
-        self._mask = self._whole if records else self._mask
-        mask = mask.expand(len(self._whole), -1)
-        for layer in self._layers:
-            layer.records, layer.rows, layer.n_token_rows = records, rows, len(mask)
-        return {"attention_mask": mask, "past_kv_cache": self}
 
-    def __getitem__(self, layer: int) -> "_PrefixLayer":
-        return self._layers[layer]
+class _PrefixCache(list["_PrefixLayer"]):
+    """The layers of a prefix and the mask over the prefix and the tokens after it."""
 
-    def append_attention_mask(self, mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row whole"]:
-        """The mask over the prefix and the tokens after it."""
+    def __init__(self, layers: list["_PrefixLayer"], whole: Tensor):
+        super().__init__(layers)
+        self._whole = whole
+
+    def append_attention_mask(self, mask: Tensor) -> Tensor:
         return self._whole
 
 
@@ -278,9 +264,9 @@ class _PrefixLayer:
         return self.keys[:1].expand(self.n_token_rows, -1, -1, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        whole: tuple[Tensor, ...] = (keys, values)
         if self.keys.shape[1]:
-            whole = after_prefix((self.keys, self.values), (keys, values), rows=self.rows, dim=1)
+            keys = torch.cat([of_rows(self.keys, self.rows), keys], 1)
+            values = torch.cat([of_rows(self.values, self.rows), values], 1)
         if self.records:
-            self.keys, self.values = whole
-        return whole
+            self.keys, self.values = keys, values
+        return keys, values

@@ -173,22 +173,19 @@ def placement(
     if place.type == "cuda":
         place, available = torch.device("cuda", place.index or 0), torch.cuda.device_count()
         if place.index + n_devices > available:
-            asked = f"device {device or place} with n_devices={n_devices}"
-            raise InputError(f"{asked} is more than there is: CUDA devices there are {available}")
+            what = f"is more than there is: CUDA devices there are {available}"
+            raise InputError(f"device {device or place} with n_devices={n_devices} {what}")
     if dtype is None:
         on_gpu = place.type != "cpu" and not name.startswith(ORGANISM)
         dtype = torch.bfloat16 if on_gpu else torch.float32
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype is {dtype}: give a floating-point one, such as bfloat16")
     return place, found
 
 
 def as_model(model: Any) -> Any:
-    """A model with hooks: loaded by its name, wrapped from `(hf_model, tokenizer)`, or as it is.
-
-    The last model that was given by its name is kept.
-    """
+    """A model with hooks: by its name (the last is kept), from `(hf_model, tokenizer)`, or as it is."""
     if isinstance(model, (str, Path)):
         return _named(str(model))
     if isinstance(model, tuple) and len(model) == 2:
@@ -204,10 +201,8 @@ READERS["HookedTransformer"] = as_model
 def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> Any:
     """The tokenizer of a model with hooks; InputError for a model of Hugging Face."""
     if not hasattr(model, "run_with_cache"):
-        kind = type(model).__name__
-        raise InputError(
-            f"{kind} has no hooks: use refusal_lens.from_hugging_face(model, tokenizer)"
-        )
+        advice = "use refusal_lens.from_hugging_face(model, tokenizer)"
+        raise InputError(f"{type(model).__name__} has no hooks: {advice}")
     return model.tokenizer
 
 
@@ -274,8 +269,8 @@ def _hf_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
     hf_model, found = loaded
     if missing := sorted(found["missing_keys"]):
-        what = f"{checkpoint.name} lack {missing[0]} ({len(missing)} in all)"
-        raise InputError(f"the weights of {what}: a whole language model is needed")
+        lack = f"lack {missing[0]} ({len(missing)} in all): a whole language model is needed"
+        raise InputError(f"the weights of {checkpoint.name} {lack}")
     if checkpoint.header:
         gguf.complete_model(hf_model, checkpoint.header)
     return _with_adapters(hf_model, checkpoint).eval()
@@ -299,10 +294,8 @@ def _device_map(
 ) -> dict[str, torch.device] | None:
     """Spread the blocks evenly and in order, as TransformerLens 3 expects."""
     first, last = devices[0], devices[-1]
-    if first.type == "cpu":
-        return None
     if first == last:
-        return {"": first}
+        return None if first.type == "cpu" else {"": first}
     text = config.get_text_config()
     placed = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last}
     placed["lm_head"] = first if text.tie_word_embeddings else last
@@ -314,13 +307,10 @@ def _device_map(
 def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | None":
     from transformers import AutoTokenizer
 
-    header = checkpoint.header
-    if header and "tokenizer.ggml.tokens" not in header.fields:
-        return None
+    header, source = checkpoint.header, checkpoint.source
     files = ("tokenizer*.json", "tokenizer.model", "vocab.*")
-    if not header and not checkpoint.holds(files):
+    if not ("tokenizer.ggml.tokens" in header.fields if header else checkpoint.holds(files)):
         return None
-    source = checkpoint.source
     with tempfile.TemporaryDirectory(prefix="empty-") as empty, _reading("tokenizer", checkpoint):
         if header:  # files beside a GGUF file would replace its own tokenizer and chat template
             source |= {"pretrained_model_name_or_path": empty, "gguf_file": str(header.path)}
@@ -346,8 +336,8 @@ def _sharing_weights(hf_model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _lens() -> ModuleType:
-    generation = int(metadata.version("transformer_lens").split(".")[0])
-    return import_module(".bridge" if generation >= 4 else ".hooked_transformer", __package__)
+    is_third = metadata.version("transformer_lens").startswith("3.")
+    return hooked_transformer if is_third else import_module(".bridge", __package__)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Does a hooked model compute what Hugging Face computes? One short prompt, at every layer."""
 
 import math
+from contextlib import ExitStack
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,13 +38,10 @@ def hugging_face_pass(hf_model: "PreTrainedModel") -> Pass:
         outputs.append(block_output[0].cpu())
 
     tokens = _tokens(hf_model.config.get_text_config().vocab_size).to(hf_model.device)
-    handles = [block.register_forward_hook(record) for block in _blocks(hf_model)]
-    try:
-        with torch.no_grad():
-            logits = hf_model(tokens, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for block in _blocks(hf_model):
+            hooks.enter_context(block.register_forward_hook(record))
+        logits = hf_model(tokens, use_cache=False).logits
     has_adapter = any("lora_" in name for name, _ in hf_model.named_parameters())
     return Pass(torch.stack(outputs), logits[0, -1].cpu(), has_adapter)
 
@@ -53,9 +51,9 @@ def check_parity(
 ) -> None:
     """Raise InputError if a model, `name` in messages, computes something else than `theirs`.
 
-    At every layer the difference of the two streams, relative to the norm of Hugging Face's, must be
-    below `rounding_bound`, in the median over tokens: where experts are chosen, rounding alone can
-    send single tokens to another. The logits of the next token likewise.
+    The difference at every layer and of the next token's logits, relative to the norm of Hugging
+    Face's, must be below `rounding_bound` in the median over tokens: where experts are chosen,
+    rounding alone can send single tokens to another.
     """
     points = hook_points(model, "resid_post")
     tokens = _tokens(len(theirs.logits)).to(input_device(model))
@@ -111,7 +109,7 @@ def _relative(
 
 def _complaint(why: str, has_adapter: bool) -> str:
     version = metadata.version("transformer_lens")
-    other = "<4" if int(version.split(".")[0]) >= 4 else ">=4"
+    other = ">=4" if version.startswith("3.") else "<4"
     advice = f"try another generation, pip install 'transformer_lens{other}', or another model"
     if has_adapter:
         advice = "merge the adapter into the weights first, with merge_and_unload()"
