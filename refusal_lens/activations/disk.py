@@ -46,9 +46,12 @@ def whole_directory(folder: str | Path) -> Iterator[Path]:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise InputError before the work begins if a folder can't be made or written to."""
+    """Raise InputError before the work begins if a folder can't be made; leave no new one behind."""
+    new = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()]
     with whole_directory(folder):
         pass
+    for place in new:
+        place.rmdir()
 
 
 def packed_tensors(

@@ -152,18 +152,13 @@ def read_residual_stream(
     """Run tokens through the model and yield the rows and activations of each finished batch.
 
     Activations are on the CPU, in the model's dtype. Each row comes once, long rows first. Between
-    batches the model is unchanged, so the iteration can stop at any point. On CUDA a batch is
-    yielded after the next one has started.
+    batches the model is unchanged, so the iteration can stop at any point. The arguments and errors
+    are those of `get_prompt_activations`, a row for a prompt, and besides
 
     Args:
-        model, batch_size, progress, labels: as in `get_prompt_activations`, a row for a prompt.
-        inputs: rows of tokens, padded on the left, and the positions to read.
         only: the rows to run; `None` runs all.
         points, combine: hook points to read instead of the protocol's at every layer, and what
             makes one tensor of their values `[batch pos ...]`.
-
-    Raises:
-        InputError: if a row is not left-padded, exceeds context or memory, or is non-finite.
     """
     from tqdm.auto import tqdm
 

@@ -1,5 +1,6 @@
 """The commands for files of directions: `refusal-lens compare` and `refusal-lens convert`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +9,7 @@ import tyro
 
 import refusal_lens as rl
 
-from .options import Number, Text, token_position
+from .options import Number, Text
 
 ENDINGS = (".safetensors", ".npy", ".gguf")  # formats that `convert` writes
 
@@ -31,7 +32,8 @@ class FileOptions:
 
     def read(self, path: Path) -> "rl.formats.Directions":
         """Return the directions in a file or in the folder of a run."""
-        position = None if self.position is None else token_position(self.position)
+        number = re.fullmatch(r"-?\d+", self.position or "")
+        position = int(number[0]) if number else self.position
         return rl.formats.read_directions(path, **(vars(self) | {"position": position}))
 
 
@@ -75,10 +77,8 @@ class Convert:
         suffix = self.out.suffix.lower()
         if suffix not in ENDINGS:
             raise rl.InputError(f"{self.out}: choose {', '.join(ENDINGS)}, not this ending")
-        if suffix == ".gguf" and not self.model_type:
-            raise rl.InputError("a control vector needs --model-type, such as llama")
-        if suffix != ".gguf" and self.model_type:
-            raise rl.InputError(f"--model-type is for .gguf, not for {self.out}: leave it out")
+        if (suffix == ".gguf") != bool(self.model_type):
+            raise rl.InputError("--model-type, such as llama, is for .gguf alone, which needs it")
         directions = self.file.read(self.source)
         if self.layers:
             directions = directions.at(*sorted(set(self.layers)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -21,16 +21,7 @@ from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
 from .directions import Compare, Convert
-from .options import (
-    ContrastOptions,
-    Flag,
-    Folder,
-    ModelOptions,
-    Number,
-    ProtocolOptions,
-    Text,
-    check_writable,
-)
+from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
 from .results import Multiverse, Report, Select, StoredWork
 from .show import findings, show, table, verdict
 
@@ -64,7 +55,8 @@ class Demo:
         """Run the command."""
         from ..experiment.verdict import published_rule
 
-        check_writable(self.out)
+        if distributed.is_main():
+            disk.check_writable(self.out)
         progress = distributed.is_main() and not self.quiet
         models = ORGANISMS
         if self.real:
@@ -112,7 +104,7 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     dtype: Text = None  # bfloat16, float32, ... Default: bfloat16 on a GPU.
     batch_size: Number = None  # Prompts in a forward pass. Default: what fits the free memory.
     seed: int = 0  # Seed of everything random.
-    refusal_openings: Folder = None  # File with one opening of a refusal a line. Default: a list.
+    refusal_openings: Folder = None  # .txt with one opening of a refusal a line. Default: a list.
     resamples: int = 10_000  # Resamples for intervals and nulls.
     confidence: float = 0.95  # Confidence of every interval.
     interventions: Flag = True  # Only compare the directions: quick, but inconclusive.
@@ -137,11 +129,10 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
 
     def _config(self) -> "rl.Config":
         same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}
-        different = self.concepts() | {
-            "protocol": self.protocol(self.position),
-            "n_resamples": self.resamples,
-            "refusal_openings": _openings(self.refusal_openings),
-        }
+        openings = self.refusal_openings and rl.load_prompts(self.refusal_openings)
+        different: dict[str, Any] = {"n_resamples": self.resamples}
+        different["refusal_openings"] = openings and tuple(map(str.strip, openings))
+        different |= self.concepts() | {"protocol": self.protocol(self.position)}
         return rl.Config(**(same | different))
 
 
@@ -164,34 +155,11 @@ class Tokens(ProtocolOptions):
         print(rl.show_tokens(tokenizer, list(self.prompt), protocol=protocol))
 
 
-def _openings(file: Path | None) -> tuple[str, ...] | None:
-    """Return the lines of a user's file of refusal openings that are not blank."""
-    if file is None:
-        return None
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise rl.InputError(f"--refusal-openings {file} can't be read: {error}") from error
-    if not (found := tuple(line.strip() for line in lines if line.strip())):
-        raise rl.InputError(
-            f"--refusal-openings {file} holds no opening: write one a line, such as I can't"
-        )
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; the exit status is 0, or 2 for a user's mistake."""
-    commands: dict[str, Callable] = {
-        "demo": Demo,
-        "run": Run,
-        "tokens": Tokens,
-        "compare": Compare,
-        "convert": Convert,
-        "report": Report,
-        "sensitivity": Multiverse,
-        "select": Select,
-        "cache": StoredWork,
-    }
+    commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens, "report": Report}
+    commands |= {"compare": Compare, "convert": Convert}
+    commands |= {"sensitivity": Multiverse, "select": Select, "cache": StoredWork}
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         return print(f"refusal-lens {version('refusal_lens')}")
     command = tyro.extras.subcommand_cli_from_dict(
@@ -203,7 +171,6 @@ def main(arguments: list[str] | None = None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     quiet, verbose = (getattr(command, name, False) for name in ("quiet", "verbose"))
-    _quieten_third_parties(progress=not quiet)
     try:
         with _log_on_stderr(quiet=quiet, verbose=verbose), distributed.command():
             command()
@@ -222,15 +189,26 @@ def _by_flags(message: str, command: object) -> str:
         message = message.replace(python, option)
     message = re.sub(r"\bProtocol\.(\w+)", r"\1", message)
     for name in vars(command):
-        message = re.sub(
-            rf"(?<![-\w]){name}(?= is | = | has )", f"--{name}".replace("_", "-"), message
-        )
+        named = rf"(?<![-\w]){name}(?= is | = | has )"
+        message = re.sub(named, f"--{name}".replace("_", "-"), message)
     return message
 
 
 @contextmanager
-def _log_on_stderr(*, quiet: Flag, verbose: Flag) -> Iterator[None]:
-    """Show the package's log on stderr: warnings, only errors if quiet, everything if verbose."""
+def _log_on_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Show the package's log on stderr: warnings, only errors if quiet, everything if verbose.
+
+    The deprecation warnings of libraries stay off the terminal.
+    """
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
     logger, handler = logging.getLogger("refusal_lens"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("refusal-lens: %(message)s"))
     level = logger.level
@@ -241,16 +219,3 @@ def _log_on_stderr(*, quiet: Flag, verbose: Flag) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _quieten_third_parties(*, progress: bool) -> None:
-    """Keep the deprecation warnings of libraries off the terminal."""
-    warnings.simplefilter("ignore")
-    for variable in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(variable, "error")
-    if not progress:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)

@@ -41,7 +41,8 @@ class ModelOptions:
     def start(self, suffix: str = "") -> Path:
         """Return the folder for the results, after a check that it can be written to."""
         out = self.out or Path("runs") / (re.sub(r"[^\w.-]+", "-", self.model).strip("-.") + suffix)
-        check_writable(out)
+        if is_main():
+            disk.check_writable(out)
         return out
 
     def load(self) -> "HookedTransformer | TransformerBridge":
@@ -61,10 +62,9 @@ class RefusalOptions:
     baseline: Text = None  # Your own harmless prompts; required with --target.
     keep_duplicates: Flag = False  # Count your own prompts as often as they stand on their side.
 
-    def own(self) -> "rl.Contrast":
-        """Return the contrast of refusal."""
-        own = contrast("target", self.target, self.baseline, self.keep_duplicates)
-        return own or rl.load_contrast(self.refusal)
+    def own(self) -> "rl.Contrast | str":
+        """Return the contrast of refusal, or the name of a bundled one."""
+        return contrast("target", self.target, self.baseline, self.keep_duplicates) or self.refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +79,9 @@ class ContrastOptions(RefusalOptions):
 
     def concepts(self) -> dict[str, Any]:
         """Return the contrasts as `Config` takes them."""
-        own = contrast("target", self.target, self.baseline, self.keep_duplicates)
-        other = contrast(
-            "against-target", self.against_target, self.against_baseline, self.keep_duplicates
-        )
-        return {"refusal": own or self.refusal, "negativity": other or self.against}
-
-    def contrasts(self) -> "tuple[rl.Contrast, ...]":
-        """Return the two contrasts, loaded and cut to the prompts to use."""
-        config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
-        return tuple(config.contrasts().values())
+        target, baseline = self.against_target, self.against_baseline
+        other = contrast("against-target", target, baseline, self.keep_duplicates)
+        return {"refusal": self.own(), "negativity": other or self.against}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +101,7 @@ class ProtocolOptions:
                 chosen["chat_template"] = Path(template).read_text("utf-8")
             except (OSError, UnicodeError) as error:
                 raise InputError(f"--chat-template {template} can't be read: {error}") from error
-        read = tuple(map(token_position, positions))
-        return Protocol(**chosen, positions=read, generation_prompt=generation_prompt)
-
-
-def token_position(text: str) -> int | str:
-    """Return a position as a number from the end of the prompt, or as a name."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+        return Protocol(**chosen, positions=positions, generation_prompt=generation_prompt)
 
 
 def contrast(
@@ -126,12 +113,3 @@ def contrast(
     if target or baseline:
         raise InputError(f"--{flag} and its baseline go together: give both")
     return None
-
-
-def check_writable(out: Path) -> None:
-    """Raise InputError if a folder can't be written to; leave no new folder behind."""
-    if is_main():
-        new = [folder for folder in (out, *out.parents) if not folder.exists()]
-        disk.check_writable(out)
-        for folder in new:
-            folder.rmdir()

@@ -12,6 +12,7 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
+from ..prompts.contrast import as_contrast
 from .options import ContrastOptions, Folder, ModelOptions, Number, RefusalOptions
 from .show import show, table
 
@@ -48,7 +49,8 @@ class Multiverse(ContrastOptions, ModelOptions):
 
     def __call__(self) -> None:
         """Run the command."""
-        refusal, against = self.contrasts()
+        config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
+        refusal, against = config.contrasts().values()
         out = self.start("-sensitivity")
         if not self.quiet:
             print(TIME, file=sys.stderr)
@@ -87,7 +89,7 @@ class Select(RefusalOptions, ModelOptions):
 
     def __call__(self) -> None:
         """Run the command."""
-        contrast = self.own()
+        contrast = as_contrast(self.own())
         out = self.start("-select")
         writes = distributed.is_main()
         found = rl.select_direction(
@@ -97,25 +99,22 @@ class Select(RefusalOptions, ModelOptions):
             progress=writes and not self.quiet,
             divide=distributed.in_shares,
         )
-        if writes:
-            self._write(found, out)
-        show(str(found), f"Written to {out}")
-
-    def _write(self, found: "rl.Selection", out: Path) -> None:
-        if found.chosen is not None:
+        if writes and found.chosen is not None:
             direction = rl.formats.Directions(
                 found.direction[None],
                 (found.layer,),
                 source=self.model,
                 position=found.chosen.position,
                 model=self.model,
-                contrast=self.own().name,
+                contrast=contrast.name,
                 normalisation="none: mean(target) - mean(baseline)",
             )
             rl.formats.write_directions(direction, out / "direction.safetensors")
-        with disk.whole_directory(out) as staging:
-            for name, figure in found.figures().items():
-                (staging / f"{name}.html").write_text(rl.plotting.page(figure), "utf-8")
+        if writes:
+            with disk.whole_directory(out) as staging:
+                for name, figure in found.figures().items():
+                    (staging / f"{name}.html").write_text(rl.plotting.page(figure), "utf-8")
+        show(str(found), f"Written to {out}")
 
 
 @dataclass(frozen=True)

@@ -950,11 +950,11 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
     "convert: another ending": (lambda w: ["convert", "a.pt", "b.txt"], "not this ending"),
     "convert: a control vector of no model": (
         lambda w: ["convert", "a.pt", "b.gguf"],
-        "needs --model-type",
+        "--model-type, such as llama",
     ),
     "convert: a model type of no control vector": (
         lambda w: ["convert", "a.pt", "b.npy", "--model-type", "llama"],
-        "leave it out",
+        "is for .gguf alone",
     ),
     "convert: damage over an earlier file": (
         lambda w: ["convert", str(w.file("a.pt", b"x")), str(w.run / "directions.safetensors")],

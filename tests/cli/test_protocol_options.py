@@ -37,7 +37,7 @@ def test_a_run_counts_the_openings_of_a_file_as_refusals(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "can't be read"), (b" \n\n", "holds no opening"), (b"\xff\xfe\xff", "can't be read")],
+    [(None, "No such file"), (b" \n\n", "it is empty"), (b"\xff\xfe\xff", "it is neither")],
     ids=["missing", "empty", "no text"],
 )
 def test_a_file_without_openings_is_named(tmp_path, capsys, content, message):
@@ -46,7 +46,7 @@ def test_a_file_without_openings_is_named(tmp_path, capsys, content, message):
         file.write_bytes(content)
     with pytest.raises(SystemExit):
         main(["run", "--model", "organism:specific", "--refusal-openings", str(file)])
-    assert f"--refusal-openings {file} {message}" in capsys.readouterr().err
+    assert f"can't be read: {message}" in capsys.readouterr().err
 
 
 def test_a_template_file_that_is_not_there_is_named(capsys):

@@ -120,8 +120,9 @@ def test_a_folder_without_permission_is_an_input_error(tmp_path):
 
 
 def test_checking_writability_leaves_no_trace_in_the_folder(tmp_path):
-    artifacts.check_writable(tmp_path / "runs")
-    assert list((tmp_path / "runs").iterdir()) == []
+    artifacts.check_writable(tmp_path / "runs" / "demo")
+    artifacts.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_come_back_with_dtype_and_values_even_from_a_view(tmp_path):
