@@ -5,13 +5,16 @@ the README.
 """
 
 from importlib.metadata import version
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from checkpoints import byte_tokenizer
 from torch import Tensor
 
 GENERATION = int(version("transformer_lens").split(".")[0])
 TOKENS = torch.randint(20, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+PROMPTS, BARE = ("Why is it so?", "Hi"), "{{ messages[0]['content'] }}"
 
 SIZES: dict[str, Any] = {
     "vocab_size": 272,
@@ -188,6 +191,7 @@ class Measured(NamedTuple):
     left: float  # largest component left after an ablation, over layers
     before: float  # the same without the ablation
     rows_join: bool  # whether many interventions can share a pass
+    apart: float  # largest difference of many interventions in a pass from each alone, in log-odds
 
 
 def random_model(family: str) -> Any:
@@ -241,7 +245,7 @@ def measure(family: str) -> Measured:
 
     hf_model = random_model(family)
     theirs, their_logits = hugging_face_streams(hf_model, TOKENS)
-    model = from_hugging_face(hf_model, None, name=family)
+    model = from_hugging_face(hf_model, byte_tokenizer(chat_template=BARE), name=family)
     check_interventions(model)
     direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
     names = [stream_after(model, layer) for layer in range(model.cfg.n_layers)]
@@ -259,4 +263,44 @@ def measure(family: str) -> Measured:
         max(torch.cosine_similarity(x, direction, dim=-1).abs().max().item() for x in xs)
         for xs in (ablated, ours)
     )
-    return Measured(parity, left, before, can_join_rows(model))
+    return Measured(parity, left, before, can_join_rows(model), many_apart_from_one(model))
+
+
+def many_apart_from_one(model: Any) -> float:
+    """The largest difference of log-odds between interventions that share passes and each alone."""
+    from refusal_lens.interventions import (
+        ablate_direction,
+        ablation_effects,
+        add_direction,
+        addition_effects,
+        refusal_log_odds,
+    )
+    from refusal_lens.interventions.hooks import stream_points
+    from refusal_lens.prompts.tokenize import encode_prompts
+
+    directions, ids = torch.randn(2, 32, generator=torch.Generator().manual_seed(3)), (40, 41)
+
+    def ablate_at_last(model: Any, direction: Tensor) -> list[tuple[str, Any]]:
+        def hook_fn(x: Tensor, hook: object) -> Tensor:
+            x, unit = x.clone(), direction / direction.norm()
+            x[..., -1, :] -= (x[..., -1, :] @ unit)[..., None] * unit
+            return x
+
+        return [(name, hook_fn) for name in stream_points(model)]
+
+    options: dict[str, Any] = {"score": ids, "progress": False}
+    ablated = ablation_effects(model, PROMPTS, directions, **options)
+    at_last = ablation_effects(model, PROMPTS, directions, last_position=True, **options)
+    added = addition_effects(model, PROMPTS, directions, torch.arange(2), **options)
+    apart = 0.0
+    for row, prompt in product(range(2), range(len(PROMPTS))):
+        tokens = torch.tensor([encode_prompts(model.tokenizer, PROMPTS)[prompt]])
+        for many, hooks in (
+            (ablated, ablate_direction(model, directions[row])),
+            (at_last, ablate_at_last(model, directions[row])),
+            (added, add_direction(model, directions[row], row)),
+        ):
+            with model.hooks(fwd_hooks=hooks):
+                alone = refusal_log_odds(model(tokens)[:, -1], ids)
+            apart = max(apart, float((many.log_odds[row, prompt] - alone).abs().max()))
+    return apart

@@ -17,7 +17,7 @@ from ..activations.shared_prefix import SharedPrefix, can_share_prefix
 from ..errors import InputError, lenient
 from ..interventions.hooks import EMBEDDING, Hook, check_directions, stream_after
 from ..interventions.refusal_metric import RefusalTokens, refusal_log_odds, token_ids
-from ..models.forward import input_device, undisturbed, without_logits
+from ..models.forward import drop_earlier_positions, input_device, undisturbed, without_logits
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
@@ -316,8 +316,7 @@ def _measured(
         read.append((x[each, at].float() @ unit.to(x.device)).cpu())
 
     names = [stream_after(model, layer) for layer in range(model.cfg.n_layers)]
-    hooks: list[Hook] = [(name, project) for name in names]
-    hooks.append((names[-1], lambda x, hook: x[:, -1:]))  # only the last position is unembedded
+    hooks: list[Hook] = [*((name, project) for name in names), drop_earlier_positions(model)]
     changes: list[list[Hook]] = [[(name, partial(exchange, head=head))] for name, head in points]
     first = int(at.min()) if can_share_prefix(model, width) else 0
     with undisturbed(model):

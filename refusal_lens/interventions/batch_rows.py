@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from ..models.forward import drop_earlier_positions
 from .hooks import EMBEDDING, Hook, can_join_rows, projection_hooks, stream_after
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ def last_logits(
     else:
         arguments = {"attention_mask": torch.ones_like(tokens)}
     embedded: Hook = (stream_after(model, EMBEDDING), lambda x, hook: start)
-    last = stream_after(model, model.cfg.n_layers - 1)
     # The hooks of one point run in this order: start, change, read, drop all positions but the last.
-    with model.hooks(fwd_hooks=[embedded, *hooks, (last, lambda x, hook: x[:, -1:])]):
+    with model.hooks(fwd_hooks=[embedded, *hooks, drop_earlier_positions(model)]):
         return model(tokens, **arguments)
 
 
@@ -99,21 +99,22 @@ def hooks_by_row(
 ) -> list[Hook]:
     """Hooks that give each row of a batch its intervention: 0 is none, `i + 1` the i-th.
 
-    A `position`, counted from the end, is the only one that they change.
+    A `position`, counted from the end, is the only one that they change. OPT's MLP has one axis for
+    rows and positions.
     """
-    hooks = _hooks_everywhere(model, these, rows)
-    if position is None:
-        return hooks
 
-    def only(change: Callable[..., Any]) -> Callable[..., Tensor]:
+    def by_row(change: Callable[..., Any]) -> Callable[..., Tensor]:
         def hook_fn(x: Tensor, hook: object) -> Tensor:
-            changed = x.clone()
-            changed[:, position] = change(x[:, position, None], hook)[:, 0]
-            return changed
+            whole = x.reshape(len(rows), -1, x.shape[-1])
+            if position is None:
+                return change(whole, hook).view_as(x)
+            changed = whole.clone()
+            changed[:, position] = change(whole[:, position, None], hook)[:, 0]
+            return changed.view_as(x)
 
         return hook_fn
 
-    return [(name, only(change)) for name, change in hooks]
+    return [(name, by_row(change)) for name, change in _hooks_everywhere(model, these, rows)]
 
 
 def _hooks_everywhere(

@@ -179,7 +179,7 @@ def _checked_ids(
     model: "HookedTransformer | TransformerBridge", prompts: Sequence[str], protocol: Protocol
 ) -> list[list[int]]:
     """Token ids of the prompts, after checks of the model's hooks and context length."""
-    if any(point.has_hooks() for point in model.hook_dict.values()):
+    if any(point.has_hooks(including_permanent=False) for point in model.hook_dict.values()):
         raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
     tokenizer: Any = model.tokenizer
     ids = encode_prompts(tokenizer, prompts, protocol=protocol)

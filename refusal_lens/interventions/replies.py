@@ -128,7 +128,8 @@ def _checked_ids(
     max_tokens: int,
 ) -> list[list[int]]:
     """Token ids of the prompts, where the model has no hooks and its context holds the replies."""
-    if any(point.has_hooks() for point in model.hook_dict.values()):  # it may refuse less with them
+    points = model.hook_dict.values()
+    if any(point.has_hooks(including_permanent=False) for point in points):  # it may refuse less
         raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
     tokenizer: Any = model.tokenizer
     ids = encode_prompts(tokenizer, prompts, protocol=protocol)

@@ -44,6 +44,13 @@ def hook_points(model: "HookedTransformer | TransformerBridge", hook: str) -> li
     return [f"blocks.{layer}.hook_{hook}" for layer in range(model.cfg.n_layers)]
 
 
+def drop_earlier_positions(model: "HookedTransformer | TransformerBridge") -> tuple[str, Any]:
+    """A hook that leaves the last position alone to the unembedding."""
+    # In a bridge, Hugging Face's GPT-2 gives the stream its former shape after the last block.
+    points = "unembed.hook_in", hook_points(model, "resid_post")[-1]
+    return next(p for p in points if p in model.hook_dict), lambda x, hook: x[:, -1:]
+
+
 def effective_unembedding(
     model: "HookedTransformer | TransformerBridge",
 ) -> Float[Tensor, "d_model d_vocab"]:

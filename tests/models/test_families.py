@@ -15,6 +15,7 @@ def test_every_layer_is_hugging_faces_and_an_ablation_leaves_nothing(family):
     assert found.parity < 1e-4
     assert found.left < 1e-5
     assert found.before > 0.1, "there would have been nothing to ablate"
+    assert found.apart < 1e-3
     assert found.rows_join == (family not in READ_MORE_THAN_THE_STREAM)
 
 
