@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from checkpoints import byte_tokenizer
 
 import refusal_lens as rl
 from refusal_lens.activations import disk as artifacts
@@ -18,6 +19,7 @@ from refusal_lens.interventions import openings_of
 from refusal_lens.interventions.reply_openings import REFUSAL
 
 ORGANISMS = ("specific", "entangled", "oblivious")
+THINK = 30  # a token
 
 
 def same(a, b):
@@ -264,6 +266,32 @@ def test_the_verdict_on_an_organism_is_the_known_answer_with_its_reasons(quick_r
     # `oblivious` answers every request with the same word, and statements with others.
     assert results.verdict.evidence.constant_token == ""
     assert all(line in str(results) for line in results.verdict_lines())
+
+
+def test_a_model_whose_every_reply_begins_alike_is_said_to_and_not_to_refuse_nothing():
+    from families import BARE, random_model
+
+    def contrast(name: str, target: str, baseline: str) -> rl.Contrast:
+        return rl.Contrast(
+            name, *([f"{side} {x}" for x in "abcdefgh"] for side in (target, baseline))
+        )
+
+    thinking = random_model("GPT-J")
+    thinking.lm_head.bias.data[THINK] += 100
+    config = rl.Config(
+        refusal=contrast("refusal", "Rob bank", "Bake cake"),
+        negativity=contrast("negativity", "Bad day", "A day"),
+        controls=(),
+        n_resamples=400,
+        protocol=rl.Protocol(chat_template=BARE),
+    )
+    model = rl.from_hugging_face(thinking, byte_tokenizer(), name="thinking")
+    results = rl.run_experiment(config, model=model, progress=False)
+    assert results.verdict.evidence.constant_token == byte_tokenizer().decode([THINK])
+    assert results.verdict.answer == "inconclusive"
+    said = " ".join(results.verdict_lines())
+    assert f"every reply begins with {results.verdict.evidence.constant_token!r}" in said
+    assert "does not refuse" not in said
 
 
 def test_a_model_of_random_weights_is_inconclusive(tmp_path):

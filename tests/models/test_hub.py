@@ -56,6 +56,7 @@ def hub(tmp_path_factory):
     for useless in ("original/consolidated.00.pth", "consolidated.safetensors", "model.gguf"):
         (directory / useless).write_bytes(b"gigabytes")
     models = {FINE_TUNE: directory, GATED: directory, "someone/empty": directory / "original"}
+    models["HuggingFaceTB/SmolLM2-135M-Instruct"] = directory
     with PretendHub(models, gated={GATED}, token=TOKEN) as hub:
         yield hub
 
@@ -87,6 +88,13 @@ def test_a_fine_tune_off_transformer_lens_list_is_loaded_and_then_needs_no_netwo
     assert len(hub.asked) > asked
     again = run(FIND_WEIGHTS, home=tmp_path, HF_HUB_OFFLINE="1")
     assert again.stdout == "True\n", again.stderr
+
+
+def test_smollm2_is_a_short_name(hub, tmp_path):
+    done = run(FIND, "smollm2", "smollm3", home=tmp_path, HF_ENDPOINT=hub.url)
+    found, unknown = done.stdout.splitlines()
+    assert found == f"found {COMMIT}"
+    assert unknown.startswith("refused")
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):

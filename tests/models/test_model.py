@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import os
 import pickle
 
 import pytest
@@ -140,6 +141,18 @@ def test_the_architecture_is_read_from_the_configuration_not_from_the_path(tmp_p
         theirs = hugging_face_layers(directory, *batch)
         ours = layers_of(load_model(str(directory), device="cpu"), *batch)
         assert worst_difference(ours, theirs, batch[1]) < 1e-5
+
+
+def test_loading_makes_no_symbolic_links_which_windows_may_refuse(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("a required privilege is not held by the client")
+
+    sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    directory = write_random(tmp_path / "neox", transformers.GPTNeoXConfig(**sizes))
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(OSError, match="privilege"):
+        (tmp_path / "link").symlink_to(directory)
+    assert load_model(str(directory), device="cpu").cfg.n_layers == SIZES["num_hidden_layers"]
 
 
 def test_architectures_that_transformer_lens_reads_itself_load_too(tmp_path, batch):
