@@ -1,7 +1,8 @@
 """One process of several, as torchrun starts them: `one_of_several.py RANK HOW ARGUMENTS`.
 
 Runs `refusal-lens` with the arguments. After its first batch the process of that rank, if there is
-one, ends without a word, as a process does whose machine fails (`dies`), or raises (`errs`).
+one, ends without a word, as a process does whose machine fails (`dies`), or raises (`errs`); or it
+ends after its first candidates (`dies choosing`).
 """
 
 import os
@@ -10,20 +11,28 @@ import sys
 from refusal_lens.activations import extract as extraction
 from refusal_lens.cli import main as cli
 from refusal_lens.errors import InputError
+from refusal_lens.interventions import selection
 
-run_batch, n_batches = extraction._run_batch, 0
 _, rank, how, *arguments = sys.argv
 
 
-def counted(*batch, **options):
-    global n_batches
-    n_batches += 1
-    if n_batches > 1 and os.environ.get("RANK") == rank:
-        if how == "dies":
+def failing(module, name):
+    """Let the process of the rank fail where it calls a function for the second time."""
+    function, calls = getattr(module, name), []
+
+    def counted(*args, **options):
+        calls.append(args)
+        if len(calls) > 1 and os.environ.get("RANK") == rank:
+            if how == "errs":
+                raise InputError("this GPU is full")
             os._exit(17)
-        raise InputError("this GPU is full")
-    return run_batch(*batch, **options)
+        return function(*args, **options)
+
+    setattr(module, name, counted)
 
 
-extraction._run_batch = counted
+if how == "dies choosing":
+    failing(selection, "ablation_effects")
+else:
+    failing(extraction, "_run_batch")
 cli.main(arguments)

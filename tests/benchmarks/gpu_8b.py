@@ -16,10 +16,11 @@ Writes a checkpoint of that shape (16 GB; kept with `--directory`, and used agai
     run            `run_experiment` with everything on, by step, and its report
 
 A part prints its numbers as soon as it has them and adds them to `--out`; a part that fails says so,
-and the next one starts. "Device" is the sum of the kernels' times and "host waits" the time in which
-the CPU waits for the GPU, both from torch.profiler, in a further run of the same work.
+and the next one starts. "Profiled" rows are of a further run of the same work under torch.profiler:
+"device" is the time in which a kernel runs, "host waits" that in which the CPU waits for the GPU. On a
+CPU there is no device: "operators" is the time inside PyTorch's operators, and the rest is Python's.
 
-`--shrink` goes the same way on a CPU in about a minute, with 8 layers of a sixteenth of the width.
+`--shrink` goes the same way on a CPU in a few minutes, with 8 layers of a sixteenth of the width.
 """
 
 import argparse
@@ -33,12 +34,14 @@ import sys
 import tempfile
 import time
 import traceback
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -56,7 +59,11 @@ from refusal_lens.activations.extract import get_layer_activations, get_prompt_a
 from refusal_lens.models.forward import undisturbed, without_logits
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import BUNDLED, Contrast, load_contrast
-from refusal_lens.prompts.tokenize import build_inputs_with_chat_template, encode_prompts
+from refusal_lens.prompts.tokenize import (
+    arditi,
+    build_inputs_with_chat_template,
+    encode_prompts,
+)
 
 UNIT_ROUNDOFF = 2.0**-8
 """Of bfloat16: half the distance from 1 to the next number."""
@@ -65,6 +72,9 @@ COMPARED = 16
 CANDIDATES_TIMED = 8
 """Candidates on which the published loop is timed; it takes each in turn, so the rest take as long."""
 SYNCHRONISING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+STEPS_BEGUN: list[list[tuple[int, str]]] = []
+"""Where `stopwatch` writes when a step began or was come back to, while a run is profiled."""
 STEPS = {
     "load": "experiment.cached_model:load_model",
     "extract": "experiment.run:by_contrast",
@@ -225,10 +235,8 @@ class Bench:
 
     def host_and_device(self, what: str, run: Callable[[], object]) -> None:
         """A row with the time of a run, the kernels' and that in which the host waits."""
-        wall, device, waits = profiled(run, self.device)
-        if self.device.type == "cuda":
-            value = f"wall {wall:.2f} s, device {device:.2f} s, host waits {waits:.2f} s"
-            self.table.add(f"{what}, profiled", value)
+        profile = profiled(run, self.device)
+        self.table.add(f"{what}, profiled", profile.row(profile.wall))
 
 
 def card(bench: Bench) -> None:
@@ -373,6 +381,9 @@ def select(bench: Bench) -> None:
     n, n_layers = found.scores.ablation.numel(), bench.lens.cfg.n_layers
     what = f"select_direction, {n} candidates, {n_train} + {n_held_out} pairs"
     table.add(what, f"{seconds:.1f} s")
+    last = replace(arditi(bench.lens.tokenizer), positions=(-1,))
+    few = partial(select_direction, bench.lens, train, held_out, protocol=last, progress=False)
+    bench.host_and_device(f"select_direction, {n_layers} candidates", few)
     published = PublishedSelection(bench.hf, bench.lens.tokenizer, found.refusal_tokens.ids)
     published.last_logits(held_out.target)
     start = time.perf_counter()
@@ -404,20 +415,31 @@ def run(bench: Bench) -> None:
     gc.collect()
     few = {"max_prompts": 8, "n_resamples": 500} if bench.shrink else {}
     config = rl.Config(model=bench.checkpoint, device=bench.device.type, dtype="bfloat16", **few)
+    found = []
+
+    def whole() -> None:
+        found[:] = [rl.run_experiment(config, progress=False)]
+
     with stopwatch(STEPS, bench.table) as seconds:
-        start = time.perf_counter()
-        results = rl.run_experiment(config, progress=False)
-        whole = time.perf_counter() - start
-    for step, took in seconds.items():
-        bench.table.add(step, f"{took:.1f} s")
-    bench.table.add("the rest of run_experiment", f"{whole - sum(seconds.values()):.1f} s")
-    bench.table.add("run_experiment", f"{whole:.1f} s")
+        took = timed(whole, bench.device)
+    for step, each in seconds.items():
+        bench.table.add(step, f"{each:.1f} s")
+    bench.table.add("the rest of run_experiment", f"{took - sum(seconds.values()):.1f} s")
+    bench.table.add("run_experiment", f"{took:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
-        seconds_ = timed(lambda: results.save(folder), bench.device)
+        seconds_ = timed(lambda: found[0].save(folder), bench.device)
         bench.table.add("saving", f"{seconds_:.1f} s")
         page = Path(folder) / "report.html"
-        seconds_ = timed(lambda: rl.write_report(results, page), bench.device)
+        seconds_ = timed(lambda: rl.write_report(found[0], page), bench.device)
         bench.table.add("report", f"{seconds_:.1f} s")
+    gc.collect()
+    with stopwatch(STEPS, None) as seconds:
+        profile = profiled(whole, bench.device)
+    for step, each in seconds.items():
+        bench.table.add(f"{step}, profiled", profile.row(each, step))
+    rest = profile.wall - sum(seconds.values())
+    bench.table.add("the rest of run_experiment, profiled", profile.row(rest, ""))
+    bench.table.add("run_experiment, profiled", profile.row(profile.wall))
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -449,12 +471,18 @@ def time_limit(seconds: float) -> Iterator[None]:
 @contextmanager
 def stopwatch(steps: dict[str, str], table: Table | None) -> Iterator[dict[str, float]]:
     """The seconds of each step's function, without those of the other steps inside it."""
-    seconds, inner, restore = dict.fromkeys(steps, 0.0), [0.0], []
+    seconds, inner, within, restore = dict.fromkeys(steps, 0.0), [0.0], [""], []
+
+    def note() -> None:
+        for begun in STEPS_BEGUN:
+            begun.append((time.time_ns(), within[-1]))
 
     def watched(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             inner.append(0.0)
+            within.append(step)
+            note()
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
@@ -462,6 +490,8 @@ def stopwatch(steps: dict[str, str], table: Table | None) -> Iterator[dict[str, 
                 took = time.perf_counter() - start
                 seconds[step] += took - inner.pop()
                 inner[-1] += took
+                within.pop()
+                note()
 
         return run
 
@@ -582,24 +612,58 @@ def best(run: Callable[[], object], device: torch.device, *, rounds: int = 3) ->
     return min(timed(run, device) for _ in range(rounds))
 
 
-def profiled(run: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
-    """Seconds of a run under the profiler: of all, of the kernels, of the host's waiting."""
+class Profile(NamedTuple):
+    """A profiled run: its seconds, the events of each kind, and when each of its steps began."""
+
+    wall: float
+    events: dict[str, list[tuple[int, int]]]  # start and end, in nanoseconds, sorted
+    steps: list[tuple[int, str]]
+
+    def seconds(self, kind: str, step: str | None = None) -> float:
+        """The time covered by the events of a kind; those that began in a step, if one is given."""
+        total = end = 0
+        starts = [start for start, _ in self.steps]
+        for first, last in self.events[kind]:
+            if step is None or self.steps[bisect(starts, first) - 1][1] == step:
+                total += max(0, last - max(first, end))
+                end = max(end, last)
+        return total / 1e9
+
+    def row(self, wall: float, step: str | None = None) -> str:
+        """The times of the whole run, or of a step of it, as a cell of the table."""
+        of = {kind: self.seconds(kind, step) for kind in self.events}
+        if "device" in of:
+            return f"wall {wall:.2f} s, device {of['device']:.2f} s, host waits {of['waits']:.2f} s"
+        value = f"wall {wall:.2f} s, operators {of['operators']:.2f} s, of which matrix products "
+        return f"{value}{of['products']:.2f} s; no device"
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> Profile:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+    # On a GPU, the operators of the CPU would be the most events by far, and slow the host down.
+    on_gpu = device.type == "cuda"
+    steps = [(0, "")]
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        STEPS_BEGUN.append(steps)
         wall = timed(run, device)
-    on_device = waits = 0.0
-    for event in profiler.events():
-        seconds = event.time_range.elapsed_us() / 1e6
-        if event.device_type == DeviceType.CUDA:
-            on_device += seconds
-        elif event.name in SYNCHRONISING:
-            waits += seconds
-    return wall, on_device, waits
+        STEPS_BEGUN.remove(steps)
+    kinds = ("device", "waits") if on_gpu else ("operators", "products")
+    events: dict[str, list[tuple[int, int]]] = {kind: [] for kind in kinds}
+    assert found.profiler is not None
+    for event in found.profiler.kineto_results.events():
+        name, start = event.name(), event.start_ns()
+        when = start, start + event.duration_ns()
+        if on_gpu and event.device_type() == DeviceType.CUDA:
+            events["device"].append(when)
+        elif on_gpu and name in SYNCHRONISING:
+            events["waits"].append(when)
+        elif not on_gpu and name.startswith("aten::"):
+            events["operators"].append(when)
+            if name in PRODUCTS:
+                events["products"].append(when)
+    return Profile(wall, {kind: sorted(times) for kind, times in events.items()}, steps)
 
 
 def synchronise(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from refusal_lens.activations.store import Cache
 from refusal_lens.experiment import causal, distributed
 from refusal_lens.experiment.causal import divide_sweep
 from refusal_lens.interventions import ablation_effects
+from refusal_lens.interventions.selection import FILE, LAYERS_AT_ONCE
 
 pytest.importorskip("accelerate")
 PROGRAM = Path(__file__).parents[1] / "one_of_several.py"
@@ -97,6 +98,21 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_what_was_finished_is
     again = run(2, checkpoint, tmp_path / "out", cache)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_choosing_leaves_the_candidates_that_were_finished(tmp_path):
+    select = ["select", "--model", "organism:oblivious", "--quiet", "--out"]
+    done = launch(2, [*select, str(tmp_path / "out")], rank=1, how="dies choosing")
+    assert done.returncode != 0
+    assert len(said(done)) == 1
+    kept = json.loads((tmp_path / "out" / FILE).read_text())["candidates"]
+    assert len(kept) == 5 * LAYERS_AT_ONCE
+    again = launch(2, [*select, str(tmp_path / "out")], rank=1, how="dies choosing")
+    assert again.returncode == 0, "the rest is one call, of the candidates not yet finished"
+    alone = launch(1, [*select, str(tmp_path / "alone")])
+    assert alone.returncode == 0, alone.stderr
+    same_numbers(tmp_path / "out", tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
