@@ -196,7 +196,6 @@ def _heatmap(
     hover: str,
     text: list[list[str]] | None = None,
 ) -> None:
-    title = {"text": wrapped(quantity, width=34, lines=2), "side": "right", "font": {"size": 12}}
     chart.add_heatmap(
         z=numbers(values, digits=3),
         zmin=limits[0],
@@ -204,8 +203,7 @@ def _heatmap(
         colorscale=SIGNED if limits[0] < 0 < limits[1] else UNSIGNED,
         text=text,
         hovertemplate=hover + "<extra></extra>",
-        hoverongaps=False,
-        colorbar={"title": title, "thickness": 12, "outlinewidth": 0, "ticks": "outside"},
+        colorbar_title_text=wrapped(quantity, width=34, lines=2),
     )
     n_rows, n_columns = values.shape
     chart.update_xaxes(showgrid=False, range=[-0.5, n_columns - 0.5])

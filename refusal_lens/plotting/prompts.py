@@ -107,9 +107,6 @@ def projections_by_layer(
 
 def _add_violins(chart: go.Figure, texts: Mapping[str, Sequence[str]], theme: Theme) -> None:
     """Draw a horizontal distribution for each set, the first on top, with prompts as points."""
-    shape = {"orientation": "h", "side": "positive", "width": 1.1, "showlegend": False}
-    shape |= {"spanmode": "hard", "scalemode": "width", "meanline": {"visible": True}}
-    shape |= {"points": "all", "pointpos": -0.25, "jitter": 0.25, "hoveron": "points"}
     for name, style in styles(texts, theme).items():
         label = wrapped(name, width=22, lines=2)
         chart.add_violin(
@@ -120,7 +117,6 @@ def _add_violins(chart: go.Figure, texts: Mapping[str, Sequence[str]], theme: Th
             fillcolor=tint(style.colour, 0.25),
             line={"color": style.colour, "width": 1.6},
             marker={"color": style.colour, "symbol": style.symbol, "size": 4.5},
-            **shape,
         )
     order = [trace.name for trace in chart.data][::-1]
     chart.update_yaxes(categoryorder="array", categoryarray=order, showgrid=False)

@@ -95,8 +95,8 @@ def tint(colour: str, opacity: float) -> str:
 
 def template(theme: Theme) -> go.layout.Template:
     """The plotly template of a theme. Each figure carries it; plotly's registry stays untouched."""
-    layout = Template(_read("layout.json")).substitute(palette(theme)._asdict())
-    return go.layout.Template(layout=json.loads(layout))
+    filled = Template(_read("template.json")).substitute(palette(theme)._asdict())
+    return go.layout.Template(json.loads(filled))
 
 
 def figure(title: str, subtitle: str, *, theme: Theme, height: int = 400) -> go.Figure:

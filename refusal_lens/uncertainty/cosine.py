@@ -161,9 +161,9 @@ def estimate_cosine(
     names = ("unbiased", "lower", "upper", "band_lower", "band_upper")
     values = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
     warned: list[tuple[Caution, ...]] = [()] * len(gram.aa)
-    clear = [layer for layer, reason in enumerate(reasons) if reason is None]
-    if clear:
-        shown = gram.at(torch.tensor([reason is None for reason in reasons]))
+    clear = torch.tensor([reason is None for reason in reasons])
+    if clear.any():
+        shown = gram.at(clear)
         squared = shown.unbiased_squared_norms
         noises = [Noise.of(way, squared) for way in (shown, *shown.crossed)]
         found = (
@@ -173,7 +173,7 @@ def estimate_cosine(
         bounded = ~(found[1].isnan() | found[2].isnan())
         values[:, clear] = torch.where(bounded, torch.stack(found), torch.nan)
         for layer, is_bounded, caution in zip(
-            clear, bounded, cautions(shown, noises[-1]), strict=True
+            clear.nonzero()[:, 0].tolist(), bounded, cautions(shown, noises[-1]), strict=True
         ):
             warned[layer] = caution
             reasons[layer] = None if is_bounded else Unmeasured(Cause.UNBOUNDED)

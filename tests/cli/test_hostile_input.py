@@ -213,7 +213,7 @@ DIRECTION_CASES = {
         lambda w: rl.analyse(
             {"refusal": (A, B), "negativity": (with_one(torch.nan, 5, LAYERS, WIDTH), B)}
         ),
-        "row 4 of the target set of contrast a",
+        "row 4 of the target set",
     ),
     "analyse: no such layer": (
         lambda w: rl.analyse({"refusal": (A, B), "negativity": (A, B)}, config=rl.Config(layer=3)),
