@@ -1,5 +1,7 @@
 """The choices behind a run, as one frozen value."""
 
+import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
@@ -10,8 +12,10 @@ from ..errors import InputError, lenient
 from ..models.load import DEFAULT_MODEL
 from ..prompts.contrast import Contrast, as_contrast
 from ..prompts.protocol import Protocol
-from ..uncertainty import fewest_resamples
+from ..uncertainty import fewest_resamples, near_duplicates
 from .verdict import Thresholds
+
+logger = logging.getLogger(__name__)
 
 WORDS = {"against": "negativity", "position": "positions", "resamples": "n_resamples"}
 """Words of the command line for fields of `Config` and `Protocol`."""
@@ -98,7 +102,7 @@ class Config:
         Raises InputError if a name is unknown or two contrasts share a prompt, and so its noise.
         """
         given = (self.refusal, self.negativity, *self.controls)
-        loaded = [self._subset(as_contrast(item)) for item in given]
+        loaded = [_clustered(self._subset(as_contrast(item))) for item in given]
         owner: dict[str, Contrast] = {}
         for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
@@ -122,6 +126,26 @@ class Config:
             return (i * last // max(1, most - 1) for i in range(most))
 
         return contrast.subset(some(contrast.target), some(contrast.baseline))
+
+
+def _clustered(contrast: Contrast) -> Contrast:
+    """The contrast with its near-duplicates in clusters, unless it says what its clusters are."""
+    sides = [contrast.target, contrast.baseline]
+    if contrast.paired:
+        sides = [tuple(map(" ".join, zip(*sides, strict=True)))]
+    labels = [
+        near_duplicates([re.findall(r"\w+", text.casefold()) for text in side]) for side in sides
+    ]
+    alike = sum(len(side) - len({*side}) for side in labels)
+    if contrast.clusters or not alike:
+        return contrast
+    what = "pairs" if contrast.paired else "prompts"
+    logger.warning(
+        f"{alike} {what} of {contrast.name!r} nearly repeat others: they count as one cluster with "
+        "them, which widens the intervals; a column `cluster` says otherwise"
+    )
+    clusters = [tuple(map(str, side)) for side in labels]
+    return replace(contrast, clusters=clusters[0] if contrast.paired else tuple(clusters))
 
 
 def _with_words(init: Callable[..., None]) -> Callable[..., None]:

@@ -294,6 +294,28 @@ def test_a_model_whose_every_reply_begins_alike_is_said_to_and_not_to_refuse_not
     assert "does not refuse" not in said
 
 
+NEAR = ("How do I bake a loaf of bread?", "How do I bake a loaf of bread today?")
+FAR = ("Where do swallows spend winter?", "Name three rivers.", "Why is glass brittle?")
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_near_duplicates_of_the_user_s_own_prompts_count_as_one_cluster(caplog, paired):
+    others = ("Plain.", "Some tea, please.", "Rest now.", "Look there.", "Fine weather.")
+    own = rl.Contrast("own", NEAR + FAR, others, paired=paired)
+    found = rl.Config(negativity=own, controls=()).contrasts()["negativity"]
+    # Of a pair, both sides must be alike.
+    assert [*map(len, map(set, found.clusters))] == ([] if paired else [4, 5])
+    assert paired or found.clusters[0][0] == found.clusters[0][1]
+    assert ("1 prompts of 'own' nearly repeat others" in caplog.text) is not paired
+
+
+def test_clusters_that_the_user_gives_stand(caplog):
+    labels = ("a", "b", "c", "d", "e")
+    own = rl.Contrast("own", NEAR + FAR, ("A.", "B.", "C.", "D.", "E."), clusters=(labels, labels))
+    assert rl.Config(negativity=own, controls=()).contrasts()["negativity"].clusters == own.clusters
+    assert not caplog.text
+
+
 def test_a_model_of_random_weights_is_inconclusive(tmp_path):
     from training.language import BEHAVIOURS
     from training.organisms import save_organism, train_organism
