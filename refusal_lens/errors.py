@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
+from numbers import Real
 from types import FunctionType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -100,13 +101,18 @@ def lenient(function: F) -> F:
 
     Where the signature has tensors, it takes arrays, lists and `Direction`s; where it has models or
     contrasts, their names (`READERS`); for an integer, digits; for a generator, a seed, by default
-    0. Of a class's arguments only integers are read.
+    0. A class's public methods are lenient too; its own arguments of several types it reads itself.
 
     Raises:
         InputError: when called, for a missing, unknown or surplus argument, or a wrong type.
     """
     if isinstance(function, type):
-        function.__init__ = lenient(function.__init__)  # type: ignore[misc]
+        for name, each in [*vars(function).items()]:
+            if name == "__init__" or not name.startswith("_"):
+                if isinstance(each, FunctionType):
+                    setattr(function, name, _lenient(each))
+                elif isinstance(each, classmethod):
+                    setattr(function, name, classmethod(_lenient(each.__func__)))
         return function
     return _lenient(function)
 
@@ -138,7 +144,7 @@ def _lenient(function: Any) -> Any:
     parameters = signature.parameters
     needed = [key for key, each in parameters.items() if each.default is each.empty]
     seeds = {key: 0 for key in needed if "Generator" in str(parameters[key].annotation)}
-    known = [key for key in parameters if key != "self"]
+    known = [key for key in parameters if key not in ("self", "cls")]
 
     @functools.wraps(function)
     def read(*args: Any, **given: Any) -> Any:
@@ -152,7 +158,9 @@ def _lenient(function: Any) -> Any:
                 why = f"no argument is named {typed!r}{hint}"
             raise InputError(f"{name}: {why}; it takes {', '.join(known)}") from None
         for key, value in bound.arguments.items():
-            bound.arguments[key] = _read(value, parameters[key], of_class="self" in parameters)
+            bound.arguments[key] = _read(
+                value, parameters[key], of_class=name != function.__qualname__
+            )
         return function(*bound.args, **bound.kwargs)
 
     return read
@@ -163,9 +171,10 @@ def _read(value: Any, parameter: inspect.Parameter, *, of_class: bool) -> Any:
     annotation, words = parameter.annotation, {*re.findall(r"\w+", str(parameter.annotation))}
     several = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     integer = words <= {"class", "int", "None"}
-    if value is parameter.default or (of_class and not integer):
+    checked = integer or (isinstance(annotation, type) and annotation is not str)
+    if value is parameter.default or (of_class and not checked):
         return value
-    if "Tensor" in words:
+    if "Tensor" in words and "Callable" not in words:
         value = as_tensor(value, whole="Int" in words)
         if get_origin(annotation) is not Mapping:
             return value  # the function checks the shape
@@ -187,7 +196,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, each) for each in get_args(annotation))
     if not isinstance(kind, type) or kind in (Any, inspect.Parameter.empty):
         return True
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, Real if kind is float else kind)
 
 
 def as_tensor(value: Any, *, whole: bool = False) -> Any:

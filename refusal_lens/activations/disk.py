@@ -39,7 +39,9 @@ def whole_directory(folder: str | Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
         for file in sorted(staging.iterdir()):
             file.replace(folder / file.name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null" not in str(error):
+            raise
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

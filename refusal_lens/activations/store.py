@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, lenient
 from .disk import packed_tensors
 
 FOLDER_VARIABLE = "REFUSAL_LENS_CACHE"
@@ -41,6 +41,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@lenient
 class Cache:
     """A folder of activations and results of earlier runs.
 
@@ -48,6 +49,8 @@ class Cache:
 
     Args:
         folder: made on the first write; None stores nothing, and a file raises InputError.
+    >>> (cache := Cache("finished")).store({"seed": 0}, {"r": r})
+    >>> found, held, removed = cache.load({"seed": 0}), cache.holdings(), cache.clear()
     """
 
     def __init__(self, folder: str | Path | None):

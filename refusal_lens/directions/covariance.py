@@ -5,9 +5,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import InputError, check_tensors
+from ..errors import InputError, check_tensors, lenient
 
 
+@lenient
 class WithinClassCovariance:
     r"""Pooled within-class covariance at every layer, shrunk towards a multiple of the identity.
 
@@ -19,6 +20,7 @@ class WithinClassCovariance:
     Attributes:
         shrinkage, scale: `rho` in [0, 1], and `mu` in squared units of the residual stream.
         variance: the unshrunk variance of each dimension.
+    >>> whitened = WithinClassCovariance.of(harmful, harmless).solve(r)
     """
 
     def __init__(self, rows: Float[Tensor, "layer prompt d_model"]):

@@ -25,8 +25,8 @@ WORDS = {"against": "negativity", "position": "positions", "resamples": "n_resam
 class Config:
     """Every choice of a run.
 
-    >>> Config(model="organism:specific", against="alarm", position=-2).protocol.positions
-    (-2,)
+    >>> Config(model="organism:specific", against="arousal", position=-2).contrasts()["negativity"]
+    <Contrast 'arousal': ...>
 
     Takes the fields of `Protocol` and the command line's `against`, `position` and `resamples` too.
 
@@ -72,8 +72,9 @@ class Config:
             name = type(self.model).__name__
             raise InputError(f"model is a {name}: give its name, or run_experiment(model=model)")
         object.__setattr__(self, "model", str(self.model))
-        if isinstance(self.controls, (str, Contrast)):
-            object.__setattr__(self, "controls", (self.controls,))
+        for name in ("controls", "refusal_openings"):
+            if isinstance(single := getattr(self, name), (str, Contrast)):
+                object.__setattr__(self, name, (single,))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         if self.max_prompts is not None and self.max_prompts < 1:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..activations import disk
-from ..errors import InputError
+from ..errors import InputError, lenient
 from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
@@ -38,12 +38,17 @@ SAVED = (  # the only dataclasses and enums in saved results
 )
 
 
+@lenient
 @dataclass(frozen=True, repr=False)
 class Results:
     """The results of one run.
 
     >>> results.to_pandas().columns[0]
     'refusal_vs_negativity'
+    >>> again = Results.load(results.save("runs/mine"))
+    >>> known = again.model_name, again.n_layers, again.names, again.summary()
+    >>> words = again.sentence(), again.verdict_lines(), again.uncertainty(), again.rule()
+    >>> shown = again.figure(), again.table(), again.prompts(), again.why_unknown(layer=0)
 
     Attributes:
         config: the configuration of the run.
@@ -163,6 +168,9 @@ class Results:
 
     def why_unknown(self, layer: int, part: str = "negativity") -> str:
         """Return why the cosine of refusal with a part is NaN at a layer; empty if it is known."""
+        if part not in self.statistics or not 0 <= layer < self.n_layers:
+            known = f"{', '.join(self.statistics)} at layers 0 to {self.n_layers - 1}"
+            raise InputError(f"no cosine with {part!r} at layer {layer}: choose {known}")
         reason = self.statistics[part].reasons[layer]
         directions = {"a": self.contrasts["refusal"].name, "b": self.contrasts[part].name}
         return "" if reason is None else wording.unmeasured(reason, directions)
@@ -223,7 +231,9 @@ class Results:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Results":
-        """Load saved results; raise InputError if a file is missing, damaged or of another format."""
+        """Load saved results; raise InputError if a file is missing, damaged or of another format.
+        >>> results = load_results(results.save("runs/mine"))
+        """
         folder = Path(folder)
         document = _read_document(folder / "results.json")
         tensors = disk.read_tensors(folder / "measurements.safetensors")
@@ -320,6 +330,7 @@ def config_of(path: str | Path) -> Config:
     """Return the configuration that repeats a run, with its prompts and model revision.
 
     `path` is the run's `results.json` or its folder. Raises InputError as `Results.load`.
+    >>> config = config_of(results.save("runs/mine"))
     """
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     document = _read_document(path)

@@ -34,6 +34,8 @@ class Direction:
     <Direction 'refusal' of organism:specific: layer 20, d_model 64>
     >>> with model.hooks(fwd_hooks=refusal.at(20).ablate()):
     ...     logits = model(torch.tensor([[1, 2, 3]]))
+    >>> hooks = Direction.load(refusal.save("r.npy"), model=model).at(20).add(2.0)
+    >>> promoted = refusal.at(20).unit().top_tokens(k=3)
 
     Sums, differences and multiples are directions. Indexing, and whatever else a tensor has
     (`refusal.norm(dim=-1)`), gives tensors.
@@ -69,8 +71,6 @@ class Direction:
             raise InputError(f"layers is {layers!r:.60}: give whole numbers, such as 20") from None
         if (rows := 1 if single else len(vectors)) != len(layers) and (layers or not single):
             raise InputError(f"{rows} vectors and {len(layers)} layers: give each vector its layer")
-        if not isinstance(self.protocol, Protocol):
-            raise InputError(f"protocol is {self.protocol!r:.60}: hand over a Protocol")
         known = {"vectors": vectors, "layers": tuple(layers)}
         known |= {"model": None if self.model is None else as_model(self.model)}
         known |= {"contrast": None if self.contrast is None else as_contrast(self.contrast)}
@@ -92,8 +92,6 @@ class Direction:
         `estimator` is one of `directions.estimators`; `options` are `get_layer_activations`'s.
         """
         model, contrast = as_model(model), as_contrast(contrast)
-        if not callable(estimator):
-            raise InputError(f"estimator is {estimator!r:.60}: hand over mean_difference, say")
         read = lenient(get_layer_activations)
         vectors = estimator(*read(model, contrast, protocol=protocol, **options))
         first = -(protocol.hook == "resid_pre")  # layer l's input is layer l - 1's output
@@ -103,7 +101,7 @@ class Direction:
     @classmethod
     def load(cls, path: str | Path, *, model: Any = None, **options: Any) -> "Direction":
         """Read what `save`, a run or another project wrote; `options` are `read_directions`'s."""
-        found = lenient(read_directions)(path, **options)
+        found = read_directions(path, **options)
         return cls(found.vectors, found.layers, found.contrast or Path(path).stem, model)
 
     def save(self, path: str | Path) -> Path:
@@ -159,15 +157,10 @@ class Direction:
 
     def add(self, coefficient: float = 1.0, model: Any = None) -> list[Hook]:
         """Hooks that add a multiple of the direction after its own layer; see `add_direction`."""
-        try:
-            vector = float(coefficient) * self._one()
-        except (TypeError, ValueError):
-            problem = f"coefficient is a {type(coefficient).__name__}"
-            raise InputError(f"{problem}: give a number, as in .add(2.0, model)") from None
+        vector = float(coefficient) * self._one()
         if not self.layers:
-            raise InputError(
-                f"the layer of {self.name!r} is unknown: say Direction(..., layers=20)"
-            )
+            problem = f"the layer of {self.name!r} is unknown"
+            raise InputError(f"{problem}: say Direction(..., layers=20)")
         return add_direction(self._model(model), vector, self.layers[0])
 
     def top_tokens(self, k: int = 10, model: Any = None) -> list[str]:
@@ -196,6 +189,8 @@ class Direction:
 
     def _joined(self, how: Callable[[Any, Any], Tensor], other: Any) -> "Direction":
         theirs, own = as_tensor(other), list(self.vectors.shape)
+        if not isinstance(theirs, (int, float, Tensor)):
+            raise InputError(f"other is {other!r:.60}: take a Direction, a tensor or a number")
         shape = list(getattr(theirs, "shape", own))
         if (shape and shape != own) or getattr(other, "layers", self.layers) != self.layers:
             raise InputError(f"{own} of {self._layers()} and {shape}: take one layer, r.at(20)")

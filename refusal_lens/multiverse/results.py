@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..activations import disk
-from ..errors import InputError
+from ..errors import InputError, lenient
 from ..experiment.verdict import Estimate, Verdict, published_rule
 from ..experiment.wording import Names, unmeasured, verdict_lines
 from ..prompts.protocol import ASSUMED_SYSTEM_PROMPT
@@ -41,6 +41,7 @@ class Change:
     n_prompts: int | None = None
 
 
+@lenient
 @dataclass(frozen=True)
 class Sensitivity:
     """Every specification's cosine of the two directions at every layer; `print` shows it.
@@ -56,6 +57,9 @@ class Sensitivity:
         layer, confidence: the highlighted layer and the confidence of the intervals.
         names: names of the contrasts and their sets.
         provenance: model, contrasts, seed and options.
+    >>> words = sensitivity.sentence(), sensitivity.scatter(), sensitivity.default
+    >>> shown = sensitivity.table(), sensitivity.records(), sensitivity.figure(layer=20)
+    >>> folder = sensitivity.save("runs/sensitivity")
     """
 
     specifications: tuple[Specification, ...]

@@ -27,6 +27,8 @@ class Contrast:
 
     >>> Contrast("politeness", ["Please sit down."], ["Sit down."], paired=True)
     <Contrast 'politeness': 1 target / 1 baseline, paired>
+    >>> load_contrast("refusal").subset(range(8), range(8)).sha256[:8]
+    'f6049e19'
 
     Args:
         name: name of the concept.
@@ -101,7 +103,11 @@ class Contrast:
             raise InputError(f"{self.name!r} is paired: give the rows of whole pairs")
 
         def some(cells: tuple[Any, ...], which: list[int]) -> tuple[Any, ...]:
-            return tuple(cells[row] for row in which) if cells else ()
+            try:
+                return tuple(cells[row] for row in which) if cells else ()
+            except (IndexError, TypeError):
+                problem = f"rows are {which!s:.60}"
+                raise InputError(f"{problem}: give numbers from 0 to {len(cells) - 1}") from None
 
         target, baseline = some(self.target, rows[0]), some(self.baseline, rows[1])
         if self.paired:

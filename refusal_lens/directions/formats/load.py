@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...activations import disk
-from ...errors import InputError
+from ...errors import InputError, lenient
 from ...models.gguf import Reader
 from .directions_file import GGUF_PREFIX, Directions, FileMetadata, parse_metadata
 
@@ -28,6 +28,7 @@ _PLAIN |= {"torch LongStorage", "torch IntStorage"}  # the only names in pickles
 Contents = tuple[Mapping[str, Tensor], FileMetadata]  # tensors by name ("" if nameless), metadata
 
 
+@lenient
 def read_directions(
     path: str | Path,
     *,
