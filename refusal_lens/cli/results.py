@@ -70,8 +70,8 @@ class Multiverse(ContrastOptions, ModelOptions):
         )
         save(found)
         rows = [
-            [name, *(f"{row[c]:+z.3f}" for c in ("plain", "lower", "upper")), row["verdict"]]
-            for (_, name), row in found.table().iterrows()
+            [name, *(f"{x:+z.3f}".replace("+nan", "unknown") for x in row[:3]), row["verdict"]]
+            for (_, name), row in found.table().drop(columns="unbiased").iterrows()
         ]
         head = ["specification", "cosine", "lower end", "upper end", "verdict"]
         skipped = [f"Skipped: {name} ({why})" for name, why in found.skipped.items()]

@@ -62,15 +62,14 @@ def run_sensitivity(
         sizes, draws: prompts per set in the subsets (below the smallest set), and subsets per size.
         n_resamples, confidence: resamples behind each interval, and its confidence.
         causal_prompts: prompts of each set to intervene on; 0 makes all verdicts inconclusive.
-        thresholds: thresholds of the verdicts; None takes the defaults.
-        seed: seed of subsets, resamples and random directions.
-        batch_size: prompts in a forward pass; None derives the number from the free memory.
-        progress: whether to show progress bars.
+        thresholds, seed: of the verdicts, None for the defaults; of subsets, resamples and chance.
+        batch_size, progress: prompts in a forward pass, None derives it; whether to show progress.
         on_cosines: called with the cosines, without verdicts, before the interventions begin.
 
     Raises:
         InputError: if there are too few prompts, the layer does not exist, or the default protocol
             can't be read. Another specification that the chat template refuses is skipped.
+    >>> sensitivity = run_sensitivity(model, contrasts, n_resamples=400, causal_prompts=0)
     """
     if causal_prompts and causal_prompts < FEWEST_PROMPTS:
         raise InputError(f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0")
@@ -87,7 +86,7 @@ def run_sensitivity(
     found = Sensitivity(
         specifications=tuple(specifications),
         skipped=skipped,
-        verdicts=judge_all(measured, None, *rest),
+        verdicts=judge_all(measured, {}, *rest),
         changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,
@@ -96,7 +95,8 @@ def run_sensitivity(
     if on_cosines:
         on_cosines(found)
     options |= {"activations": rows_of(specifications[found.default]), "generator": generator}
-    responses = measure_responses(model, contrasts, measured, n_prompts=causal_prompts, **options)
+    options |= {"n_prompts": causal_prompts, "least": (thresholds or Thresholds()).min_prompts}
+    responses = measure_responses(model, contrasts, measured, **options)
     return replace(found, verdicts=judge_all(measured, responses, *rest))
 
 

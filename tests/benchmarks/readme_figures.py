@@ -5,16 +5,17 @@
 `depth` runs the experiment on the three bundled organisms with every prompt, writes
 `notebooks/figures/cosine_across_depth.png` and prints the rows of the README's table of verdicts.
 `sensitivity` compares every specification on `organism:specific`, writes
-`notebooks/figures/sensitivity.png` and prints the table. Drawing needs the packages kaleido and
-pillow, and a Chrome or Chromium.
+`notebooks/figures/sensitivity.png` and prints the table. The pictures are drawn as those of the
+notebooks: by Chromium and its driver (chromium, chromium-driver), selenium and pillow.
 """
 
+import base64
+import json
 import sys
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from notebook_outputs import browser, picture
 
 import refusal_lens as rl
 
@@ -44,7 +45,7 @@ def draw_depth() -> None:
         highlight=results.layer,
         title=f"{measure[:1].upper()}{measure[1:]} in three models whose answer is known",
     )
-    write(figure, "cosine_across_depth.png", 430)
+    write(figure.update_layout(height=430), "cosine_across_depth.png")
     print(*rows, sep="\n")
 
 
@@ -54,16 +55,15 @@ def draw_sensitivity() -> None:
     contrasts = rl.load_contrast("refusal"), rl.load_contrast("negativity")
     found = rl.run_sensitivity(model, contrasts, progress=False)
     print(found)
-    write(found.figure(), "sensitivity.png", None)
+    write(found.figure(), "sensitivity.png")
 
 
-def write(figure: "go.Figure", name: str, height: int | None) -> None:
-    """Write a figure as a small PNG, at twice its displayed size."""
+def write(figure: "go.Figure", name: str) -> None:
+    """Write a figure as a small PNG."""
     FIGURES.mkdir(exist_ok=True)
-    drawn = Image.open(BytesIO(figure.to_image("png", width=760, height=height, scale=2)))
-    # With a palette the file is a quarter of the size; such a figure has few colours.
-    few = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    few.save(FIGURES / name, optimize=True)
+    with browser() as driver:
+        drawn = picture(driver, json.loads(figure.to_json()))
+    (FIGURES / name).write_bytes(base64.b64decode(drawn))
 
 
 DRAWINGS = {"depth": draw_depth, "sensitivity": draw_sensitivity}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
+from math import isnan
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from refusal_lens.directions.similarity import cosine_similarity
 from refusal_lens.errors import InputError
 from refusal_lens.experiment.causal import spread
 from refusal_lens.experiment.wording import verdict_lines
-from refusal_lens.interventions import add_direction, openings_of, refusal_log_odds
+from refusal_lens.interventions import Effects, add_direction, openings_of, refusal_log_odds
 from refusal_lens.interventions.hooks import projection_hooks
 from refusal_lens.interventions.sweep import affine_references
 from refusal_lens.models.load import load_model
@@ -25,6 +26,7 @@ from refusal_lens.multiverse.activations import contexts, read_contexts, shared_
 from refusal_lens.multiverse.results import Sensitivity
 from refusal_lens.multiverse.run import run_sensitivity
 from refusal_lens.multiverse.specifications import STEPS, Family, specify
+from refusal_lens.multiverse.verdicts import _once
 from refusal_lens.plotting import specification_curve
 from refusal_lens.prompts.contrast import Contrast, load_contrast
 from refusal_lens.prompts.protocol import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
@@ -56,7 +58,7 @@ def sensitivity(model, contrasts) -> Sensitivity:
     return run_sensitivity(
         model,
         contrasts,
-        sizes=(5, 10, 96),
+        sizes=(5, 20, 96),
         draws=2,
         n_resamples=1000,
         causal_prompts=CAUSAL_PROMPTS,
@@ -319,7 +321,7 @@ def scores(model, prompts, hooks=()) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ["default", "layers counted at the input", "5 prompts, draw 1"])
+@pytest.mark.parametrize("name", ["default", "layers counted at the input", "20 prompts, draw 1"])
 def test_a_verdict_rests_on_what_the_specification_s_own_directions_do(
     model, contrasts, sensitivity, name
 ):
@@ -367,6 +369,27 @@ def test_too_few_prompts_for_a_direction_are_the_first_reason(sensitivity):
     for specification, row in zip(sensitivity.specifications, sensitivity.verdicts, strict=True):
         few = specification.n_prompts < 16
         assert all((verdict.reasons[0].measure == "n_prompts") == few for verdict in row)
+        # Where no verdict is possible, nothing was run for one.
+        assert all(isnan(verdict.evidence.refused_harmful) == few for verdict in row)
+
+
+def test_cells_that_specifications_share_run_once_and_go_to_each_of_them():
+    ran = []
+
+    def effects(directions: torch.Tensor, layers: torch.Tensor) -> Effects:
+        ran.append(len(directions))
+        each = (directions.sum(-1) * (1 + layers))[:, None] * torch.tensor([1.0, 2.0])
+        return Effects(torch.zeros(2), each, -each)
+
+    directions = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    directions[1, 1:] = directions[0, :2]
+    directions[1, 0] = torch.nan
+    layers = torch.tensor([[0, 1, 2], [-1, 0, 2]])  # the last direction is at another layer here
+    found = _once(effects, directions, layers)
+    assert ran == [5]
+    expected = directions.sum(-1) * (1 + layers)
+    torch.testing.assert_close(found.log_odds[..., 0], expected, equal_nan=True)
+    torch.testing.assert_close(found.kl[..., 1], -2 * expected, equal_nan=True)
 
 
 def test_with_no_prompts_to_intervene_on_every_verdict_says_so(model, contrasts):
