@@ -99,8 +99,9 @@ def verdict_text(verdict: Verdict, names: Names = BUNDLED) -> str:
 
 def rule(thresholds: Thresholds, names: Names = BUNDLED) -> str:
     """Return the rule with these thresholds and names."""
-    margin, shared_from = _percent(thresholds.margin), _percent(thresholds.shared_from)
-    return WORDS["rule"].format(margin=margin, shared_from=shared_from, **names._asdict())
+    plain = ("min_prompts", "min_reliability", "max_damage")
+    numbers = {k: f"{v:g}" if k in plain else _percent(v) for k, v in vars(thresholds).items()}
+    return WORDS["rule"].format(**numbers, **names._asdict())
 
 
 def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:

@@ -312,6 +312,13 @@ def test_every_verdict_has_a_plain_sentence_with_the_effects_behind_it(evidence,
     assert plain_sentence(verdict) in verdict_text(verdict)
 
 
+def test_the_rule_in_words_has_every_threshold():
+    own = Thresholds(17, 0.55, 0.11, 0.62, 0.58, 0.13, 0.77, 3.5, 0.27, 0.52)
+    assert len({*vars(own).values()}) == 10
+    for written in ("17 ", "0.55", "11 %", "62 %", "58 %", "13 %", "77 %", "3.5 ", "27 %", "52 %"):
+        assert written in rule(own), written
+
+
 def test_a_verdict_on_other_contrasts_has_their_names_and_not_the_bundled_ones():
     named = {"target_name": "rude", "baseline_name": "polite"}
     concepts = [
