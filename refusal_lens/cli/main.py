@@ -185,7 +185,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _by_flags(message: str, command: object) -> str:
     """Return an error in one line that names the command's options instead of Python's arguments."""
     message = re.sub(r", or None\b[^,:;]*", "", " ".join(message.split()))
-    for python, option in {"n_resamples": "resamples", "Protocol.positions": "position"}.items():
+    words = {"n_resamples": "resamples", "Protocol.positions": "position"}
+    words |= {"as Protocol(chat_template=...), or ": "by ", "`contrast_from_file`": "--target"}
+    for python, option in words.items():
         message = message.replace(python, option)
     message = re.sub(r"\bProtocol\.(\w+)", r"\1", message)
     for name in vars(command):

@@ -20,7 +20,7 @@ Band = tuple[Values, Values]
 Bands = Band | Mapping[str, Band]
 T = TypeVar("T")
 
-PLOT_HEIGHT = 220  # approximate pixels of the plot area at the default height
+PLOT_HEIGHT = 220  # pixels of the plot area at the default height; 160 on a phone
 
 
 @dataclass(frozen=True)
@@ -302,11 +302,11 @@ def mark_highlight(
     known = sorted([at for at in at_layer if math.isfinite(at[0])], key=lambda at: -at[0])
     mark_layer(chart, layer, f"layer {layer}" + ("" if known else ": undefined"), theme)
     low, high = chart.layout.yaxis.range
-    ceiling, floor = PLOT_HEIGHT - 14, 20 * len(known) - 10
+    ceiling, floor = PLOT_HEIGHT - 14, 28 * len(known) - 14
     for value, curve in known:
         at_curve = PLOT_HEIGHT * (value - low) / (high - low)
         height = max(floor, min(at_curve + 24, ceiling))
-        ceiling, floor = height - 20, floor - 20
+        ceiling, floor = height - 28, floor - 28
         # In the units of the axis labels keep their order at any size of the figure.
         chart.add_annotation(
             ayref="y",

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..errors import check_tensors
-from .text import escaped, numbers, wrapped, written
+from .text import escaped, numbers, with_minus, wrapped, written
 from .theme import Style, Theme, check_count, empty, figure, palette, styles, tint
 
 Values = Float[Tensor, " specification"]
@@ -53,7 +53,7 @@ def specification_curve(
     options = [(choice, option) for choice, row in shown.items() for option in _in_order(row)]
     heights = [260, 19 * max(len(options), 1)]
     title = title or f"{quantity} in {len(values)} specifications"
-    chart = figure(title, subtitle, theme=theme, height=sum(heights) + 160)
+    chart = figure(title, with_minus(subtitle), theme=theme, height=sum(heights) + 160)
     make_subplots(2, 1, figure=chart, row_heights=heights, vertical_spacing=0.03)
     if empty(chart, [values], quantity):
         return chart
@@ -82,7 +82,7 @@ def _hover_texts(names: list[str], ends: Tensor, shown: Rows) -> list[str]:
     for i, name in enumerate(names):
         value, *interval = map(written, ends[:, i].tolist())
         number = value + (f", interval {' to '.join(interval)}" if interval else "")
-        chosen = [f"{escaped(choice)}: {escaped(row[i])}" for choice, row in shown.items()]
+        chosen = [with_minus(f"{escaped(a)}: {escaped(row[i])}") for a, row in shown.items()]
         texts.append("<br>".join([f"<b>{escaped(name)}</b>", number, *chosen]))
     return texts
 
@@ -119,7 +119,7 @@ def _add_options(
         marker["color"] = [colours[i] for i in at]
         points = {"x": at, "y": [y] * len(at), "text": [texts[i] for i in at]}
         chart.add_scatter(**points, marker=marker, showlegend=False, row=2, col=1)
-    labels = [f"{wrapped(choice)}: {wrapped(option, width=34)}" for choice, option in options]
+    labels = [with_minus(f"{wrapped(a)}: {wrapped(b, width=34)}") for a, b in options]
     ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "tickfont": {"size": 11}}
     chart.update_yaxes(ticks, range=[max(len(labels), 1) - 0.4, -0.6], row=2, col=1)
     chart.update_layout(legend={"yref": "paper", "y": -0.04, "yanchor": "top"})

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 import textwrap
 from typing import Any
 
@@ -34,3 +35,8 @@ def written(value: float | None, form: str = ".3f") -> str:
         return "undefined"
     text = f"{value:{form}}"
     return (text if float(text) else text.lstrip("-")).replace("-", "\N{MINUS SIGN}")
+
+
+def with_minus(text: str) -> str:
+    """Return text with a true minus sign before each negative number."""
+    return re.sub(r"(?<![\w.,)-])-(?=\d)", "\N{MINUS SIGN}", text)

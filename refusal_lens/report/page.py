@@ -1,7 +1,6 @@
 """The HTML page: the verdict, then everything needed to check the verdict."""
 
 import json
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from ..activations import disk
 from ..experiment import wording
 from ..experiment.results import Results
 from ..interventions.cross_ablation import Intervention
-from ..plotting.text import written
+from ..plotting.text import with_minus, written
 from ..uncertainty.effects import auroc_interval
 from .figures import figures, intervention_names
 
@@ -42,7 +41,7 @@ def html(results: Results) -> str:
     ]
     source = files(__package__).joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"minus": _minus, "written": written}
+    environment.filters |= {"minus": with_minus, "written": written}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.from_string(source).render(
         results=results,
@@ -56,11 +55,6 @@ def html(results: Results) -> str:
         plotly=get_plotlyjs(),
         data=data,
     )
-
-
-def _minus(text: str) -> str:
-    """Return text with a true minus sign before each negative number."""
-    return re.sub(r"(?<![\w.,)-])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _decodable(results: Results) -> list[list[str]]:

@@ -10,9 +10,10 @@ import torch
 
 import refusal_lens as rl
 from refusal_lens.errors import InputError
+from refusal_lens.plotting.text import with_minus
 from refusal_lens.report import figures, html, write_report
 from refusal_lens.report.figures import cross_changes
-from refusal_lens.report.page import _minus, _patch
+from refusal_lens.report.page import _patch
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -76,7 +77,7 @@ def test_the_verdict_and_every_reason_come_before_the_first_figure(page, quick_r
     first = page.index('class="chart"')
     text = Page(page[:first]).text
     assert f"{verdict.answer}. {results.sentence()}" in text
-    assert all(_minus(line) in text for line in results.verdict_lines())
+    assert all(with_minus(line) in text for line in results.verdict_lines())
 
 
 def test_it_is_made_from_saved_results_alone(page, quick_results, tmp_path):
@@ -88,7 +89,7 @@ def test_every_number_of_the_table_is_on_the_page(page, quick_results):
     text = Page(page).text
     for measure, value, rule in quick_results("specific").table():
         assert measure in text
-        assert _minus(f"{value:+.4f}") in text
+        assert with_minus(f"{value:+.4f}") in text
         assert rule in text
 
 
@@ -101,13 +102,13 @@ def test_every_effect_stands_beside_what_a_random_direction_does(page, quick_res
             for x in (getattr(evidence, f"cross_{kind}").value, getattr(evidence, f"chance_{kind}"))
         )
         effect, chance = (
-            _minus(x.replace("%", " %").replace("-0 ", "0 ")) for x in (effect, chance)
+            with_minus(x.replace("%", " %").replace("-0 ", "0 ")) for x in (effect, chance)
         )
         assert re.search(rf"{effect} \[[^]]*\]{chance}", text)
 
 
 def test_minus_signs_stand_before_negative_numbers_alone():
-    assert _minus("-0.01 [-1, 2] on 2024-07-26, safety-specific") == (
+    assert with_minus("-0.01 [-1, 2] on 2024-07-26, safety-specific") == (
         "\N{MINUS SIGN}0.01 [\N{MINUS SIGN}1, 2] on 2024-07-26, safety-specific"
     )
 
@@ -124,7 +125,7 @@ def test_every_prompt_is_in_a_table_with_its_projections(page, quick_results):
     text = Page(page).text
     for name, prompts in results.prompts().items():
         first = results.plane[name][0, results.layer].tolist()
-        assert prompts[0] + name + "".join(_minus(f"{x:.2f}") for x in first) in text
+        assert prompts[0] + name + "".join(with_minus(f"{x:.2f}") for x in first) in text
 
 
 def test_nothing_is_loaded_from_anywhere(page):
