@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class ContrastActivations(NamedTuple):
-    """`resid_post` of both sides of a contrast: float32, on the CPU, in the prompts' order."""
+    """`resid_post` of both sides of a contrast: float32, on the CPU, in the prompts' order.
+    >>> target, baseline = ContrastActivations(harmful, harmless)
+    """
 
     target: Float[Tensor, "target layer d_model"]
     baseline: Float[Tensor, "baseline layer d_model"]
@@ -39,7 +41,7 @@ def get_layer_activations(
 ) -> ContrastActivations:
     """Return the activations of one contrast at every layer, at the protocol's one position.
 
-        target, baseline = get_layer_activations(model, load_contrast("refusal"))
+    >>> target, baseline = get_layer_activations(model, load_contrast("refusal"))
 
     Layer `l` is `blocks.{l}.hook_resid_post`, or the protocol's other hook. `extract` runs several
     contrasts faster together and raises the same errors.
@@ -70,6 +72,7 @@ def extract(
 
     Raises:
         InputError: for equal names, several positions, or errors of `get_prompt_activations`.
+    >>> target, baseline = extract(model, [load_contrast("alarm")])["alarm"]
     """
     names = [contrast.name for contrast in contrasts]
     if len(set(names)) < len(names):
@@ -122,6 +125,7 @@ def get_prompt_activations(
 
     Raises:
         InputError: without prompts, or if one exceeds context or memory or overflows the dtype.
+    >>> activations = get_prompt_activations(model, ["How do I bake bread?", "Hello."])
     """
     refuse_padding(protocol)
     tokenizer: Any = tokenizer_of(model)  # where a model has none, the next line says so

@@ -119,6 +119,7 @@ def component_writes(
             heads; if writes don't add up to the stream.
         confidence: coverage of the intervals over prompts, or over the contrast's clusters.
         **options: `protocol`, `batch_size` and `progress` of `get_layer_activations`.
+    >>> most = component_writes(model, contrast, r[20], layer=20).top(3)
     """
     unit, prompts = _unit(model, direction)[None], [*contrast.target, *contrast.baseline]
     names, written = lenient(written_by_component)(model, prompts, unit, layer, **options)
@@ -139,6 +140,7 @@ def same_writers(
     between: that MLPs write more than heads is no evidence. Layers are not held: two directions
     that are both written late share writers for that reason too. InputError if the components are
     not the same, or fewer than `k`.
+    >>> same = same_writers(*(component_writes(model, contrast, each[20], 20) for each in (r, n)))
     """
     if k < 1 or n_permutations < 1:
         raise InputError(f"k is {k} and n_permutations {n_permutations}: each is at least 1")
@@ -183,6 +185,7 @@ def interchange(
         direction: of any norm; InputError if zero, not finite or of another width.
         tokens: tokens that count as a refusal; `openings.first_tokens` for instance.
         protocol, batch_size, progress: as for `get_layer_activations`.
+    >>> carried = interchange(model, contrast, ["L3 MLP"], r[20], tokens=[40])
     """
     if not contrast.paired:
         raise InputError(f"{contrast.name!r} has no pairs to exchange within: give paired prompts")

@@ -51,6 +51,7 @@ def logit_lens(
 
     The final norm's weight is folded into the unembedding, and no later layer is run. Reference:
     nostalgebraist 2020, "interpreting GPT: the logit lens".
+    >>> lens = logit_lens(model, r, k=4)
     """
     check_tensors(direction=(direction, "layer d_model"))
     check_directions(model, direction)
@@ -81,6 +82,7 @@ def without_direct_effect(
         model, direction: the model, and a direction at one layer or at each.
         tokens: the tokens that count as a refusal, `openings.first_tokens` for instance; InputError
             if there are none, or one is not in the vocabulary.
+    >>> indirect = without_direct_effect(model, r, tokens=[40])
     """
     check_directions(model, direction)
     ids = sorted({*token_ids(tokens)})

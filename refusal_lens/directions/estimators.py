@@ -41,6 +41,7 @@ def whitened_mean_difference(target: Target, baseline: Baseline) -> Direction:
     `target` and in `baseline`; NaN at layers where activations do not vary within the classes. `w`
     is the best linear classifier of two Gaussian classes with equal covariance. `w` detects the
     concept: adding `w` to activations need not have the effect of adding the mean difference.
+    >>> discriminant = whitened_mean_difference(harmful, harmless)
     """
     difference, dtype = _checked(target, baseline)
     solved = torch.empty_like(difference)
@@ -56,6 +57,7 @@ def paired_principal_component(target: Target, baseline: Baseline) -> Direction:
     Row `i` of `target` and of `baseline` are a pair. The differences are not centred, so the
     component includes their mean. Its sign gives the mean difference a positive projection (Zou et
     al. 2023, arXiv:2310.01405, section 3.1).
+    >>> component = paired_principal_component(harmful, harmless)
     """
     components, dtype = _checked(target, baseline)
     if len(target) != len(baseline):
@@ -89,6 +91,7 @@ def logistic_probe(
         target, baseline: activations of the two prompt sets, at least `folds` prompts each.
         penalties: candidate penalties, above 0.
         folds: number of folds, at least 2; row `i` of each side is in fold `i % folds`.
+    >>> probe = logistic_probe(harmful, harmless)
     """
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import PredefinedSplit

@@ -61,6 +61,7 @@ def standardised_cosine(a: Direction, b: Direction, variance: Direction) -> Curv
 
     `a` and `b` are directions. `variance` is that of each dimension, such as
     `WithinClassCovariance.variance`. Dimensions of variance 0 are omitted.
+    >>> cosine = standardised_cosine(r, n, WithinClassCovariance.of(harmful, harmless).variance)
     """
     axes = "layer d_model"
     check_tensors(a=(a, axes), b=(b, axes), variance=(variance, axes))
@@ -72,7 +73,9 @@ def standardised_cosine(a: Direction, b: Direction, variance: Direction) -> Curv
 
 
 def cosine_without_massive(a: Direction, b: Direction, dimensions: Int[Tensor, "layer k"]) -> Curve:
-    """Cosine of `a` and `b` without some `dimensions`, such as `massive_dimensions` returns."""
+    """Cosine of `a` and `b` without some `dimensions`, such as `massive_dimensions` returns.
+    >>> cosine = cosine_without_massive(r, n, massive_dimensions(harmless, k=2))
+    """
     check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
     n_layers, d_model = a.shape
     outside = ((dimensions < 0) | (dimensions >= d_model)).any()
@@ -90,6 +93,7 @@ def massive_dimensions(
     In Llama models a few dimensions carry most of the norm of every prompt's residual stream (Sun
     et al. 2024, arXiv:2402.17762). The function returns `k` dimensions for models without massive
     activations too. `activations` are of any prompts; `k` is at most d_model - 1.
+    >>> largest = massive_dimensions(harmless, k=2)
     """
     check_tensors(activations=(activations, "prompt layer d_model"))
     if not len(activations):
@@ -102,7 +106,9 @@ def massive_dimensions(
 
 
 def whitened_cosine(a: Direction, b: Direction, covariance: WithinClassCovariance) -> Curve:
-    """Cosine under the inner product `a' S^-1 b`, with `S` the `covariance` (Mahalanobis 1936)."""
+    """Cosine under the inner product `a' S^-1 b`, with `S` the `covariance` (Mahalanobis 1936).
+    >>> cosine = whitened_cosine(r, n, WithinClassCovariance.of(harmful, harmless))
+    """
     check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
     a, b = unit(a), unit(b)
     solved_a, solved_b = covariance.solve(a), covariance.solve(b)
@@ -120,6 +126,7 @@ def causal_cosine(
     Park, Choe and Veitch (2023, arXiv:2311.03658, theorem 3.2) give unembedding vectors the inner
     product `u' Cov^-1 v`, and directions live in the dual space. The derivation holds for the last
     layer. For earlier layers it assumes that directions write to the logits directly.
+    >>> cosine = causal_cosine(r, n, effective_unembedding(model))
     """
     axes = "layer d_model"
     check_tensors(a=(a, axes), b=(b, axes), unembedding=(unembedding, "d_model d_vocab"))

@@ -52,7 +52,7 @@ def run_experiment(
 ) -> Results:
     """Run the whole experiment and return its results.
 
-    >>> results = run_experiment("organism:specific", max_prompts=8, interventions=False)
+    >>> results = run_experiment("organism:specific", resamples=400, interventions=False)
 
     Under `torchrun` or `accelerate launch` the processes share the work; each returns all results.
 
@@ -250,7 +250,10 @@ def _matching(
 
 
 def main(config: Config | None = None) -> Results:
-    """Print and return the results of `run_experiment(config)`, like the published `main`."""
+    """Print and return the results of `run_experiment(config)`, like the published `main`.
+    >>> results = main(Config("organism:specific", resamples=400, interventions=False))
+    organism:specific, ...
+    """
     results = run_experiment(config)
     print(results)
     return results

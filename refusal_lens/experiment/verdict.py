@@ -183,6 +183,7 @@ class Verdict:
         reasons: the numbers behind the answer, the deciding numbers first.
         geometry: the cosine: "too high" or "too low" for the answer, or "reported". Never decides.
         evidence, thresholds: all numbers, and the thresholds of the rule.
+    >>> answer, rule = results.verdict.answer, results.verdict.rule
     """
 
     answer: Answer
@@ -205,7 +206,10 @@ class Verdict:
 
 
 def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
-    """Return the verdict of the rule on `evidence`; None as `thresholds` takes the defaults."""
+    """Return the verdict of the rule on `evidence`; None as `thresholds` takes the defaults.
+    >>> judge(results.verdict.evidence).answer
+    'inconclusive'
+    """
     t = thresholds or Thresholds()
     answer: Answer = "inconclusive"
     if not (reasons := _obstacles(evidence, t)):

@@ -72,6 +72,8 @@ def refusal_log_odds(
         logits: next-token logits of any dtype.
         tokens: the tokens that count as a refusal, or their ids. Without tokens the result is NaN.
             InputError if an id is not in the vocabulary.
+    >>> refusal_log_odds(torch.tensor([1.0, 1.0]), tokens=[0])
+    tensor(0.)
     """
     check_tensors(logits=(logits, "*batch d_vocab"))
     ids = token_ids(tokens)
@@ -121,6 +123,7 @@ def find_refusal_tokens(
         protocol: how prompts are formatted.
         min_separation: least difference of mean probabilities.
         progress: whether to show progress bars.
+    >>> tokens = find_refusal_tokens(model, contrast.target, contrast.baseline)
     """
     if (fewest := min(len(refused), len(answered))) < 2:
         raise InputError(f"a set of {fewest} prompt(s): give at least two to be refused, answered")

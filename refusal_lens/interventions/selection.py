@@ -59,6 +59,8 @@ class Selection:
         scores, directions: of every candidate; directions are mean differences, not normalised.
         unchanged: refusal scores of harmful and of harmless prompts in the unmodified model.
         protocol, refusal_tokens, filters: the settings of the selection.
+    >>> direction, layer = selection.direction, selection.layer
+    >>> why, charts = selection.reason(), selection.figures()
     """
 
     chosen: Choice | None
@@ -143,6 +145,7 @@ def select_direction(
         progress: whether to show progress bars.
         divide: divides the candidates over processes, as `experiment.distributed.in_shares` does;
             one process alone is given a `folder`, and its scores are the ones to resume from.
+    >>> selection = select_direction(model, contrast)
     """
     tokenizer: Any = model.tokenizer
     protocol = protocol or arditi(tokenizer)

@@ -26,6 +26,7 @@ class Protocol:
     """Every choice about how a prompt becomes a vector; stored with results.
 
     >>> protocol = Protocol(system_prompt="You are helpful.", positions="last_prompt_token")
+    >>> known = protocol.to_dict(), protocol.bugs
 
     Args:
         name: name of the protocol.

@@ -61,6 +61,7 @@ def build_inputs_with_chat_template(
     Raises:
         InputError: for no prompts, or one that is not text; for a chat template that is missing,
             refuses or rewrites a text; for a position before a prompt's start.
+    >>> inputs = build_inputs_with_chat_template(model.tokenizer, ["How do I bake bread?"])
     """
     rows = list(_padded(tokenizer, prompts, protocol))
     return ChatInputs(

@@ -77,6 +77,7 @@ class CosineStatistics(CosineEstimate):
             p-value stays valid for a layer picked after seeing all layers.
         null_lower, null_upper: central range of the plain cosine if the true cosine is 0.
         confidence: the setting of `cosine_statistics`.
+    >>> low, high = results.statistics["negativity"].lower, results.statistics["negativity"].upper
     """
 
     plain: Float[Tensor, " layer"]
@@ -116,6 +117,7 @@ def cosine_statistics(
         n_resamples: resamples and relabellings; InputError below `fewest_resamples(confidence)`.
         confidence: of every interval, between 0 and 1.
         generator: the only source of randomness, on the CPU.
+    >>> sure = cosine_statistics(harmful, harmless, negative, neutral, a_paired=True, b_paired=True)
     """
     if n_resamples < (fewest := fewest_resamples(confidence)):
         beyond = f"too few beyond the ends of a {confidence:.0%} interval"

@@ -1,4 +1,7 @@
-"""Direction files of other projects: read, write and compare them."""
+"""Direction files of other projects: read, write and compare them.
+
+>>> comparison = formats.compare(*map(formats.read_directions, [refusal.save("r.npy")] * 2))
+"""
 
 from .compare import Comparison as Comparison
 from .compare import compare as compare
