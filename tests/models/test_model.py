@@ -345,6 +345,20 @@ def test_the_blocks_spread_over_two_gpus_give_what_one_gives(llama, batch):
     assert worst_difference(*(layers_of(m, *batch).cpu() for m in (two, one)), batch[1]) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "llama with tied embeddings", "gemma3", "phi3"])
+def test_the_map_over_two_gpus_places_every_weight_once_and_blocks_in_order(family):
+    name, changes = FAMILIES[family]
+    config = getattr(transformers, name)(**SIZES | changes | {"num_hidden_layers": 5})
+    placed = model_module._device_map(config, [torch.device("cuda", index) for index in range(2)])
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    for weight, _ in skeleton.named_parameters():
+        assert sum(weight.startswith(f"{part}.") for part in placed) == 1, weight
+    assert [placed[f"model.layers.{i}"].index for i in range(5)] == [0, 0, 0, 1, 1]
+    assert placed["model.embed_tokens"].index == 0
+    assert placed["lm_head"].index == (0 if config.tie_word_embeddings else 1)
+
+
 def test_a_gpu_too_small_is_named_with_what_would_do(monkeypatch):
     # The driver's two answers are put in its mouth: what is computed from them runs as it is.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
