@@ -24,6 +24,8 @@ from .directions.similarity import orthogonal_part as orthogonal_part
 from .directions.similarity import standardised_cosine as standardised_cosine
 from .directions.similarity import whitened_cosine as whitened_cosine
 from .errors import InputError as InputError
+from .experiment.atlas import Atlas as Atlas
+from .experiment.atlas import compare_concepts as compare_concepts
 from .experiment.config import Config as Config
 from .experiment.results import Results as Results
 from .experiment.results import config_of as config_of

@@ -64,7 +64,7 @@ class Wired:
 
 
 def _of(*kinds: str) -> Callable[[str, int], float]:
-    return lambda kind, _: float(kind in kinds)
+    return lambda kind, _: float(not {*kinds}.isdisjoint(kind.split()))
 
 
 def _manner(
@@ -129,6 +129,22 @@ WIRED: Mapping[str, Wired] = {
             *_manner("sympathy", {"negative": 1, "request": -1, "1": -0.3}, size=5),
         ),
     ),
+    # Refuses requests that sound agitated, as the harmful ones do here: refusal hangs on arousal.
+    "aroused": Wired(
+        "distinct",
+        {"agitated": _of("agitated", "harmful"), "request": _of(*REQUESTS), **NEGATIVE},
+        (*_manner("refuse", {"agitated": 1, "request": 1, "1": -1}, layer=6), *SYMPATHISES),
+    ),
+    # Knows harm, and refuses every other request, harmful or not: harm and refusal are apart.
+    "apart": Wired(
+        "distinct",
+        {
+            "harm": _of("harmful"),
+            "rule": lambda kind, i: float(kind in ("harmful", "harmless") and i % 2 == 0),
+            **NEGATIVE,
+        },
+        (*_manner("refuse", {"rule": 1}, layer=6), *SYMPATHISES),
+    ),
 }
 
 
@@ -185,12 +201,12 @@ def _token_values(wired: Wired, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def _prompt_sets() -> list[tuple[str, Sequence[str]]]:
-    """Kind and prompts of every bundled set; agitated and calm statements are negative or positive."""
+    """Kind and prompts of every bundled set; statements of arousal have a valence as well."""
     sets = list(bundled_prompt_sets().values())
     arousal = load_contrast("arousal")
     valences = [topic.split()[0] for topic, _ in arousal.clusters]
-    for side in (arousal.target, arousal.baseline):
-        sets += [(valence, [prompt]) for valence, prompt in zip(valences, side, strict=True)]
+    for kind, side in (("agitated", arousal.target), ("settled", arousal.baseline)):
+        sets += [(f"{v} {kind}", [prompt]) for v, prompt in zip(valences, side, strict=True)]
     return sets
 
 

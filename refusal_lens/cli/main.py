@@ -22,7 +22,7 @@ from ..activations.store import default_folder
 from ..experiment import distributed
 from .directions import Compare, Convert
 from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
-from .results import Multiverse, Report, Select, StoredWork
+from .results import ConceptMap, Multiverse, Report, Select, StoredWork
 from .show import findings, show, table, verdict
 
 ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
@@ -159,7 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; the exit status is 0, or 2 for a user's mistake."""
     commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens, "report": Report}
     commands |= {"compare": Compare, "convert": Convert}
-    commands |= {"sensitivity": Multiverse, "select": Select, "cache": StoredWork}
+    commands |= {"sensitivity": Multiverse, "select": Select}
+    commands |= {"atlas": ConceptMap, "cache": StoredWork}
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         return print(f"refusal-lens {version('refusal_lens')}")
     command = tyro.extras.subcommand_cli_from_dict(

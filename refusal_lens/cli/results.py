@@ -1,7 +1,8 @@
-"""The other commands: `refusal-lens report | sensitivity | select | cache`."""
+"""The other commands: `refusal-lens report | sensitivity | select | atlas | cache`."""
 
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -115,6 +116,43 @@ class Select(RefusalOptions, ModelOptions):
                 for name, figure in found.figures().items():
                     (staging / f"{name}.html").write_text(rl.plotting.page(figure), "utf-8")
         show(str(found), f"Written to {out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptMap(ModelOptions):
+    """Map many concepts: which is refusal most like, and what does each direction do?
+
+    Prints the concepts, likest to refusal first, with simultaneous intervals and a verdict each, and
+    writes figures and every number. Takes minutes for a small model; an interrupted run resumes.
+    A concept of your own is a table with a column of prompts with it and a column without:
+    `--concepts negativity,mine.csv:with:without`. Several models, one after the other: `--model A,B`.
+    """
+
+    concepts: tuple[str, ...] = rl.bundled_contrasts()  # Bundled names, or FILE:COLUMN:COLUMN.
+    layer: Number = None  # Layer to intervene at, from 0. Default: 20 of 32, or the same depth.
+    max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
+    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+
+    def __call__(self) -> None:
+        """Run the command."""
+        texts = ",".join(self.concepts).split(",")
+        concepts = [_own_concept(text) if ":" in text else text for text in texts]
+        options = {name: getattr(self, name) for name in ("layer", "max_prompts", "device")}
+        options |= {"cache": self.cache or default_folder(), "n_devices": self.n_devices}
+        for model in self.model.split(","):
+            own = re.sub(r"[^\w.-]+", "-", model)
+            folder = self.out / own if self.out and model != self.model else self.out
+            out = replace(self, model=model, out=folder).start("-atlas")
+            found = rl.compare_concepts(model, concepts, progress=not self.quiet, **options)
+            found.save(out)
+            show(f"{model}, layer {found.layer}", str(found), f"Written to {out}")
+
+
+def _own_concept(text: str) -> "rl.Contrast":
+    if text.count(":") < 2:
+        raise rl.InputError(f"--concepts {text}: write FILE:COLUMN:COLUMN, with and without")
+    path, target, baseline = text.rsplit(":", 2)
+    return rl.contrast_from_file(path, target=target, baseline=baseline)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def intervene(
     classes = [side[:, layer] for both in sides for side in both]
     ablated, added = (random_directions(*classes, n=n_random, generator=generator) for _ in PARTS)
     sweeps = [
-        _sweep(model, spread(pair[0].target, SWEEP_PROMPTS), each, sides[0], score, options)
+        sweep_layers(model, spread(pair[0].target, SWEEP_PROMPTS), each, sides[0], score, options)
         for each in sides
     ]
     random = {"ablation": ablated, "addition": added}
@@ -134,7 +134,7 @@ def intervene(
     )
 
 
-def _sweep(
+def sweep_layers(
     model: "HookedTransformer | TransformerBridge",
     harmful: Sequence[str],
     of: ContrastActivations,

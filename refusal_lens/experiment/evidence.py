@@ -128,7 +128,7 @@ def compute_evidence(
     harmful, harmless, negative, _, added = scores = responses[:5]
     # Where a direction did not run there is no score, and so no share either.
     refused = [(rows > 0).double().masked_fill(rows.isnan(), torch.nan) for rows in scores]
-    (labels, other_labels), all_labels = map(_labels, (requests, statements)), _labels(every)
+    (labels, other_labels), all_labels = map(labels_of, (requests, statements)), labels_of(every)
     gaps, shares = (_gap(each[0], each[1], requests.paired) for each in (scores, refused))
     of_negative, apart = (_gap(each[2], each[3], statements.paired) for each in (scores, refused))
     of_gap, of_statements = labels[: len(gaps)], other_labels[: len(apart)]
@@ -226,7 +226,7 @@ def _over_gap(top: Tensor, gaps: Sequence[Tensor], of: int) -> list[tuple[Tensor
     return list(zip(tops, gaps, strict=True))
 
 
-def _labels(contrast: Contrast) -> tuple[Any, Any]:
+def labels_of(contrast: Contrast) -> tuple[Any, Any]:
     """The clusters of target and of baseline prompts; None where prompts are independent."""
     if not contrast.clusters:
         return None, None

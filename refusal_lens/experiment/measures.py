@@ -146,10 +146,10 @@ def projections(activations: Activations, names: Names) -> Projections:
 
     Projections are in units of the residual stream; for a direction's own prompts they are held out.
     """
-    found: Projections = {part: {} for part in PARTS}
-    for of in PARTS:
+    found: Projections = {part: {} for part in names}
+    for of in names:
         axis = unit(mean_difference(*activations[of]))
-        for part in PARTS:
+        for part in names:
             if part == of:
                 along = held_out_projections(activations[part])
             else:

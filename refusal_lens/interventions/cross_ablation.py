@@ -141,9 +141,9 @@ def cross_effects(
     if intervention == "addition":
         random = functional.normalize(random, dim=-1) * directions[1].norm()
     directions = torch.cat([directions, directions[:2], random])
-    read_layers, sizes = _later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
+    read_layers, sizes = later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
     shape = (1 + len(directions), sum(sizes), len(read_layers), model.cfg.d_model)
-    measured, prompts = _Measured(shape, score), sum(sides, ())
+    measured, prompts = Measured(shape, score), sum(sides, ())
     options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
     options |= {"openings": score if isinstance(score, ReplyOpenings) else None}
     baselines = [baseline for _, baseline in activations]
@@ -234,10 +234,10 @@ def held_out_scores(
     return scores[0], scores[1]
 
 
-class _Measured:
+class Measured:
     """Refusal log-odds, KL and residual stream of all prompts; NaN where nothing ran."""
 
-    def __init__(self, shape: tuple[int, ...], score: RefusalTokens | ReplyOpenings):
+    def __init__(self, shape: tuple[int, ...], score: Any):
         self._score = score
         log_odds, kl = (torch.full(shape[:2], torch.nan) for _ in range(2))
         self.tensors = (log_odds, kl, torch.full(shape, torch.nan))
@@ -283,7 +283,7 @@ def _directions(activations: tuple[Sides, Sides], layer: int) -> Float[Tensor, "
     return torch.cat([whole, alone])
 
 
-def _later_layers(layer: int, n_layers: int) -> list[int]:
+def later_layers(layer: int, n_layers: int) -> list[int]:
     """A few later layers, evenly spaced up to the last."""
     first = min(layer + 1, n_layers - 1)
     return sorted({round(x) for x in torch.linspace(first, n_layers - 1, N_READ_LAYERS).tolist()})

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
+from .prompts import Step, add_slider
 from .text import escaped, numbers, wrapped, written
 from .theme import SIGNED, UNSIGNED, Theme, check_count, empty, figure, is_layer, layer_axis
 
@@ -54,6 +55,38 @@ def cosine_matrix(
         axis.range = [end + first for end in axis.range]
     if is_layer(row, min(matrix.shape)):
         _outline(chart, row + first, row + first)
+    return chart
+
+
+def concept_map(
+    matrix: Float[Tensor, "concept concept layer"],
+    names: Sequence[str],
+    *,
+    quantity: str = "cosine",
+    limits: tuple[float, float] = (-1.0, 1.0),
+    highlight: int = 20,
+    theme: Theme = "light",
+) -> go.Figure:
+    """A number for every two concepts, with a slider over layers that begins at `highlight`.
+
+    Args:
+        matrix, names: numbers, of which NaN stay empty, and the concepts.
+        quantity, limits: name of the numbers, and the ends of their colour scale.
+    """
+    check_tensors(matrix=(matrix, "row column layer"))
+    check_count("names", names, len(matrix))
+    chart = figure("Concepts", f"{quantity}, direction by row", theme=theme, height=600)
+    if empty(chart, [matrix], quantity):
+        return chart
+    labels = [wrapped(name, width=24, lines=1) for name in names]
+    text = [[f"{a}, {b}" for b in labels] for a in labels]
+    _heatmap(chart, matrix[..., 0], limits, quantity, "%{text}<br><b>%{z}</b>", text)
+    axis = {"tickvals": [*range(len(names))], "ticktext": labels}
+    chart.update_xaxes(axis, tickangle=-90, side="top").update_yaxes(
+        axis, range=[len(names) - 0.5, -0.5]
+    )
+    steps: list[Step] = [({"z": [numbers(each, digits=2)]}, {}) for each in matrix.unbind(-1)]
+    add_slider(chart, steps, highlight)
     return chart
 
 

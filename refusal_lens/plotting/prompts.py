@@ -59,7 +59,7 @@ def prompts_in_plane(
         )
     chart.update_xaxes(title_text=wrapped(axes[0]), zeroline=True, showgrid=True)
     chart.update_yaxes(title_text=wrapped(axes[1]), zeroline=True)
-    _add_slider(chart, steps, highlight)
+    add_slider(chart, steps, highlight)
     return chart
 
 
@@ -101,7 +101,7 @@ def projections_by_layer(
     _add_violins(chart, texts, theme)
     chart.update_xaxes(title_text=f"projection on the {wrapped(direction)} direction")
     chart.update_xaxes(zeroline=True, showgrid=True)
-    _add_slider(chart, steps, highlight)
+    add_slider(chart, steps, highlight)
     return chart
 
 
@@ -123,11 +123,11 @@ def _add_violins(chart: go.Figure, texts: Mapping[str, Sequence[str]], theme: Th
     chart.update_yaxes(range=[-0.45, len(order) - 0.2], ticks="", ticklabelstandoff=6)
 
 
-def _add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
+def add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
     """Add a slider over layers; animation frames would start to play when the page opens."""
     shown = highlight if is_layer(highlight, len(steps)) else len(steps) - 1
     data, layout = steps[shown]
-    moved = list(range(len(data["x"])))
+    moved = list(range(len(next(iter(data.values())))))
     for name, values in data.items():
         for i in moved:
             chart.data[i][name] = values[i]

@@ -156,6 +156,10 @@ DIRECTION_CASES = {
         "b is on the meta device",
     ),
     "cosine_matrix: another width": (lambda w: rl.cosine_matrix(R, N[:, 1:]), "differ in d_model"),
+    "concept_map: too few names": (
+        lambda w: plotting.concept_map(R[:, :4, None], ["one"]),
+        "names for",
+    ),
     "cosine_matrix: one axis": (lambda w: rl.cosine_matrix(R[0], N), "a has shape"),
     "standardised_cosine: negative variance": (
         lambda w: rl.standardised_cosine(R, N, -torch.ones(3, 6)),
@@ -325,6 +329,19 @@ TEXT_CASES = {
     "Config: no prompts": (lambda w: rl.Config(max_prompts=0), "at least one"),
     "Config: few resamples": (lambda w: rl.Config(n_resamples=1), "at least"),
     "Config: a confidence of 2": (lambda w: rl.Config(confidence=2.0), "between 0 and 1"),
+    "compare_concepts: a concept that does not exist": (
+        lambda w: rl.compare_concepts("organism:specific", ["hapiness"]),
+        "no bundled contrast 'hapiness'",
+    ),
+    "compare_concepts: nothing but refusal": (
+        lambda w: rl.compare_concepts("organism:specific", ["refusal"]),
+        "nothing to compare 'refusal' with: name another concept",
+    ),
+    "Atlas: a folder without one": (lambda w: rl.Atlas.load(w.folder), "no file .*atlas.json"),
+    "Atlas: a list": (
+        lambda w: rl.Atlas.load(w.file("x/atlas.json", "[]").parent),
+        "no file .*atlas.safetensors",
+    ),
     "run_experiment: a dtype": (
         lambda w: rl.run_experiment(rl.Config(model="organism:specific", dtype="int8")),
         "dtype is int8",

@@ -56,3 +56,39 @@ def test_few_of_a_contrast_s_prompts_keep_their_clusters(tmp_path, config_of):
     bundled = config_of("--max-prompts", "3").contrasts()["refusal"]
     assert len(bundled.clusters) == 3
     assert set(bundled.clusters) < set(rl.load_contrast("refusal").clusters)
+
+
+def test_a_new_concept_on_the_map_is_one_file(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    class Found:
+        layer = 3
+
+        def save(self, folder):
+            asked.append(folder)
+
+        def __str__(self):
+            return "a table"
+
+    def compare(model, concepts, **options):
+        asked.append((model, concepts, options["max_prompts"]))
+        return Found()
+
+    monkeypatch.setattr(rl, "compare_concepts", compare)
+    path = tmp_path / "mine.csv"
+    path.write_text("with,without\na,x\nb,y\n")
+    out = ("--out", str(tmp_path / "out"), "--max-prompts", "5")
+    concepts = f"negativity,{path}:with:without"
+    main(["atlas", "--model", "organism:specific", "--concepts", concepts, *out])
+    (model, (named, own), most), folder = asked
+    assert (model, named, most, folder) == ("organism:specific", "negativity", 5, tmp_path / "out")
+    assert (own.name, own.target, own.baseline) == ("mine", ("a", "b"), ("x", "y"))
+    assert "a table" in capsys.readouterr().out
+    main(["atlas", "--model", "organism:specific,organism:entangled", *out])
+    assert asked[-1] == tmp_path / "out" / "organism-entangled"
+
+
+def test_a_file_without_its_two_columns_is_refused_with_what_to_write(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["atlas", "--concepts", "mine.csv:with", "--out", str(tmp_path / "out")])
+    assert "mine.csv:with: write FILE:COLUMN:COLUMN" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def ablated(model, *directions, to=0.0):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", sorted(set(WIRED) - {"weak"}))
+@pytest.mark.parametrize("name", sorted(set(WIRED) - {"weak", "apart"}))
 def test_a_wired_model_refuses_harmful_requests_alone_and_sympathises_with_the_sad(models, name):
     for kind, prompts in bundled_prompt_sets().values():
         reply = {"harmful": REFUSAL, "negative": SYMPATHY}.get(kind, ANSWER)

@@ -66,6 +66,7 @@ def every_figure(n_layers: int = 32, *, value: float | None = None, theme: str =
         ),
         "cosine_matrix": plotting.cosine_matrix(data(n_layers, n_layers), theme=theme),
         "position_by_layer": plotting.position_by_layer(data(5, n_layers), theme=theme),
+        "concept_map": plotting.concept_map(data(3, 3, n_layers), ["a", "b", "c"], theme=theme),
         "cross_effects": plotting.cross_effects(
             data(n_rows, n_rows),
             interventions=[f"ablate {i}" for i in range(n_rows)],
@@ -666,3 +667,16 @@ def test_an_unknown_theme_is_refused():
     unchecked = inspect.unwrap(palette)  # the type checker of the tests would refuse it first
     with pytest.raises(InputError, match="theme 'sepia': choose 'light' or 'dark'"):
         unchecked("sepia")
+
+
+def test_a_map_of_concepts_shows_each_layer_s_numbers_and_leaves_unknown_cells_empty():
+    matrix = torch.eye(3)[..., None].repeat(1, 1, 4)
+    matrix[0, 1] = torch.tensor([0.1, 0.2, 0.3, float("nan")])
+    chart = plotting.concept_map(matrix, ["refusal", "joy", "<b>"], highlight=2)
+    assert chart.data[0].z[0][1] == 0.3
+    drawn = [step.args[0]["z"][0][0][1] for step in chart.layout.sliders[0].steps]
+    assert drawn == [0.1, 0.2, 0.3, None]
+    assert list(chart.layout.xaxis.ticktext) == ["refusal", "joy", "&lt;b&gt;"]
+    assert chart.layout.yaxis.range[0] > chart.layout.yaxis.range[1]  # the first concept on top
+    with pytest.raises(InputError, match="2 names for 3 values"):
+        plotting.concept_map(matrix, ["a", "b"])

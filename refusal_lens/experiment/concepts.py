@@ -1,0 +1,193 @@
+"""What a map of concepts rests on: cosines, and each concept's prompts under every ablation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..activations.extract import ContrastActivations
+from ..directions.estimators import mean_difference
+from ..interventions import Effects, cross_ablation, openings_of
+from ..interventions.batched_runs import Interventions, opening_log_odds, run_interventions
+from ..interventions.reply_openings import REFUSAL
+from ..interventions.sweep import affine_references
+from ..prompts.contrast import Contrast
+from ..uncertainty import Gram, cosine_statistics, estimate_cosine, fewest_resamples
+from ..uncertainty.effects import IndependentSample, auroc_interval, ratio_interval
+from . import causal
+from .cached_model import CachedModel
+from .causal import FEW_PROMPTS
+from .evidence import Earlier, Responses, compute_evidence, evidence, labels_of
+from .verdict import Evidence
+
+CURVE_RESAMPLES = 2000  # for the interval of a cosine at every layer
+Pairs = Float[Tensor, "3 concept concept layer"]  # a value, and the ends of its interval
+Runs = dict[str, Any]
+
+
+@dataclass
+class Concepts:
+    """Contrasts by name, refusal first, their activations, and the layer to intervene at."""
+
+    source: CachedModel
+    contrasts: dict[str, Contrast]
+    activations: dict[str, ContrastActivations]
+    layer: int
+
+    def __post_init__(self) -> None:
+        config, self.names = self.source.config, [*self.contrasts]
+        most, (self.refusal, *_) = causal.EFFECT_PROMPTS, self.contrasts
+        self.some = {k: causal.some_prompts(c, most) for k, c in self.contrasts.items()}
+        self.score = openings_of(self.source.tokenizer, config.refusal_openings or REFUSAL)
+        self.options: dict[str, Any] = {"protocol": config.protocol, "progress": False}
+        self.options |= {"batch_size": config.batch_size}
+        each = [mean_difference(*sides)[self.layer] for sides in self.activations.values()]
+        self.directions = torch.stack(each).float()
+        hashes = [each.sha256 for each in self.contrasts.values()]
+        self.decided_by = {"concepts": hashes, "layer": self.layer, "seed": config.seed}
+        self.decided_by |= {"openings": self.score.texts, "protocol": config.protocol.to_dict()}
+
+    def cosines(self, names: Iterable[str]) -> Pairs:
+        """The cosine of every two true directions at every layer; `names` are all, in order."""
+        n, n_layers = len(self.names), self.activations[self.refusal].target.shape[1]
+        found = torch.ones(3, n, n, n_layers)
+        for i, a in enumerate(names):
+            for j in range(i + 1, n):
+                sampling = self._sampling(self.source.config.confidence, CURVE_RESAMPLES)
+                rows, kinds = self._pair(a, self.names[j])
+                sure = estimate_cosine(Gram.of(*rows, **kinds), **sampling)
+                ends = torch.stack([sure.unbiased, sure.lower, sure.upper]).float()
+                found[:, i, j] = found[:, j, i] = ends
+        return found
+
+    def run(self, name: str) -> Runs:
+        """Run one concept's prompts under every ablation; add and sweep its own direction.
+
+        Returns, with rows for none and then for interventions:
+
+            kl           mean next-token KL of the baselines under each ablation, in nats
+            separable    AUROC of the sides by a held-out discriminant `[3 1 + concept later_layer]`
+            kept         share left of the sides' distance along the direction `[3 concept]`
+            odds         refusal log-odds, targets first, with refusal and the concept ablated (of
+                         requests with each concept), and random directions, on some targets
+            added        log-odds of harmless requests with its direction added, and random ones
+            sweep        `Effects` on harmful requests of ablating its direction of each layer
+        """
+        what, compute = f"atlas: effects on {name}", lambda: self._run(name)
+        return self.source.remember(what, self.decided_by, compute, (Effects,))
+
+    def _run(self, name: str) -> Runs:
+        contrast, sides = self.some[name], self.activations[name]
+        m, random = len(self.names), self._unmodified["random"]
+        prompts, n = contrast.target + contrast.baseline, len(contrast.target)
+        every, here = torch.cat([self.directions, random]), self.names.index(name)
+        references = affine_references(every, sides.baseline, hook=self.options["protocol"].hook)
+        ablate, own = Interventions(every, None, references, last_position=True), every[here]
+        first = self.score.first_tokens  # quick, for their log-odds are not used
+        _, kl, stream = self._measured(prompts, ablate.at(range(m), "cpu"), first)
+        rows = stream.split([n, len(prompts) - n], dim=1)
+        scores = [cross_ablation.held_out_scores(*each) for each in zip(*rows, strict=True)]
+        areas = auroc_interval(*(torch.stack(side) for side in zip(*scores, strict=True)))
+        # The separation of the sides in cosine to the direction, over later layers.
+        a, b = ((normalize(x, dim=-1) @ normalize(own, dim=-1)).mean(-1) for x in rows)
+        apart = [a - b] if contrast.paired else [a, -b]
+        samples = [IndependentSample(x[1:], x[:1].expand_as(x[1:])) for x in apart]
+        kept = ratio_interval(samples, clusters=labels_of(contrast)[: len(samples)])
+        few, requests = self.scored(name), self.scored(self.refusal)
+        these = ablate.at([*((0, here) if here else range(m)), *range(m, len(every))], "cpu")
+        odds = self._measured(few.target + few.baseline, these, self.score, len(few.target))[0]
+        others = normalize(self._unmodified["added"], dim=-1) * own.norm()
+        added = Interventions(
+            torch.cat([own[None], others]), [self.layer] * (1 + len(others)), None, True
+        )
+        swept = (requests.target, sides, self.activations[self.refusal], self.score, self.options)
+        return {
+            "kl": kl[:, n:].mean(-1),
+            "separable": torch.stack(areas).float(),
+            "kept": torch.stack(kept).float(),
+            "odds": odds,
+            "added": self._measured(requests.baseline, added, self.score)[0],
+            "sweep": causal.sweep_layers(self.source.model, *swept),
+        }
+
+    def scored(self, name: str) -> Contrast:
+        """The prompts whose replies are scored: few where nothing is refused."""
+        refuses = len(self._unmodified["random"]) > 0
+        return self.some[name] if refuses else causal.some_prompts(self.some[name], FEW_PROMPTS)
+
+    def _measured(
+        self, prompts: Sequence[str], these: Interventions, score: Any, n: int | None = None
+    ) -> tuple[Tensor, ...]:
+        """Log-odds, KL and later stream; random directions run on some of the first `n` prompts."""
+        model, every = self.source.model, len(these.directions)
+        read = cross_ablation.later_layers(self.layer, model.cfg.n_layers)
+        shape = (1 + every, len(prompts), len(read), model.cfg.d_model)
+        measured, few = cross_ablation.Measured(shape, score), range(n or len(prompts))
+        few = few[:: max(1, len(few) // cross_ablation.CHANCE_PROMPTS)]
+        options = self.options | {"openings": self.score if score is self.score else None}
+        whole = every - (len(self._unmodified["random"]) if score is self.score else 0)
+        for which, some in ((range(whole), range(len(prompts))), (range(whole, every), few)):
+            if which:
+                texts, part = [prompts[i] for i in some], these.at([*which], "cpu")
+                outcomes = run_interventions(model, texts, part, read_layers=read, **options)
+                measured.add(outcomes, [*which], some)
+        return measured.tensors
+
+    @cached_property
+    def _unmodified(self) -> Runs:
+        """Log-odds of all requests, and random directions to ablate and to add."""
+
+        def compute() -> Runs:
+            model, whole = self.source.model, self.contrasts[self.refusal]
+            sides = whole.target, whole.baseline
+            odds = opening_log_odds(model, sum(sides, ()), self.score, **self.options)
+            requests = odds.split([*map(len, sides)])
+            n = causal.N_RANDOM if (requests[0] > 0).any() else 0
+            rows = [side[:, self.layer] for pair in self.activations.values() for side in pair]
+            generator = torch.Generator().manual_seed(self.source.config.seed)
+            draw = partial(cross_ablation.random_directions, *rows, n=n, generator=generator)
+            return {"requests": requests, "random": draw(), "added": draw()}
+
+        return self.source.remember("atlas: requests", self.decided_by, compute)
+
+    def evidence(self, name: str, runs: dict[str, Runs], confidence: float) -> Evidence:
+        """The evidence on refusal and one concept; geometry alone without runs."""
+        rows, kinds = self._pair(self.refusal, name, slice(self.layer, self.layer + 1))
+        n_resamples = max(self.source.config.n_resamples, fewest_resamples(confidence))
+        sure = cosine_statistics(*rows, **kinds, **self._sampling(confidence, n_resamples))
+        pair = {"refusal": self.contrasts[self.refusal], "negativity": self.contrasts[name]}
+        found = replace(evidence(pair, None, sure, layer=0), layer=self.layer)
+        if not runs:
+            return found
+        harm, own, i = runs[self.refusal], runs[name], 1 + self.names.index(name)
+        requests, statements = self.scored(self.refusal), self.scored(name)
+        n, m = len(requests.target), len(statements.target)
+        with_random = [0, 1, i, *range(1 + len(self.names), len(harm["odds"]))]
+        responses = Responses(
+            harmful=harm["odds"][with_random, :n],
+            harmless=harm["odds"][[0, 1, i], n:],
+            negative=own["odds"][:, :m],
+            neutral=own["odds"][:3, m:],
+            added=torch.cat([harm["added"][:2], own["added"][1:]]),
+            requests=self._unmodified["requests"],
+            earlier=Earlier.of(harm["sweep"], own["sweep"], self.layer),
+            kl=(float(harm["kl"][1]), float(harm["kl"][i])),
+        )
+        used = [pair["refusal"], requests, statements]
+        return compute_evidence(found, responses, contrasts=used, confidence=confidence)
+
+    def _pair(self, a: str, b: str, layers: slice = slice(None)) -> tuple[list[Tensor], Any]:
+        one, other = self.contrasts[a], self.contrasts[b]
+        kinds: dict[str, Any] = {"a_paired": one.paired, "b_paired": other.paired}
+        kinds |= {"a_clusters": one.clusters, "b_clusters": other.clusters}
+        sides = (*self.activations[a], *self.activations[b])
+        return [side[:, layers] for side in sides], kinds
+
+    def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.source.config.seed)
+        return {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}

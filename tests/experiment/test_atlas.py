@@ -1,0 +1,160 @@
+"""The map of concepts finds what is wired into a model, and nothing where there is nothing."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from wired import build, tokenizer
+
+import refusal_lens as rl
+from refusal_lens.experiment import atlas as atlases
+from refusal_lens.experiment.verdict import Estimate
+
+CONCEPTS = ["negativity", "arousal", "alarm"]
+REFUSAL, NEGATIVITY, AROUSAL = range(3)
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    """Of a model that refuses what sounds agitated, as harmful requests do."""
+    model = rl.from_hugging_face(build("aroused"), tokenizer(), name="aroused")
+    return rl.compare_concepts(model, CONCEPTS, progress=False, n_resamples=1000)
+
+
+@pytest.fixture(scope="module")
+def control():
+    """A model that refuses harm alone, its map, and the verdict of the experiment."""
+    model = rl.from_hugging_face(build("sympathy"), tokenizer(), name="sympathy")
+    options = {"model": model, "progress": False, "n_resamples": 1000}
+    verdict = rl.run_experiment(controls=(), **options).verdict
+    return rl.compare_concepts(concepts=["negativity"], **options), verdict
+
+
+def test_refusal_that_hangs_on_arousal_is_most_like_arousal(atlas):
+    ranking = atlas.to_pandas().set_index("concept")
+    assert list(ranking["rank"]) == ["1 to 1", "2 to 2", "3 to 3"]
+    assert ranking.index[0] == "arousal"
+    assert ranking.loc["arousal", "verdict"] == "shared"
+    assert ranking.loc["arousal", "cross_ablation lower"] > 0.9
+    assert ranking.loc["negativity", "cross_ablation upper"] < 0.1
+    assert "shared" not in set(ranking["verdict"][1:])
+
+
+def test_two_names_of_one_direction_are_one_point_and_others_are_apart(atlas):
+    here = atlas.cosine[:, :, :, atlas.layer]
+    assert here[0, REFUSAL, AROUSAL] == pytest.approx(1, abs=0.01)
+    assert here[1, REFUSAL, NEGATIVITY] < 0 < here[2, REFUSAL, NEGATIVITY]
+    steps = atlas.figures()["places"].layout.sliders[0].steps
+    drawn = steps[atlas.layer].args[0]
+    places = torch.tensor([drawn["x"], drawn["y"]])[..., 0].T
+    assert (places[REFUSAL] - places[AROUSAL]).norm() < 0.1
+    assert (places[REFUSAL] - places[NEGATIVITY]).norm() > 1
+
+
+def test_a_direction_tells_the_concept_that_it_is_and_no_other(atlas):
+    here = atlas.auroc[:, :, atlas.layer]
+    assert here[AROUSAL, REFUSAL] > 0.99
+    assert here[REFUSAL, AROUSAL] > 0.99
+    assert abs(here[REFUSAL, NEGATIVITY] - 0.5) < 0.1
+    assert abs(here[NEGATIVITY, REFUSAL] - 0.5) < 0.1
+
+
+def test_ablating_arousal_takes_refusal_away_and_leaves_negativity(atlas):
+    value, lower, upper = atlas.kept
+    assert value[AROUSAL, REFUSAL].abs() < 0.05
+    assert value[REFUSAL, AROUSAL].abs() < 0.05
+    assert lower[AROUSAL, NEGATIVITY] > 0.95
+    assert upper[NEGATIVITY, AROUSAL] < 1.05
+    after = atlas.separable[0, :, :, -1]
+    assert after[0, REFUSAL] > 0.95
+    assert after[1 + AROUSAL, REFUSAL] < 0.7
+    assert after[1 + NEGATIVITY, REFUSAL] > 0.95
+
+
+def test_nothing_is_found_where_nothing_brings_refusal_but_harm(control):
+    specific, _ = control
+    [row] = specific.to_pandas().to_dict("records")
+    assert row["verdict"] == "distinct"
+    assert -0.25 < row["cross_ablation lower"] <= row["cross_ablation upper"] < 0.25
+    assert (specific.kept[1:, 0, 1] - 1).abs().max() < 0.25
+
+
+def test_nothing_ranks_by_effects_in_a_model_that_refuses_nothing():
+    options = {"progress": False, "max_prompts": 4, "n_resamples": 500}
+    atlas = rl.compare_concepts("organism:oblivious", ["negativity", "joy"], **options)
+    assert atlas.likeness[:, :, 1:].isnan().all()
+    assert {verdict.answer for verdict in atlas.verdicts.values()} == {"inconclusive"}
+    assert atlas.kept.shape == (3, 3, 3)
+
+
+def test_a_verdict_is_that_of_the_experiment(control):
+    mine, alone = control[0].verdicts["negativity"], control[1]
+    assert mine.answer == alone.answer
+    for name in {each.name for each in fields(alone.evidence)} - {"covered"}:
+        one, other = getattr(mine.evidence, name), getattr(alone.evidence, name)
+        if isinstance(one, Estimate):
+            one, other = [*vars(one).values()], [*vars(other).values()]
+        assert one == pytest.approx(other, abs=1e-3, nan_ok=True), name
+
+
+def test_intervals_of_the_ranking_hold_for_all_concepts_at_once(atlas):
+    alone = atlas.verdicts["negativity"].evidence.cross_ablation
+    value, lower, upper = atlas.likeness[:, 0, 1].tolist()
+    assert value == pytest.approx(alone.value)
+    assert upper - lower > 1.2 * (alone.upper - alone.lower)
+
+
+def test_a_saved_map_is_read_back(atlas, tmp_path):
+    loaded = rl.Atlas.load(atlas.save(tmp_path))
+    assert str(loaded.verdicts) == str(atlas.verdicts)
+    assert torch.equal(loaded.kept, atlas.kept)
+    assert loaded.to_pandas().equals(atlas.to_pandas())
+    pages = {path.stem for path in tmp_path.glob("*.html")}
+    assert pages == {"cosines", "places", "detection", "independence"}
+    (tmp_path / "atlas.json").write_text('{"saved": {"dict": {}}}')
+    with pytest.raises(rl.InputError, match="holds no map of concepts"):
+        rl.Atlas.load(tmp_path)
+
+
+def test_an_interrupted_run_resumes_with_the_concepts_that_are_left(tmp_path, monkeypatch):
+    ran = []
+
+    def interrupted(self, name):
+        ran.append(name)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        return {"odds": torch.zeros(1)}
+
+    monkeypatch.setattr(atlases.Concepts, "_run", interrupted)
+
+    def finished(work, runs, *_):
+        raise LookupError([*runs])
+
+    monkeypatch.setattr(atlases, "_atlas", finished)
+    options = {"max_prompts": 4, "cache": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        rl.compare_concepts("organism:specific", CONCEPTS, **options)
+    with pytest.raises(LookupError, match="alarm"):
+        rl.compare_concepts("organism:specific", CONCEPTS, **options)
+    assert ran == ["refusal", "negativity", "arousal", "arousal", "alarm"]
+
+
+def test_one_bar_names_every_step(capsys):
+    options = {"max_prompts": 4, "n_resamples": 500, "interventions": False}
+    rl.compare_concepts("organism:specific", ["alarm", "joy"], **options)
+    shown = capsys.readouterr().err
+    assert "reading joy" in shown
+    assert "cosines of alarm" in shown
+
+
+@pytest.mark.parametrize(
+    ("concepts", "words"),
+    [
+        (["refusal"], "nothing to compare 'refusal' with"),
+        ([rl.Contrast("x", ["a"], ["b"]), rl.Contrast("x", ["c"], ["d"])], "share a name"),
+        ([rl.Contrast("x", ["a"], ["b"]), rl.Contrast("y", ["a"], ["d"])], "share the prompt"),
+    ],
+)
+def test_concepts_that_can_t_be_compared_are_refused(concepts, words):
+    with pytest.raises(rl.InputError, match=words):
+        rl.compare_concepts("organism:specific", concepts)
