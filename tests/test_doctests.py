@@ -89,6 +89,9 @@ def names():
             "tokens": torch.tensor([[1, 2, 3]]),
             "refusal": rl.Direction(r, name="refusal", model=model),
             "results": rl.analyse(activations, config=rl.Config(n_resamples=400)),
+            "atlas": rl.compare_concepts(
+                model, ["joy"], max_prompts=8, interventions=False, progress=False
+            ),
             "dataset": Dataset.from_dict(table),
             "AutoModelForCausalLM": AutoModelForCausalLM,
             "path": ORGANISMS_DIRECTORY / "specific",

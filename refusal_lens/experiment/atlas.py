@@ -57,6 +57,8 @@ class Atlas(Table):
             layers, that a concept's ablation leaves. Both are 1 for two directions that are
             representationally independent (Wollschläger et al. 2025, arXiv:2502.17420).
         provenance: model, hashes of the prompts, seed, versions.
+    >>> again = Atlas.load(atlas.save("runs/atlas"))
+    >>> shown = again.to_pandas(), again.figures()
     """
 
     model: str
