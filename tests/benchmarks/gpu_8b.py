@@ -14,6 +14,7 @@ Writes a checkpoint of that shape (16 GB; kept with `--directory`, and used agai
     interventions  every layer's direction ablated and added; tokens a second against the bare pass
     select         `select_direction` among 160 candidates, against the published loop
     run            `run_experiment` with everything on, by step, and its report
+    atlas          `compare_concepts` of all bundled concepts; of four, profiled
 
 A part prints its numbers as soon as it has them and adds them to `--out`; a part that fails says so,
 and the next one starts. "Profiled" rows are of a further run of the same work under torch.profiler:
@@ -35,7 +36,7 @@ import tempfile
 import time
 import traceback
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial, wraps
@@ -442,6 +443,25 @@ def run(bench: Bench) -> None:
     bench.table.add("run_experiment, profiled", profile.row(profile.wall))
 
 
+def atlas(bench: Bench) -> None:
+    import refusal_lens as rl
+
+    for name in ("lens", "hf"):
+        bench.__dict__.pop(name, None)
+    gc.collect()
+    options: Any = {"max_prompts": 8, "n_resamples": 500} if bench.shrink else {}
+    options |= {"device": bench.device.type, "dtype": "bfloat16", "progress": False}
+    concepts = rl.bundled_contrasts()[: 4 if bench.shrink else None]
+
+    def compared(some: Sequence[str]) -> None:
+        rl.compare_concepts(bench.checkpoint, some, **options)
+
+    took = timed(lambda: compared(concepts), bench.device)
+    bench.table.add(f"compare_concepts of {len(concepts)} concepts", f"{took:.1f} s")
+    profile = profiled(lambda: compared(concepts[:4]), bench.device)
+    bench.table.add("compare_concepts of 4, profiled", profile.row(profile.wall))
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "card": card,
     "load": load,
@@ -452,6 +472,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "interventions": interventions,
     "select": select,
     "run": run,
+    "atlas": atlas,
 }
 
 
