@@ -572,3 +572,14 @@ def test_the_text_of_a_file_with_itself_shows_the_steps_through_depth():
     steps = cosine_similarity(d.vectors[:-1], d.vectors[1:]).tolist()
     for layer, step in enumerate(steps):
         assert f"{layer:>5}  {step:>+7.4f}" in text
+
+
+def test_a_pickled_numpy_array_is_refused_and_the_message_says_how_to_convert_it(tmp_path):
+    path, rows = tmp_path / "harmfulness.pt", draw(4, 8)
+    torch.save(rows.numpy(), path)
+    with pytest.raises(InputError, match="nothing in it was run") as refused:
+        read_directions(path)
+    convert = str(refused.value).split("convert it: ")[1]
+    code = convert.replace("FILE", str(path)).replace("NEW.npy", str(tmp_path / "new.npy"))
+    exec(code, {"numpy": np, "torch": torch})
+    assert torch.equal(read_directions(tmp_path / "new.npy").vectors, rows)

@@ -224,6 +224,9 @@ def _read_pt(path: Path) -> Contents:
     if names - _PLAIN:
         more = f"is more than tensors, it asks for {', '.join(sorted(names - _PLAIN))[:80]}"
         advice = "refused, nothing in it was run; ask for it as safetensors"
+        if any(name.startswith("numpy") for name in names):  # Zhao et al. 2025 published such files
+            convert = "numpy.save('NEW.npy', torch.load('FILE', weights_only=False))"
+            advice += f", or, if you trust its author with your machine, convert it: {convert}"
         raise InputError(f"{path} {more}: {advice}")
     value: Any = torch.load(path, weights_only=True, map_location="cpu")
     named = value.items() if isinstance(value, Mapping) else [("", value)]
