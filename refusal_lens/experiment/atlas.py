@@ -1,6 +1,6 @@
 """A map of concepts: which of them is refusal most like, and what does each direction do?"""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,8 @@ class Atlas(Table):
     Attributes:
         model, layer: the model, and the layer of interventions and verdicts.
         directions: mean differences by concept, not normalised.
-        cosine: of the true directions at every layer; NaN where not measurable.
-        auroc: of each concept's direction (first axis) on each concept's prompts.
+        cosine, auroc: of the true directions, NaN where not measurable; of each concept's direction
+            (first axis) on each concept's prompts.
         likeness: `LIKENESS` of all concepts but refusal; the intervals hold for all at once. Effects
             are NaN in a model that refuses too little to explain.
         verdicts: the answers of `run_experiment` for refusal and each other concept.
@@ -160,8 +160,7 @@ def compare_concepts(
     >>> [*compare_concepts("organism:specific", ["joy"], **quick).directions]
     ['refusal', 'joy']
 
-    Every prompt is read once. Up to 32 prompts a side are run again with every concept's direction of
-    one layer ablated; each direction is added and, of every layer, ablated for the verdict.
+    Up to 32 prompts a side are run again with every concept's direction of one layer ablated.
 
     Args:
         model: its name, or a loaded model, of which nothing is cached.
@@ -186,13 +185,20 @@ def compare_concepts(
     sides: dict[str, ContrastActivations] = {}
     runs: dict[str, Runs] = {}
     with tqdm(total=3 * len(contrasts), unit="step", disable=not (progress and is_main())) as bar:
-        for name in _told(bar, "reading", contrasts):
+
+        def each(step: str) -> Iterator[str]:
+            for name in contrasts:
+                bar.set_description(f"{step} {name}")
+                yield name
+                bar.update()
+
+        for name in each("reading"):
             sides |= by_contrast(read, {name: contrasts[name]})
         work = Concepts(source, contrasts, sides, highlighted_layer(config.layer, n_layers)[0])
-        cosine = work.cosines(_told(bar, "cosines of", contrasts))
+        cosine = work.cosines(each("cosines of"))
         fewest = min(len(side) for c in contrasts.values() for side in (c.target, c.baseline))
         if config.interventions and fewest >= FEWEST_PROMPTS:
-            runs = {k: work.run(k) for k in _told(bar, "interventions on", contrasts)}
+            runs = {k: work.run(k) for k in each("interventions on")}
     return _atlas(work, runs, cosine, provenance(origin, contrasts, config))
 
 
@@ -234,11 +240,3 @@ def _chosen(
         raise InputError(f"two concepts share a name, of {sorted(names)}: rename one")
     config = replace(config, refusal=refusal, negativity=others[0], controls=tuple(others[1:]))
     return config, {each.name: each for each in config.contrasts().values()}
-
-
-def _told(bar: Any, what: str, names: Iterable[str]) -> Iterator[str]:
-    """The names, each shown on the bar while it is worked on."""
-    for name in names:
-        bar.set_description(f"{what} {name}")
-        yield name
-        bar.update()

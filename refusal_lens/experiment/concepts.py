@@ -51,6 +51,7 @@ class Concepts:
         hashes = [each.sha256 for each in self.contrasts.values()]
         self.decided_by = {"concepts": hashes, "layer": self.layer, "seed": config.seed}
         self.decided_by |= {"openings": self.score.texts, "protocol": config.protocol.to_dict()}
+        self.decided_by["least gap"] = config.thresholds.min_refused_gap
 
     def cosines(self, names: Iterable[str]) -> Pairs:
         """The cosine of every two true directions at every layer; `names` are all, in order."""
@@ -59,8 +60,7 @@ class Concepts:
         for i, a in enumerate(names):
             for j in range(i + 1, n):
                 sampling = self._sampling(self.source.config.confidence, CURVE_RESAMPLES)
-                rows, kinds = self._pair(a, self.names[j])
-                sure = estimate_cosine(Gram.of(*rows, **kinds), **sampling)
+                sure = estimate_cosine(Gram.of(**self._pair(a, self.names[j])), **sampling)
                 ends = torch.stack([sure.unbiased, sure.lower, sure.upper]).float()
                 found[:, i, j] = found[:, j, i] = ends
         return found
@@ -116,7 +116,7 @@ class Concepts:
         }
 
     def scored(self, name: str) -> Contrast:
-        """The prompts whose replies are scored: few where nothing is refused."""
+        """The prompts whose replies are scored: few where too little is refused to explain."""
         refuses = len(self._unmodified["random"]) > 0
         return self.some[name] if refuses else causal.some_prompts(self.some[name], FEW_PROMPTS)
 
@@ -147,7 +147,9 @@ class Concepts:
             sides = whole.target, whole.baseline
             odds = opening_log_odds(model, sum(sides, ()), self.score, **self.options)
             requests = odds.split([*map(len, sides)])
-            n = causal.N_RANDOM if (requests[0] > 0).any() else 0
+            harmful, harmless = ((side > 0).double().mean() for side in requests)
+            least = self.source.config.thresholds.min_refused_gap
+            n = causal.N_RANDOM if harmful - harmless > least else 0  # else inconclusive anyway
             rows = [side[:, self.layer] for pair in self.activations.values() for side in pair]
             generator = torch.Generator().manual_seed(self.source.config.seed)
             draw = partial(cross_ablation.random_directions, *rows, n=n, generator=generator)
@@ -157,9 +159,9 @@ class Concepts:
 
     def evidence(self, name: str, runs: dict[str, Runs], confidence: float) -> Evidence:
         """The evidence on refusal and one concept; geometry alone without runs."""
-        rows, kinds = self._pair(self.refusal, name, slice(self.layer, self.layer + 1))
+        rows = self._pair(self.refusal, name, slice(self.layer, self.layer + 1))
         n_resamples = max(self.source.config.n_resamples, fewest_resamples(confidence))
-        sure = cosine_statistics(*rows, **kinds, **self._sampling(confidence, n_resamples))
+        sure = cosine_statistics(**rows, **self._sampling(confidence, n_resamples))
         pair = {"refusal": self.contrasts[self.refusal], "negativity": self.contrasts[name]}
         found = replace(evidence(pair, None, sure, layer=0), layer=self.layer)
         if not runs:
@@ -181,12 +183,13 @@ class Concepts:
         used = [pair["refusal"], requests, statements]
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
 
-    def _pair(self, a: str, b: str, layers: slice = slice(None)) -> tuple[list[Tensor], Any]:
-        one, other = self.contrasts[a], self.contrasts[b]
-        kinds: dict[str, Any] = {"a_paired": one.paired, "b_paired": other.paired}
-        kinds |= {"a_clusters": one.clusters, "b_clusters": other.clusters}
-        sides = (*self.activations[a], *self.activations[b])
-        return [side[:, layers] for side in sides], kinds
+    def _pair(self, a: str, b: str, layers: slice = slice(None)) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for part, name in (("a", a), ("b", b)):
+            contrast, (target, baseline) = self.contrasts[name], self.activations[name]
+            found |= {f"{part}_paired": contrast.paired, f"{part}_clusters": contrast.clusters}
+            found |= {f"{part}_target": target[:, layers], f"{part}_baseline": baseline[:, layers]}
+        return found
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.source.config.seed)
