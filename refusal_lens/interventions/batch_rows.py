@@ -1,6 +1,7 @@
 """Batches whose rows are prompts under interventions, each row under its own."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,6 @@ from .hooks import EMBEDDING, Hook, can_join_rows, projection_hooks, stream_afte
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
-
 
 ROOM_ON_CPU, ROOM_ON_GPU = 2**28, 2**33  # bytes of the keys, values and logits of a pass
 
@@ -114,24 +114,18 @@ def hooks_by_row(
 
         return hook_fn
 
-    return [(name, by_row(change)) for name, change in _hooks_everywhere(model, these, rows)]
-
-
-def _hooks_everywhere(
-    model: "HookedTransformer | TransformerBridge", these: Interventions, rows: Int[Tensor, " row"]
-) -> list[Hook]:
-    """`hooks_by_row` at all positions."""
-    rows = rows.to(these.directions.device)
-    if these.layers is None:
-        units = functional.normalize(these.directions, dim=-1)
-        references = these.references
-        if references is not None:
-            references = functional.pad(references, (0, 0, 1, 0))[rows]
-        return projection_hooks(model, functional.pad(units, (0, 0, 1, 0))[rows], references)
+    after_none = partial(functional.pad, pad=(0, 0, 1, 0))  # a zero row for the unmodified model
 
     def adding(layer: int) -> Hook:
         here = torch.tensor([each == layer for each in these.layers or ()], device=rows.device)
-        added = functional.pad(these.directions * here[:, None], (0, 0, 1, 0))[rows, None]
+        added = after_none(these.directions * here[:, None])[rows, None]
         return stream_after(model, layer), lambda x, hook: (x + added.to(x.device)).to(x.dtype)
 
-    return [adding(layer) for layer in sorted(set(these.layers))]
+    rows, references = rows.to(these.directions.device), these.references
+    if these.layers is None:
+        references = None if references is None else after_none(references)[rows]
+        units = after_none(functional.normalize(these.directions, dim=-1))[rows]
+        hooks = projection_hooks(model, units, references)
+    else:
+        hooks = [adding(layer) for layer in sorted(set(these.layers))]
+    return [(name, by_row(change)) for name, change in hooks]

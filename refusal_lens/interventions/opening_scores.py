@@ -1,6 +1,7 @@
 """The probability that each row's reply begins with an opening, under the row's intervention."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,23 +15,6 @@ from .reply_openings import Mass, Node, ReplyOpenings
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
-
-
-class _Rows(NamedTuple):
-    """Nodes of the openings' tree, each behind one prompt under one intervention.
-
-    Attributes:
-        of: `i * n_prompts + p` for prompt `p` under intervention `i`, 0 the unmodified model.
-        recorded: the row of keys and values that the last token of the node follows.
-        nodes: the tokens of the reply so far.
-    """
-
-    of: Int[Tensor, " row"]
-    recorded: Int[Tensor, " row"]
-    nodes: list[Node]
-
-    def take(self, part: slice) -> "_Rows":
-        return _Rows(self.of[part], self.recorded[part], self.nodes[part])
 
 
 def opening_scores(
@@ -50,34 +34,28 @@ def opening_scores(
             with every token of an opening.
         logits: next-token logits after the prompts.
     """
-    rows = torch.arange(logits[..., 0].numel())
-    mass = Mass(openings, len(rows))
+    n_prompts, n_rows = logits.shape[1], logits[..., 0].numel()
+    mass, rows = Mass(openings, n_rows), torch.arange(n_rows)
     mass.add((), rows, logits.flatten(0, 1))
-    waiting = [(whole, _likely(mass, _Rows(rows, rows, [()] * len(rows))))]
+
+    def children(nodes: Sequence[Node], of: Sequence[int]) -> list[tuple[Node, int, int]]:
+        """Likely nodes right behind others: tokens, row of `logits`, and which the node follows."""
+        found = enumerate(zip(nodes, of, strict=True))
+        return [(child, row, i) for i, (node, row) in found for child in mass.likely(node, row)]
+
+    waiting = [(whole, children([()] * n_rows, range(n_rows)))]
     while waiting:
         prefix, found = waiting.pop()
         step = most_rows(model, prefix.length + 1 if prefix else tokens.shape[1])
-        for first in range(0, len(found.of), step):
-            part = found.take(slice(first, first + step))
-            longer, behind = _next_token(model, tokens, these, prefix, part)
-            for node in set(part.nodes):
-                mine = torch.tensor([other == node for other in part.nodes])
-                mass.add(node, part.of[mine], behind[mine.to(behind.device)])
-            waiting.append((longer, _likely(mass, part)))
+        for first in range(0, len(found), step):
+            nodes, of, recorded = zip(*found[first : first + step], strict=True)
+            rows, taken = torch.tensor(of), (torch.tensor(recorded), n_prompts)
+            longer, behind = _next_token(model, tokens, these, prefix, nodes, rows, taken)
+            for node in set(nodes):
+                mine = torch.tensor([other == node for other in nodes])
+                mass.add(node, rows[mine], behind[mine.to(behind.device)])
+            waiting.append((longer, children(nodes, of)))
     return mass.log_odds().view(logits.shape[:2])
-
-
-def _likely(mass: Mass, rows: _Rows) -> _Rows:
-    """The nodes behind those of these rows that are worth a pass."""
-    of, recorded, nodes = [], [], []
-    for i, (row, node) in enumerate(zip(rows.of.tolist(), rows.nodes, strict=True)):
-        for child in mass.likely(node, row):
-            of.append(row)
-            recorded.append(i)
-            nodes.append(child)
-    return _Rows(
-        torch.tensor(of, dtype=torch.long), torch.tensor(recorded, dtype=torch.long), nodes
-    )
 
 
 def _next_token(
@@ -85,24 +63,23 @@ def _next_token(
     tokens: Int[Tensor, "prompt pos"],
     these: Interventions,
     prefix: SharedPrefix | None,
-    rows: _Rows,
+    nodes: Sequence[Node],
+    rows: Int[Tensor, " row"],
+    taken: tuple[Int[Tensor, " row"], int],
 ) -> tuple[SharedPrefix | None, Float[Tensor, "row d_vocab"]]:
     """Run the last token of each row's node; return its recorded keys and the next logits."""
     device, n_prompts = tokens.device, len(tokens)
     if prefix is None:
-        paths = torch.tensor(rows.nodes, device=device)
-        new = torch.cat([tokens[(rows.of % n_prompts).to(device)], paths], dim=1)
+        paths = torch.tensor(nodes, device=device)
+        new = torch.cat([tokens[(rows % n_prompts).to(device)], paths], dim=1)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(new[:1])}
     else:
-        new = torch.tensor([[node[-1]] for node in rows.nodes], device=device)
-        taken = rows.recorded, n_prompts
+        new = torch.tensor([[node[-1]] for node in nodes], device=device)
         prefix, arguments = prefix.extended(torch.ones_like(new[:1]), rows=taken)
     with undisturbed(model):
         start = model(new, attention_mask=torch.ones_like(new), stop_at_layer=0)
         hooks = []
-        if not these.last_position:
-            hooks = hooks_by_row(model, these, rows.of // n_prompts)
-        elif prefix is None:
-            behind = -1 - len(rows.nodes[0])
-            hooks = hooks_by_row(model, these, rows.of // n_prompts, position=behind)
+        if prefix is None or not these.last_position:
+            position = -1 - len(nodes[0]) if these.last_position else None
+            hooks = hooks_by_row(model, these, rows // n_prompts, position=position)
         return prefix, last_logits(model, new, start, hooks, arguments)[:, 0]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..activations.shared_prefix import SharedPrefix, can_share_prefix
@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.forward import input_device, undisturbed
 from ..prompts.contrast import BUNDLED, Contrast, load_contrast
 from ..prompts.protocol import Protocol
-from ..prompts.tokenize import encode_prompts
+from .batched_runs import checked_ids, padded
 from .direction import Direction
 from .hooks import check_interventions
 from .reply_openings import Mass, ReplyOpenings, openings_of
@@ -39,8 +39,6 @@ class Reply(NamedTuple):
 
 class Replies(tuple[Reply, ...]):
     """Rows of `compare_replies`; a table in Jupyter, text when printed."""
-
-    __slots__ = ()
 
     def to_pandas(self) -> "pd.DataFrame":
         """The rows as a table."""
@@ -99,7 +97,7 @@ def compare_replies(
     both = (*prompts.target, *prompts.baseline) if isinstance(prompts, Contrast) else prompts
     prompts = [both] if isinstance(both, str) else [*both]
     tokenizer: Any = model.tokenizer
-    ids = _checked_ids(model, prompts, protocol, max_tokens)
+    ids = checked_ids(model, prompts, protocol, max_tokens)
     given = [None if each is None else _at_one_layer(each, layer) for each in (ablate, add)]
     hooks = given[0].ablate(model) if given[0] else []
     hooks += given[1].add(coefficient, model) if given[1] else []
@@ -121,24 +119,6 @@ def compare_replies(
     return Replies(map(Reply, prompts, *columns, *(each.tolist() for each in scores)))
 
 
-def _checked_ids(
-    model: "HookedTransformer | TransformerBridge",
-    prompts: Sequence[str],
-    protocol: Protocol,
-    max_tokens: int,
-) -> list[list[int]]:
-    """Token ids of the prompts, where the model has no hooks and its context holds the replies."""
-    points = model.hook_dict.values()
-    if any(point.has_hooks(including_permanent=False) for point in points):  # it may refuse less
-        raise InputError("the model has hooks on it: leave their context, or model.reset_hooks()")
-    tokenizer: Any = model.tokenizer
-    ids = encode_prompts(tokenizer, prompts, protocol=protocol)
-    if (width := max(map(len, ids)) + max_tokens) > model.cfg.n_ctx:
-        problem = f"prompts and replies take {width} tokens, the context holds {model.cfg.n_ctx}"
-        raise InputError(f"{problem}: shorten the prompts, or lower max_tokens")
-    return ids
-
-
 def _at_one_layer(given: Any, layer: int | None) -> Direction:
     direction = given if isinstance(given, Direction) else Direction(given)
     if direction.vectors.ndim == 1 and not direction.layers:
@@ -154,12 +134,10 @@ def _answerable(
     safe = {_bare(one) for each in others for one in (*each.target, *each.baseline)}
     safe |= set(map(_bare, refusal.baseline))
     harmful = {_bare(one) for each in (refusal, *sets) if each for one in each.target} - safe
-
-    def may_be_shown(prompt: str, score: float) -> bool:
-        text = _bare(prompt)
-        return not any(one in text for one in harmful) and (text in safe or score <= 0)
-
-    return [*map(may_be_shown, prompts, scores.tolist())]
+    return [
+        not any(one in text for one in harmful) and (text in safe or score <= 0)
+        for text, score in zip(map(_bare, prompts), scores.tolist(), strict=True)
+    ]
 
 
 def _bare(text: str) -> str:
@@ -177,11 +155,13 @@ def _scores(
     mass = Mass(openings, len(ids))
     waiting: list[tuple[int, tuple[int, ...]]] = [(row, ()) for row in range(len(ids))]
     while waiting:
-        logits = _next_logits(model, [ids[row] + [*node] for row, node in waiting], hooks)
-        for node in {node for _, node in waiting}:
-            mine = [i for i, (_, other) in enumerate(waiting) if other == node]
-            mass.add(node, torch.tensor([waiting[i][0] for i in mine]), logits[mine])
-        waiting = [(row, child) for row, node in waiting for child in mass.likely(node, row)]
+        part, waiting = waiting[:ROWS], waiting[ROWS:]
+        tokens, mask = padded([ids[row] + [*node] for row, node in part], input_device(model))
+        with undisturbed(model), model.hooks(fwd_hooks=hooks):
+            logits = model(tokens, attention_mask=mask.expand_as(tokens))[:, -1:]
+        for (row, node), behind in zip(part, logits, strict=True):
+            mass.add(node, torch.tensor([row]), behind)
+            waiting += [(row, child) for child in mass.likely(node, row)]
     return mass.log_odds()
 
 
@@ -195,7 +175,8 @@ def _continued(
     """The most likely tokens after each row, until `goes_on(row, reply)` is false."""
     replies: list[list[int]] = [[] for _ in ids]
     cached = can_share_prefix(model, max(map(len, ids)) + max_tokens)
-    (new, mask), going = _padded(model, ids), [*range(len(ids))]
+    new, mask = padded(ids, input_device(model))
+    mask, going = mask.expand_as(new), [*range(len(ids))]
     prefix, taken = SharedPrefix(model), len(ids)  # type: tuple[SharedPrefix, Any]
     for _ in range(max_tokens):
         arguments: dict[str, Any] = {"attention_mask": mask}
@@ -213,25 +194,3 @@ def _continued(
         pairs = ((new, last), (mask, one)) if not cached else ((last,), (one,))
         new, mask = (torch.cat(pair, dim=1)[kept] for pair in pairs)
     return replies
-
-
-def _next_logits(
-    model: "HookedTransformer | TransformerBridge", rows: list[list[int]], hooks: Any
-) -> Float[Tensor, "row d_vocab"]:
-    """Next-token logits after rows of tokens of any lengths, on the CPU."""
-    if rows[ROWS:]:
-        parts = rows[:ROWS], rows[ROWS:]
-        return torch.cat([_next_logits(model, part, hooks) for part in parts])
-    tokens, mask = _padded(model, rows)
-    with undisturbed(model), model.hooks(fwd_hooks=hooks):
-        return model(tokens, attention_mask=mask)[:, -1].float().cpu()
-
-
-def _padded(
-    model: "HookedTransformer | TransformerBridge", rows: list[list[int]]
-) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of tokens padded on the left, and their mask."""
-    device, width = input_device(model), max(map(len, rows))
-    tokens = torch.tensor([row[:1] * (width - len(row)) + row for row in rows])
-    mask = torch.arange(-width, 0) >= -torch.tensor([[len(row)] for row in rows])
-    return tokens.to(device), mask.to(device, torch.long)

@@ -7,8 +7,8 @@ the tree gives the probability of all openings that end there; `opening_scores` 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -59,22 +59,15 @@ class ReplyOpenings:
         return tuple(sorted({one[0] for one in self.ids}))
 
     @cached_property
-    def tree(self) -> dict[Node, "Children"]:
-        """The children of every proper beginning of an opening, the empty beginning first."""
+    def tree(self) -> dict[Node, tuple[list[int], list[int]]]:
+        """Tokens behind every proper beginning of an opening: that complete one, that go on."""
         inner = sorted({one[:n] for one in self.ids for n in range(len(one))}, key=len)
         found = {}
         for node in inner:
             ends = sorted(one[-1] for one in self.ids if one[:-1] == node)
             go_on = sorted(one[-1] for one in inner if one and one[:-1] == node)
-            found[node] = Children(ends, go_on)
+            found[node] = ends, go_on
         return found
-
-
-class Children(NamedTuple):
-    """Tokens behind a node of the tree: those that complete an opening, and those that go on."""
-
-    ends: list[int]
-    go_on: list[int]
 
 
 class Mass:
@@ -86,13 +79,12 @@ class Mass:
     def __init__(self, openings: ReplyOpenings, n_rows: int):
         self._tree = openings.tree
         self._reached: dict[Node, Tensor] = {(): torch.zeros(n_rows)}
-        self._yes = torch.full((n_rows,), -torch.inf)
-        self._no = torch.full((n_rows,), -torch.inf)
+        self._yes, self._no = torch.full((2, n_rows), -torch.inf)
         self._spare = [TOLERANCE] * n_rows
 
     def likely(self, node: Node, row: int) -> list[Node]:
         """The nodes right behind a node, without those that the row's tolerance has room for."""
-        children = [(*node, token) for token in self._tree[node].go_on]
+        children = [(*node, token) for token in self._tree[node][1]]
         odds = {child: math.exp(self._reached[child][row]) for child in children}
         for child in sorted(children, key=odds.__getitem__):
             if odds[child] > self._spare[row]:
@@ -137,19 +129,11 @@ def openings_of(tokenizer: "Tokenizer", texts: Sequence[str] = REFUSAL) -> Reply
     """
     plain: Any = tokenizer
     both = dict.fromkeys(text for one in texts for text in (one, one.replace("'", "’")))
-    found = {
-        text: tuple(plain.encode(text, add_special_tokens=False)) for text in both if text.strip()
-    }
+    ids_of = partial(plain.encode, add_special_tokens=False)
+    found = {tuple(ids_of(text)): text for text in reversed(both) if text.strip()}
     unknown = getattr(tokenizer, "unk_token_id", None)
-    found = {text: ids for text, ids in found.items() if ids and unknown not in ids}
-    kept = {
-        text: ids
-        for text, ids in found.items()
-        if not any(ids[: len(other)] == other and ids != other for other in found.values())
-    }
+    written = [ids for ids in found if ids and unknown not in ids]
+    kept = [ids for ids in written if not any(ids[: len(x)] == x != ids for x in written)]
     if not kept:
-        raise InputError(
-            "there are no openings: give at least one text that the tokenizer can write"
-        )
-    unique = {ids: text for text, ids in reversed(kept.items())}
-    return ReplyOpenings(tuple(unique.values()), tuple(unique))
+        raise InputError("there are no openings: give one text that the tokenizer can write")
+    return ReplyOpenings(tuple(found[ids] for ids in kept), tuple(kept))

@@ -7,6 +7,7 @@ import refusal_lens as rl
 from refusal_lens.interventions import ablation_effects, openings_of, replies
 from refusal_lens.interventions.replies import NOT_SHOWN
 from refusal_lens.interventions.reply_openings import REFUSAL as OPENINGS
+from refusal_lens.prompts.tokenize import encode_prompts
 
 REFUSAL = rl.load_contrast("refusal")
 NEGATIVITY = rl.load_contrast("negativity")
@@ -32,7 +33,7 @@ def table(model, refusal):
 
 
 def greedy(model, prompt, n):
-    tokens = replies.encode_prompts(model.tokenizer, [prompt])[0]
+    tokens = encode_prompts(model.tokenizer, [prompt])[0]
     for _ in range(n):
         with torch.no_grad():
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
