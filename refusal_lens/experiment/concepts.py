@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 from ..activations.extract import ContrastActivations
 from ..directions.estimators import mean_difference
 from ..interventions import Effects, cross_ablation, openings_of
-from ..interventions.batched_runs import Interventions, opening_log_odds, run_interventions
+from ..interventions.batched_runs import Interventions, opening_log_odds
 from ..interventions.reply_openings import REFUSAL
-from ..interventions.sweep import affine_references
+from ..interventions.sweep import affine_references, measured
 from ..prompts.contrast import Contrast
 from ..uncertainty import Gram, cosine_statistics, estimate_cosine, fewest_resamples
 from ..uncertainty.effects import IndependentSample, auroc_interval, ratio_interval
@@ -126,17 +126,13 @@ class Concepts:
         """Log-odds, KL and later stream; random directions run on some of the first `n` prompts."""
         model, every = self.source.model, len(these.directions)
         read = cross_ablation.later_layers(self.layer, model.cfg.n_layers)
-        shape = (1 + every, len(prompts), len(read), model.cfg.d_model)
-        measured, few = cross_ablation.Measured(shape, score), range(n or len(prompts))
+        few = range(n or len(prompts))
         few = few[:: max(1, len(few) // cross_ablation.CHANCE_PROMPTS)]
-        options = self.options | {"openings": self.score if score is self.score else None}
         whole = every - (len(self._unmodified["random"]) if score is self.score else 0)
-        for which, some in ((range(whole), range(len(prompts))), (range(whole, every), few)):
-            if which:
-                texts, part = [prompts[i] for i in some], these.at([*which], "cpu")
-                outcomes = run_interventions(model, texts, part, read_layers=read, **options)
-                measured.add(outcomes, [*which], some)
-        return measured.tensors
+        parts = (range(whole), range(len(prompts))), (range(whole, every), few)
+        runs = [(these, [*which], some) for which, some in parts if which]
+        options = self.options | {"read_layers": read}
+        return measured(model, prompts, runs, 1 + every, score, options)
 
     @cached_property
     def _unmodified(self) -> Runs:

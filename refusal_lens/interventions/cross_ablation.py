@@ -5,7 +5,7 @@ added, whole and without the other's component, and compared with random directi
 gets a refusal score and, at later layers, the score of a linear classifier of its class.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +20,10 @@ from ..directions.similarity import orthogonal_part
 from ..errors import InputError
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
-from .batched_runs import Interventions, Outcome, run_interventions
-from .refusal_metric import RefusalTokens, next_token_kl
+from .batched_runs import Interventions
+from .refusal_metric import RefusalTokens
 from .reply_openings import ReplyOpenings
-from .sweep import affine_references, refusal_scores
+from .sweep import affine_references, measured
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -34,7 +34,6 @@ N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
 CHANCE_PROMPTS = 10  # at least so many prompts, if there are, under random directions
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
-_Run = tuple[Interventions, list[int], range]  # interventions, which of them, which prompts
 
 
 class Intervention(StrEnum):
@@ -117,8 +116,7 @@ def cross_effects(
     random: Float[Tensor, "random d_model"],
     score: RefusalTokens | ReplyOpenings,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
-    batch_size: int | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> CrossEffects:
     """Ablate or add each direction, and measure all prompts of both contrasts.
 
@@ -132,8 +130,7 @@ def cross_effects(
         random: directions to compare with (`random_directions`), added with negativity's norm.
         score: the openings, or the first tokens, that count as a refusal.
         protocol: how prompts are formatted.
-        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
-        progress: whether to show a progress bar.
+        **options: `batch_size` and `progress` of `run_interventions`.
     """
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
     _check(sides, layer, model.cfg.n_layers)
@@ -142,20 +139,12 @@ def cross_effects(
         random = functional.normalize(random, dim=-1) * directions[1].norm()
     directions = torch.cat([directions, directions[:2], random])
     read_layers, sizes = later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
-    shape = (1 + len(directions), sum(sizes), len(read_layers), model.cfg.d_model)
-    measured, prompts = Measured(shape, score), sum(sides, ())
-    options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    options |= {"openings": score if isinstance(score, ReplyOpenings) else None}
     baselines = [baseline for _, baseline in activations]
     added_after = layer if intervention == "addition" else None
-    for every, which, some in _runs(directions, added_after, baselines, sizes, protocol):
-        if not which:
-            continue
-        these = every.at(which, directions.device)
-        texts = [prompts[i] for i in some]
-        outcomes = run_interventions(model, texts, these, read_layers=read_layers, **options)
-        measured.add(outcomes, which, some)
-    by_side = [each.split(sizes, dim=1) for each in measured.tensors]
+    options |= {"protocol": protocol, "read_layers": read_layers}
+    runs = (run for run in _runs(directions, added_after, baselines, sizes, protocol) if run[1])
+    tables = measured(model, sum(sides, ()), runs, 1 + len(directions), score, options)
+    by_side = [each.split(sizes, dim=1) for each in tables]
     named = [each for each in Intervention if each is not Intervention.RANDOM]
     return CrossEffects(
         kind=intervention,
@@ -170,15 +159,12 @@ def cross_effects(
 
 def _runs(
     directions: Float[Tensor, "intervention d_model"],
-    added_after: int | None,
+    added_after: int | None,  # None for an ablation
     baselines: Sequence[Float[Tensor, "_ layer d_model"]],
     sizes: Sequence[int],
     protocol: Protocol,
-) -> Iterator[_Run]:
-    """The interventions on requests, two of them on statements, random ones on some requests.
-
-    `added_after` is the layer of an addition, None for an ablation; `sizes` are those of the sides.
-    """
+) -> Iterator[tuple[Interventions, list[int], range]]:
+    """Interventions, which of them, on which prompts: all on requests, two on statements."""
     n_harmful, n_harmless, n_negative, _ = sizes
     requests, statements = range(n_harmful + n_harmless), range(n_harmful + n_harmless, sum(sizes))
     known = [i for i in range(4) if not directions[i].isnan().any()]
@@ -234,25 +220,6 @@ def held_out_scores(
     return scores[0], scores[1]
 
 
-class Measured:
-    """Refusal log-odds, KL and residual stream of all prompts; NaN where nothing ran."""
-
-    def __init__(self, shape: tuple[int, ...], score: Any):
-        self._score = score
-        log_odds, kl = (torch.full(shape[:2], torch.nan) for _ in range(2))
-        self.tensors = (log_odds, kl, torch.full(shape, torch.nan))
-
-    def add(self, outcomes: Iterable[Outcome], which: list[int], prompts: range) -> None:
-        """Fill in the outcomes of some interventions on some prompts."""
-        log_odds, kl, residual = self.tensors
-        for outcome in outcomes:
-            rows = torch.tensor([0, *(1 + which[i] for i in outcome.interventions)])
-            cells = rows[:, None], torch.tensor([prompts[i] for i in outcome.prompts])
-            log_odds[cells] = refusal_scores(outcome, self._score)
-            kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
-            residual[cells] = outcome.residual.float().cpu()
-
-
 def _contrast_effects(
     log_odds: Sequence[Tensor], kl: Sequence[Tensor], residual: Sequence[Tensor]
 ) -> ContrastEffects:
@@ -264,22 +231,16 @@ def _check(sides: Sequence[Sequence[str]], layer: int, n_layers: int) -> None:
     if not 0 <= layer < n_layers:
         raise InputError(f"there is no layer {layer}: choose 0 to {n_layers - 1}")
     if (fewest := min(map(len, sides))) < FEWEST_PROMPTS:
-        raise InputError(
-            f"a side of {fewest} prompt(s) can't be split into halves that each show how a class "
-            f"varies: give every side at least {FEWEST_PROMPTS}"
-        )
+        problem = f"a side of {fewest} prompt(s) has no halves that show how a class varies"
+        raise InputError(f"{problem}: give every side at least {FEWEST_PROMPTS}")
 
 
 def _directions(activations: tuple[Sides, Sides], layer: int) -> Float[Tensor, "4 d_model"]:
     """The refusal and negativity directions, then each without the other's component."""
-    refusal, negativity = (
-        mean_difference(*(side[:, layer : layer + 1] for side in sides))[0].float()
-        for sides in activations
-    )
-    whole = torch.stack([refusal, negativity])
+    at_layer = [[side[:, layer : layer + 1] for side in sides] for sides in activations]
+    whole = torch.cat([mean_difference(*sides) for sides in at_layer]).float()
     alone = torch.stack([orthogonal_part(*whole), orthogonal_part(*whole.flip(0))])
-    is_rounding = alone.norm(dim=-1) <= ROUNDING * whole.norm(dim=-1)
-    alone[is_rounding] = torch.nan
+    alone[alone.norm(dim=-1) <= ROUNDING * whole.norm(dim=-1)] = torch.nan
     return torch.cat([whole, alone])
 
 

@@ -1,6 +1,6 @@
 """Effects of ablating or adding each of many directions on how a reply begins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InputError, check_tensors
-from ..prompts.protocol import Protocol
-from .batched_runs import Interventions, Outcome, run_interventions
+from .batched_runs import Interventions, run_interventions
 from .hooks import check_directions, stream_after
 from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
 from .reply_openings import ReplyOpenings
@@ -44,9 +43,7 @@ def ablation_effects(
     score: RefusalTokens | ReplyOpenings | tuple[int, ...],
     references: Float[Tensor, "*intervention layer"] | None = None,
     last_position: bool = False,
-    protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
-    batch_size: int | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> Effects:
     """The effect of ablating each direction; equals runs with `ablate_direction` within 1e-4.
 
@@ -63,15 +60,12 @@ def ablation_effects(
             `affine_references`); None is 0 (directional ablation).
         last_position: intervene at the prompt's last token alone, where directions are read, rather
             than at every token of prompt and reply.
-        protocol: how prompts are formatted.
-        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
-        progress: whether to show a progress bar.
+        **options: `protocol`, `batch_size` and `progress` of `run_interventions`.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.4 and B.
     """
-    options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    interventions = Interventions(directions, None, references, last_position)
-    return _effects(model, prompts, directions, interventions, score, options)
+    these = Interventions(directions, None, references, last_position)
+    return _effects(model, prompts, these, score, options)
 
 
 def addition_effects(
@@ -82,9 +76,7 @@ def addition_effects(
     *,
     score: RefusalTokens | ReplyOpenings | tuple[int, ...],
     last_position: bool = False,
-    protocol: Protocol = Protocol(),  # noqa: B008
-    batch_size: int | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> Effects:
     """The effect of adding each direction; equals runs with `add_direction` within 1e-4.
 
@@ -98,9 +90,7 @@ def addition_effects(
             model has no such layer.
         score: the openings, or the first tokens, that count as a refusal.
         last_position: add at the prompt's last token alone, rather than at every token.
-        protocol: how prompts are formatted.
-        batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
-        progress: whether to show a progress bar.
+        **options: `protocol`, `batch_size` and `progress` of `run_interventions`.
 
     Reference: Arditi et al. 2024, arXiv:2406.11717, sections 2.4 and B.
     """
@@ -108,13 +98,10 @@ def addition_effects(
     try:
         each = layers.expand(directions.shape[:-1]).flatten().tolist()
     except RuntimeError as error:
-        raise InputError(
-            f"layers of shape {list(layers.shape)} do not fit directions of shape "
-            f"{list(directions.shape)}: give one layer to each"
-        ) from error
-    options = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
-    interventions = Interventions(directions, each, None, last_position)
-    return _effects(model, prompts, directions, interventions, score, options)
+        shapes = f"layers {list(layers.shape)} do not fit directions {list(directions.shape)}"
+        raise InputError(f"{shapes}: give one layer to each") from error
+    these = Interventions(directions, each, None, last_position)
+    return _effects(model, prompts, these, score, options)
 
 
 def affine_references(
@@ -141,46 +128,58 @@ def affine_references(
     return torch.einsum("...d,ld->...l", units, means).float()
 
 
-def refusal_scores(
-    outcome: Outcome, score: RefusalTokens | ReplyOpenings | tuple[int, ...]
-) -> Float[Tensor, "intervention prompt"]:
-    """Refusal log-odds of an outcome, on the CPU; of openings, the run must have had them."""
-    if isinstance(score, ReplyOpenings):
-        return outcome.refusal.float().cpu()
-    return refusal_log_odds(outcome.logits, score).cpu()
+def measured(
+    model: "HookedTransformer | TransformerBridge",
+    prompts: Sequence[str],
+    runs: Iterable[tuple[Interventions, Sequence[int], Sequence[int]]],
+    n_rows: int,
+    score: RefusalTokens | ReplyOpenings | tuple[int, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Refusal log-odds, KL and residual stream, on the CPU; NaN where nothing ran.
+
+    A run has interventions, which of them, and on which prompts. Row 0 is the unmodified model, row
+    `i + 1` the intervention `i`.
+    """
+    log_odds, kl = torch.full((2, n_rows, len(prompts)), torch.nan)
+    size = len(options.get("read_layers", ())), model.cfg.d_model
+    residual = torch.full((*kl.shape, *size), torch.nan)
+    options = options | {"openings": score if isinstance(score, ReplyOpenings) else None}
+    for every, which, some in runs:
+        these, texts = every.at(which, every.directions.device), [prompts[i] for i in some]
+        for outcome in run_interventions(model, texts, these, **options):
+            rows = torch.tensor([0, *(1 + which[i] for i in outcome.interventions)])
+            cells = rows[:, None], torch.tensor([some[i] for i in outcome.prompts])
+            if isinstance(score, ReplyOpenings):
+                log_odds[cells] = outcome.refusal.float().cpu()
+            else:
+                log_odds[cells] = refusal_log_odds(outcome.logits, score).cpu()
+            kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits).cpu()
+            residual[cells] = outcome.residual.float().cpu()
+    return log_odds, kl, residual
 
 
 def _effects(
     model: "HookedTransformer | TransformerBridge",
     prompts: Sequence[str],
-    directions: Float[Tensor, "*intervention d_model"],
-    interventions: Interventions,
+    these: Interventions,
     score: RefusalTokens | ReplyOpenings | tuple[int, ...],
     options: dict[str, Any],
 ) -> Effects:
     """The effect of each direction; NaN and zero directions are not run."""
+    directions, references = these.directions, these.references
     check_tensors(directions=(directions, "*intervention d_model"))
     flat = directions.reshape(-1, directions.shape[-1])
-    for layer in interventions.layers or ():
+    for layer in these.layers or ():
         stream_after(model, layer)
     unknown, zero = flat.isnan().any(-1).cpu(), (flat == 0).all(-1).cpu()
     run = (~unknown & ~zero).nonzero()[:, 0]
     check_directions(model, flat[run])
-    references = interventions.references
-    if references is not None:
-        references = references.reshape(len(flat), -1)
-    these = interventions._replace(directions=flat, references=references)
-    these = these.at(run.tolist(), flat.device)
-    options |= {"openings": score if isinstance(score, ReplyOpenings) else None}
-    unchanged = torch.full((len(prompts),), torch.nan)
-    log_odds = torch.full((len(flat), len(prompts)), torch.nan)
-    kl = torch.full_like(log_odds, torch.nan)
-    for outcome in run_interventions(model, prompts, these, **options):
-        odds = refusal_scores(outcome, score)
-        unchanged[outcome.prompts] = odds[0]
-        cells = run[outcome.interventions][:, None], torch.tensor(outcome.prompts)
-        log_odds[cells] = odds[1:]
-        kl[cells] = next_token_kl(outcome.logits[:1], outcome.logits[1:]).cpu()
-    log_odds[zero], kl[zero] = unchanged, 0.0
+    references = None if references is None else references.reshape(len(flat), -1)
+    these = these._replace(directions=flat, references=references)
+    runs = [(these, run.tolist(), range(len(prompts)))]
+    log_odds, kl, _ = measured(model, prompts, runs, 1 + len(flat), score, options)
+    unchanged, odds, divergence = log_odds[0], log_odds[1:], kl[1:]
+    odds[zero], divergence[zero] = unchanged, 0.0
     shape = (*directions.shape[:-1], len(prompts))
-    return Effects(unchanged, log_odds.reshape(shape), kl.reshape(shape))
+    return Effects(unchanged, odds.reshape(shape), divergence.reshape(shape))
