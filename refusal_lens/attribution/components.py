@@ -145,8 +145,7 @@ def same_writers(
     if k < 1 or n_permutations < 1:
         raise InputError(f"k is {k} and n_permutations {n_permutations}: each is at least 1")
     if first.names != second.names or len(first.names) < k + 2:
-        problem = f"the components are not the same, or fewer than {k}"
-        raise InputError(f"{problem}: read both at one layer of one model")
+        raise InputError(f"components differ, or are fewer than {k}: read both at one layer")
     both = torch.stack([each.writes.value[:-2] for each in (first, second)])
     order = torch.arange(both.shape[1]).repeat(n_permutations + 1, 1)
     keys = torch.rand(n_permutations, both.shape[1], generator=torch.Generator().manual_seed(0))
@@ -241,9 +240,8 @@ def written_by_component(
     names = (*_points(model, layer), "embedding", "biases")
     inputs = build_inputs_with_chat_template(tokenizer_of(model), prompts, protocol=protocol)
     written = torch.empty(len(prompts), len(names) + 1, len(units))
-    options = options | {"points": points, "combine": combine}
-    read = lenient(read_residual_stream)(model, inputs, **options)
-    for rows, batch in read:
+    options |= {"points": points, "combine": combine}
+    for rows, batch in lenient(read_residual_stream)(model, inputs, **options):
         written[rows] = batch[:, 0]
     if (written[:, :-1].sum(1) - written[:, -1]).abs().max() > 2e-2 * written.abs().max():
         raise InputError("heads and MLPs are not all that writes to this model's stream")
@@ -270,8 +268,8 @@ def _scaled_heads(attention: Any, z: Tensor, written: Tensor) -> tuple[Tensor, T
 def _unit(model: Any, direction: Tensor) -> Float[Tensor, " d_model"]:
     check_directions(model, direction)
     if direction.ndim != 1:
-        problem = f"the direction has shape {list(direction.shape)}"
-        raise InputError(f"{problem}: hand over one layer's, [d_model], such as direction[layer]")
+        shape = list(direction.shape)
+        raise InputError(f"the direction has shape {shape}: give one, such as direction[layer]")
     if not direction.any():
         raise InputError("the direction is zero: choose another layer")
     return normalize(direction.detach().double().cpu(), dim=0).float()
@@ -302,10 +300,8 @@ def _measured(
     """Refusal score, and the component along a direction at each layer; then each point exchanged."""
     width, each = int(inputs.mask[rows].sum(1).max()), torch.arange(len(rows))
     tokens, mask = (x[rows, -width:].to(input_device(model)) for x in (inputs.tokens, inputs.mask))
-    at, partner = (
-        inputs.read_at[rows, 0] - inputs.tokens.shape[1] + width,
-        each.roll(len(rows) // 2),
-    )
+    at = inputs.read_at[rows, 0] - inputs.tokens.shape[1] + width
+    partner = each.roll(len(rows) // 2)
     arguments: dict[str, Any] = {"attention_mask": mask}
     read: list[Tensor] = []
 

@@ -1,9 +1,6 @@
 """Hooks that ablate a direction from the residual stream, or add one, while the model runs.
 
 A hook returns a new tensor and never writes into its input.
-
-    with model.hooks(fwd_hooks=ablate_direction(model, direction)):
-        logits = model(tokens, attention_mask=mask)
 """
 
 import weakref
@@ -111,11 +108,8 @@ def projection_hooks(
         # Before the end of block 0 no layer's reference holds, and the stream stays.
         points = [(name, layer) for name, layer in points if layer >= 0]
     elif constant.ndim and constant.shape != units.shape[:-1]:
-        raise InputError(
-            f"references of shape {list(constant.shape)} for directions of shape "
-            f"{list(units.shape)}: hand over one number, one for each direction, or one for each "
-            f"direction and layer [*batch {n_layers}]"
-        )
+        problem = f"references of shape {list(constant.shape)} for directions {list(units.shape)}"
+        raise InputError(f"{problem}: hand over one number, [*batch] or [*batch {n_layers}]")
     else:
         constant = constant.expand(units.shape[:-1])[..., None].expand(*units.shape[:-1], n_layers)
     constant = constant.to(units.device)
@@ -139,8 +133,7 @@ def stream_points(model: "HookedTransformer | TransformerBridge") -> list[str]:
     names = [stream_after(model, EMBEDDING)]
     for layer in range(model.cfg.n_layers):
         inside = [f"blocks.{layer}.{point}" for point in INSIDE_BLOCK]
-        names += [name for name in inside if name in model.hook_dict]
-        names.append(stream_after(model, layer))
+        names += [name for name in inside if name in model.hook_dict] + [stream_after(model, layer)]
     return names
 
 
@@ -159,10 +152,8 @@ def check_directions(
     check_tensors(direction=(directions, "*batch d_model"))
     width = model.cfg.d_model
     if directions.shape[-1] != width:
-        raise InputError(
-            f"a direction of {directions.shape[-1]} dimensions does not fit this model's {width}: "
-            "it comes from another model"
-        )
+        problem = f"{directions.shape[-1]} dimensions does not fit this model's {width}"
+        raise InputError(f"a direction of {problem}: it comes from another model")
     if not directions.isfinite().all():
         raise InputError("the direction holds NaN or infinite values: choose another layer")
 
@@ -173,19 +164,15 @@ def _check_rows(
     """Raise InputError for what is no direction of the model, or holds one for each layer."""
     check_directions(model, direction)
     if direction.ndim > 2 or (direction.ndim == 2 and len(direction) == model.cfg.n_layers):
-        raise InputError(
-            f"directions of shape {list(direction.shape)} are not one for all rows: hand over that "
-            "of a layer, [d_model], such as directions[layer]"
-        )
+        problem = f"directions of shape {list(direction.shape)} are not one for all rows"
+        raise InputError(f"{problem}: hand over a layer's, [d_model], such as directions[layer]")
 
 
 def _for_rows(values: Float[Tensor, "*batch width"], x: Tensor) -> Tensor:
     """Values for all rows of a batch, or one for each row, as they broadcast over positions."""
     if values.ndim > 1 and values.shape[:-1] != x.shape[:1]:
-        raise InputError(
-            f"directions of shape {list(values.shape)} met a batch of {len(x)} rows: hand over one "
-            "direction [d_model], such as directions[layer], or one for each row [batch d_model]"
-        )
+        problem = f"directions of shape {list(values.shape)} met a batch of {len(x)} rows"
+        raise InputError(f"{problem}: hand over one, such as directions[layer], or one a row")
     return values.to(x.device).unsqueeze(-2)
 
 
@@ -242,18 +229,16 @@ def _shares_added(model: Any, unit: Tensor) -> dict[str, float]:
     """Cosines, at each point of the stream, with what was added at the point before."""
     shares = {}
 
-    def flip(x: Tensor, hook: Any, *, sign: int, measured: str) -> Tensor:
-        if measured:
-            cosine = -sign * cosine_similarity(x.float(), unit.to(x.device), dim=-1)
-            shares[measured] = cosine.min().item()
-        return _flooded(x, sign * unit.to(x.device))
+    def flip(x: Tensor, hook: Any, *, name: str, sign: int) -> Tensor:
+        shares[name] = (-sign * _cosine(x, unit)).min().item()
+        return _flooded(x, sign * unit)
 
     hooks: list[Hook] = []
     for layer in range(model.cfg.n_layers):
-        for end in ("pre", "post"):
-            name, sign = f"blocks.{layer}.hook_resid_{end}", 1 if end == "pre" else -1
-            hooks.append((name, partial(flip, sign=sign, measured=name if hooks else "")))
+        for name, sign in ((f"blocks.{layer}.hook_resid_pre", 1), (stream_after(model, layer), -1)):
+            hooks.append((name, partial(flip, name=name, sign=sign)))
     _short_pass(model, hooks)
+    del shares[stream_after(model, EMBEDDING)]  # nothing was added before it
     return shares
 
 
@@ -261,11 +246,10 @@ def _shares_left(model: Any, unit: Tensor) -> dict[str, float]:
     """Share of an ablated component that is left at each block's input and in its modules."""
     shares, starts = {}, {}
 
-    def start(x: Tensor, hook: Any, *, name: str) -> Tensor:
-        cosine = cosine_similarity(x.float(), unit.to(x.device), dim=-1)
-        shares[name] = cosine.abs().max().item()
-        starts[name.split(".")[1]] = flooded = _flooded(x, unit.to(x.device))
-        return flooded
+    def start(x: Tensor, hook: Any, *, block: str) -> Tensor:
+        shares[f"blocks.{block}.hook_resid_pre"] = _cosine(x, unit).abs().max().item()
+        starts[block] = _flooded(x, unit)
+        return starts[block]
 
     def inside(x: Any, hook: Any, *, name: str) -> None:
         whole = starts[name.split(".")[1]].float()
@@ -273,27 +257,29 @@ def _shares_left(model: Any, unit: Tensor) -> dict[str, float]:
         if isinstance(x, Tensor) and x.shape == whole.shape and not torch.equal(x.float(), whole):
             shares[name] = 1 - ((x.float() - whole).norm() / whole.norm()).item()
 
-    inputs = [name for name in model.hook_dict if name.startswith("blocks.")]
-    inputs = [name for name in inputs if name.endswith((".hook_in", ".hook_resid_mid"))]
     hooks = projection_hooks(model, unit)
-    for layer in range(model.cfg.n_layers):
-        name = f"blocks.{layer}.hook_resid_pre"
-        hooks.append((name, partial(start, name=name)))
-    hooks += [(name, partial(inside, name=name)) for name in inputs]
+    for block in map(str, range(model.cfg.n_layers)):
+        hooks.append((f"blocks.{block}.hook_resid_pre", partial(start, block=block)))
+    for name in model.hook_dict:
+        if name.startswith("blocks.") and name.endswith((".hook_in", ".hook_resid_mid")):
+            hooks.append((name, partial(inside, name=name)))
     _short_pass(model, hooks)
     return shares
 
 
+def _cosine(x: Tensor, unit: Tensor) -> Tensor:
+    return cosine_similarity(x.float(), unit.to(x.device), dim=-1)
+
+
 def _flooded(x: Tensor, unit: Tensor) -> Tensor:
     """A stream whose component along a unit vector is 100 times as large as all of the rest."""
-    wide = x.float()
+    wide, unit = x.float(), unit.to(x.device)
     rest = wide - (wide @ unit)[..., None] * unit
     size = rest.norm(dim=-1).max().clamp(min=len(unit) ** 0.5)  # the output of a norm, at least
     return (rest + 100 * size * unit).to(x.dtype)
 
 
 def _short_pass(model: Any, hooks: list[Hook]) -> Tensor:
-    """Logits of four tokens."""
     tokens = torch.arange(10, 14, device=input_device(model))[None]
     with model.hooks(fwd_hooks=hooks):
         return model(tokens, attention_mask=torch.ones_like(tokens)).float()

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,8 @@ class RefusalTokens:
     Attributes:
         ids, texts: token ids and their texts; empty if the model has no such tokens.
         how: one sentence on how the tokens were found.
-        refused, answered: mean probability of the tokens after prompts to be refused, answered.
+        refused, answered: mean probability of the tokens after prompts to be refused, answered;
+            their difference is 1 at perfect separation, 0 at none.
     """
 
     ids: tuple[int, ...]
@@ -44,11 +46,6 @@ class RefusalTokens:
     how: str
     refused: float
     answered: float
-
-    @property
-    def separation(self) -> float:
-        """`refused - answered`: 1 is perfect separation, 0 is none."""
-        return self.refused - self.answered
 
 
 def token_ids(tokens: RefusalTokens | Iterable[int]) -> list[int]:
@@ -115,7 +112,7 @@ def find_refusal_tokens(
     The chat template of a known family determines the first words (Arditi et al.). Otherwise, even
     prompts of both sets select tokens and odd prompts measure them. A token is selected if its mean
     probability after prompts to be refused is higher by `min_separation` and at least four times as
-    high; `ids` may be empty. Check `separation` before you interpret refusal log-odds.
+    high; `ids` may be empty. Check `refused - answered` before you interpret refusal log-odds.
 
     Args:
         model: the model, without hooks.
@@ -127,10 +124,8 @@ def find_refusal_tokens(
     """
     if (fewest := min(len(refused), len(answered))) < 2:
         raise InputError(f"a set of {fewest} prompt(s): give at least two to be refused, answered")
-    probabilities = [
-        first_token_logits(model, prompts, protocol=protocol, progress=progress).softmax(-1)
-        for prompts in (refused, answered)
-    ]
+    read = partial(first_token_logits, model, protocol=protocol, progress=progress)
+    probabilities = [read(prompts).softmax(-1) for prompts in (refused, answered)]
     tokenizer: Any = model.tokenizer
     ids: list[int] = []
     template = protocol.chat_template or getattr(tokenizer, "chat_template", None) or ""
@@ -142,10 +137,8 @@ def find_refusal_tokens(
         p, q = (side[::2].mean(0) for side in probabilities)
         separates = (p - q >= min_separation) & (p >= 4 * q)
         ids = [i for i in (p - q).argsort(descending=True).tolist() if separates[i]]
-        likelier = f"likelier by {min_separation} on"
-        how = f"first tokens {likelier} refused prompts, chosen on half of them"
-        if not ids:
-            how = f"none: no first token is {likelier} the prompts to be refused"
+        how = f"first tokens likelier by {min_separation} on half of the refused prompts"
+        how = how if ids else f"none: there are no {how}"
         probabilities = [side[1::2] for side in probabilities]
     texts = tuple(str(tokenizer.decode([i])) for i in ids)
     means = (side[:, ids].sum(-1).mean().item() for side in probabilities)

@@ -18,13 +18,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..activations import disk
 from ..activations.extract import get_prompt_activations
 from ..directions.estimators import mean_difference
 from ..directions.similarity import NOISE_FLOOR
 from ..errors import InputError
-from ..models.load import model_provenance
+from ..models.load import model_provenance, tokenizer_of
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import arditi
@@ -43,11 +44,6 @@ LAYERS_AT_ONCE = 16  # candidates of these layers run together and are saved tog
 
 Divide = Callable[[Callable[[slice], Any]], list[Any]]
 """A function that returns the results of `run(share)`, for shares that together are everything."""
-
-
-def undivided(run: Callable[[slice], Any]) -> list[Any]:
-    """Run all in this process."""
-    return [run(slice(None))]
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,7 @@ class Selection:
 
     def reason(self) -> str:
         """One sentence with the chosen candidate and its scores, or the filters that failed."""
-        filters = passes(self.scores, self.filters)
-        n = self.scores.ablation.numel()
+        filters, n = passes(self.scores, self.filters), self.scores.ablation.numel()
         if self.chosen is None:
             each = ", ".join(f"{int(ok.sum())} {name}" for name, ok in filters.items())
             return f"none of {n} candidates passes every filter ({each})"
@@ -112,7 +107,6 @@ class Selection:
         )
 
     def _cell(self) -> tuple[int, int]:
-        """Row and column of the chosen candidate."""
         if self.chosen is None:
             raise InputError(f"no direction was chosen: {self.reason()}")
         return self.scores.positions.index(self.chosen.position), self.chosen.layer
@@ -129,7 +123,7 @@ def select_direction(
     folder: str | Path | None = None,
     batch_size: int | None = None,
     progress: bool = True,
-    divide: Divide = undivided,
+    divide: Divide = lambda run: [run(slice(None))],
 ) -> Selection:
     """Select a direction of a contrast as Arditi et al. do, over positions and layers.
 
@@ -147,14 +141,10 @@ def select_direction(
             one process alone is given a `folder`, and its scores are the ones to resume from.
     >>> selection = select_direction(model, contrast)
     """
-    tokenizer: Any = model.tokenizer
-    protocol = protocol or arditi(tokenizer)
+    protocol = protocol or arditi(tokenizer_of(model))
     positions = tuple(p for p in protocol.positions if isinstance(p, int))
     if len(positions) < len(protocol.positions):
-        raise InputError(
-            f"candidates are at numbered positions, not {protocol.positions}: count them from the "
-            "end, -1 the last"
-        )
+        raise InputError(f"{protocol.positions} are no numbered positions: -1 is the last token")
     train, held_out = (contrast, validation) if validation else _split(contrast)
     tokens = refusal_tokens or find_refusal_tokens(
         model, held_out.target, held_out.baseline, protocol=protocol, progress=progress
@@ -167,7 +157,7 @@ def select_direction(
         "protocol": protocol.to_dict(),
         "refusal_tokens": list(tokens.ids),
     }
-    options |= {"score": tokens}
+    options |= {"score": tokens, "progress": False}
     saved = divide(lambda _: _saved(folder, disk.plain(identity)))[0]
     _measure(model, directions, positions, held_out, saved, folder, options, progress, divide)
     scores = CandidateScores.from_records(saved["candidates"])
@@ -185,19 +175,16 @@ def candidate_directions(
     contrast: Contrast,
     *,
     protocol: Protocol,
-    batch_size: int | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> Float[Tensor, "pos layer d_model"]:
     """Mean differences of a contrast at every position and layer of a protocol.
 
     Zero where a difference is rounding noise, as at template tokens at the first block's input. A
-    zero candidate has the scores of the unmodified model. `batch_size` None derives the number of
-    prompts in a pass from the free memory.
+    zero candidate has the scores of the unmodified model. `options` are `batch_size` and `progress`
+    of `get_prompt_activations`.
     """
     prompts = [*contrast.target, *contrast.baseline]
-    activations = get_prompt_activations(
-        model, prompts, protocol=protocol, batch_size=batch_size, progress=progress
-    )
+    activations = get_prompt_activations(model, prompts, protocol=protocol, **options)
     flat = rearrange(activations, "prompt pos layer d -> prompt (pos layer) d")
     target, baseline = flat.split([len(contrast.target), len(contrast.baseline)])
     rows = mean_difference(target, baseline).unflatten(0, activations.shape[1:3])
@@ -207,19 +194,14 @@ def candidate_directions(
 
 def _saved(folder: str | Path | None, identity: dict[str, Any]) -> dict[str, Any]:
     """The saved scores, or an empty record of this run."""
-    nothing = {"identity": identity, "unchanged": (None, None), "candidates": []}
-    if folder is None:
-        return nothing
-    disk.check_writable(folder)
-    path = Path(folder) / FILE
-    if not path.exists():
-        return nothing
+    if folder is not None:
+        disk.check_writable(folder)
+    if folder is None or not (path := Path(folder) / FILE).exists():
+        return {"identity": identity, "unchanged": (None, None), "candidates": []}
     saved = disk.read_json(path)
     if not isinstance(saved, dict) or saved.get("identity") != identity:
-        raise InputError(
-            f"{path} holds the candidates of another model, other prompts or another protocol: "
-            "choose another folder, or delete the file"
-        )
+        problem = f"{path} is of another model, other prompts or another protocol"
+        raise InputError(f"{problem}: choose another folder, or delete the file")
     return saved
 
 
@@ -235,27 +217,22 @@ def _measure(
     divide: Divide,
 ) -> None:
     """Score the candidates that are not in `saved`, a few layers at a time, and save the scores."""
-    from tqdm.auto import tqdm
-
     n_layers, n = directions.shape[1], len(prompts.target)
     shift = int(options["protocol"].hook == "resid_pre")
 
     def score(
-        all_cells: list[tuple[int, int]], share: slice
+        cells: list[tuple[int, int]], share: slice
     ) -> tuple[list[dict[str, Any]], list[float]]:
         """The records of a share of the candidates, and the unmodified model's mean scores."""
-        cells = all_cells[share]
-        rows, columns = torch.tensor(cells).reshape(-1, 2).long().T
-        these, every = directions[rows, columns], [*prompts.target, *prompts.baseline]
-        ablated = ablation_effects(model, every, these, progress=False, **options)
-        added = addition_effects(
-            model, prompts.baseline, these, columns - shift, progress=False, **options
-        )
+        part, every = cells[share], [*prompts.target, *prompts.baseline]
+        places = [(positions.index(position), layer) for position, layer in part]
+        rows, layers = torch.tensor(places).reshape(-1, 2).long().T
+        these = directions[rows, layers]
+        ablated = ablation_effects(model, every, these, **options)
+        added = addition_effects(model, prompts.baseline, these, layers - shift, **options)
         scores = (ablated.log_odds[:, :n], added.log_odds, ablated.kl[:, n:])
         means = torch.stack([each.double().mean(-1) for each in scores], dim=-1).tolist()
-        values = [
-            (positions[row], layer, *each) for (row, layer), each in zip(cells, means, strict=True)
-        ]
+        values = [(*cell, *each) for cell, each in zip(part, means, strict=True)]
         unchanged = [each.mean().item() for each in ablated.unchanged.double().tensor_split([n])]
         return [dict(zip(RECORD, each, strict=True)) for each in values], unchanged
 
@@ -263,14 +240,13 @@ def _measure(
     total = len(positions) * n_layers
     with tqdm(total=total, initial=len(done), desc="candidates", disable=not progress) as bar:
         for start in range(0, n_layers, LAYERS_AT_ONCE):
-            layers = range(start, min(start + LAYERS_AT_ONCE, n_layers))
-            cells = [(row, layer) for layer in layers for row in range(len(positions))]
-            cells = [(row, layer) for row, layer in cells if (positions[row], layer) not in done]
+            layers = range(n_layers)[start : start + LAYERS_AT_ONCE]
+            cells = [(p, layer) for layer in layers for p in positions if (p, layer) not in done]
             if not cells:
                 continue
             shares = divide(partial(score, cells))
             records = [record for records, _ in shares for record in records]
-            records.sort(key=lambda each: (each["layer"], positions.index(each["position"])))
+            records.sort(key=lambda each: cells.index((each["position"], each["layer"])))
             saved["candidates"] += records
             saved["unchanged"] = shares[0][1]
             if folder is not None:
@@ -280,13 +256,10 @@ def _measure(
 
 
 def _split(contrast: Contrast) -> tuple[Contrast, Contrast]:
-    """The contrast without every fourth prompt, and the contrast of every fourth prompt."""
     fewest = min(len(contrast.target), len(contrast.baseline))
     if fewest < 2 * HELD_OUT:
-        raise InputError(
-            f"a side of {fewest} prompts is too small to hold some out: give `validation` prompts, "
-            f"or at least {2 * HELD_OUT} a side"
-        )
+        problem = f"a side of {fewest} prompts is too small to hold some out"
+        raise InputError(f"{problem}: give `validation`, or at least {2 * HELD_OUT} a side")
 
     def part(held_out: bool) -> Contrast:
         sides = (range(len(side)) for side in (contrast.target, contrast.baseline))

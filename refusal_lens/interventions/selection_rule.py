@@ -63,8 +63,7 @@ class CandidateScores:
         rows = []
         for i, record in enumerate(records):
             if missing := [name for name in RECORD if name not in record]:
-                why = f"lacks {missing[0]!r}: it needs {RECORD}"
-                raise InputError(f"record {i} of the scores {why}")
+                raise InputError(f"record {i} of the scores lacks {missing[0]!r} of {RECORD}")
             rows.append([math.nan if record[name] is None else record[name] for name in RECORD])
         if not rows:
             raise InputError("there are no scores: hand over at least one record")

@@ -460,19 +460,19 @@ def test_refusal_tokens_of_an_unknown_family_are_found_in_what_it_does(planted, 
     monkeypatch.setattr("refusal_lens.interventions.refusal_metric.FIRST_WORDS", {})
     found = find_refusal_tokens(planted, HARMFUL, HARMLESS, progress=False)
     assert found.texts == ("I",)
-    assert found.separation > 0.9
+    assert found.refused - found.answered > 0.9
     swapped = find_refusal_tokens(planted, HARMLESS, HARMFUL, progress=False)
     assert swapped.texts == ("S",)
 
 
 def test_a_model_that_does_not_refuse_is_said_not_to(model, monkeypatch):
     in_table = find_refusal_tokens(model, HARMFUL, HARMLESS, progress=False)
-    assert abs(in_table.separation) < 0.05
+    assert abs(in_table.refused - in_table.answered) < 0.05
     monkeypatch.setattr("refusal_lens.interventions.refusal_metric.FIRST_WORDS", {})
     found = find_refusal_tokens(model, HARMFUL, HARMLESS, min_separation=0.3, progress=False)
     assert found.ids == ()
     assert found.how.startswith("none")
-    assert found.separation == 0
+    assert found.refused == found.answered == 0
     assert refusal_log_odds(drawn(3), found).isnan()
 
 
