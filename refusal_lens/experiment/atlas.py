@@ -106,22 +106,20 @@ class Atlas(Table):
         }
         found["places"].update_layout(title_text="Concepts that are near have a high cosine")
         if self.kept is not None:
-            ablated, title = [f"ablate {name}" for name in names], "Representational independence"
             left: Any = {"outcomes": names, "quantity": "percent of separation left", **theme}
-            kept = 100 * self.kept[0]
-            found["independence"] = plotting.cross_effects(
-                kept, interventions=ablated, title=title, **left
-            )
+            left |= {"interventions": [f"ablate {name}" for name in names]}
+            left |= {"title": "Representational independence"}
+            found["independence"] = plotting.cross_effects(100 * self.kept[0], **left)
         return found
 
     def save(self, folder: str | Path) -> Path:
         """Write `atlas.json`, `atlas.safetensors` and figures as pages; InputError on failure."""
         from .. import plotting
 
-        (tree, tensors), ranking = pack(self), self.to_pandas().to_dict("records")
+        tree, tensors = pack(self)
+        document = {"ranking": disk.plain(self.to_pandas().to_dict("records")), "saved": tree}
         with disk.whole_directory(folder) as staging:
             disk.write_tensors(staging / "atlas.safetensors", tensors)
-            document = {"ranking": disk.plain(ranking), "saved": tree}
             disk.write_json(staging / "atlas.json", document)
             for name, figure in self.figures().items():
                 (staging / f"{name}.html").write_text(plotting.page(figure), "utf-8")

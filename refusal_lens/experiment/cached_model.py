@@ -60,13 +60,12 @@ class CachedModel:
         self._revision = checkpoint.revision
         self.tokenizer = load_tokenizer(config.model, revision=self._revision)
         local_files = [(path.name, path.stat().st_mtime_ns) for path in checkpoint.files()]
+        files = [checkpoint.fingerprint(), local_files]
         # Everything about the model and the software that can change a number.
         self.identity = {
             "algorithm": ALGORITHM,
             "model": config.model,
-            "files": [self._revision, checkpoint.fingerprint(), local_files]
-            if checkpoint.adapters
-            else self._revision or [checkpoint.fingerprint(), local_files],
+            "files": [self._revision, *files] if checkpoint.adapters else self._revision or files,
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": self._device.type,
             "matmul precision": torch.get_float32_matmul_precision(),
@@ -111,11 +110,7 @@ class CachedModel:
         return answer
 
     def prompt_activations(
-        self,
-        prompts: Sequence[str],
-        *,
-        labels: Sequence[str] | None = None,
-        progress: bool = True,
+        self, prompts: Sequence[str], *, labels: Sequence[str] | None = None, progress: bool = True
     ) -> Float[Tensor, "prompt pos layer d_model"]:
         """Return what `get_prompt_activations` returns; compute only the missing activations.
 

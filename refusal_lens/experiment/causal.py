@@ -1,7 +1,7 @@
 """Run the model while the two directions are ablated and added."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +25,15 @@ from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
-from ..prompts.protocol import Protocol
+from .config import Config, some_prompts, spread
 from .distributed import divide, in_shares
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
-SWEEP_PROMPTS = 32  # harmful prompts on which every layer's direction is ablated
-EFFECT_PROMPTS = 32  # prompts of each set on which the two directions are ablated and added
-FEW_PROMPTS = (
-    8  # the same where nothing is refused; and those whose sympathy and answers are scored
-)
+EFFECT_PROMPTS = 32  # prompts of each set on which directions are ablated and added
+FEW_PROMPTS = 8  # the same where nothing is refused, and for scores of sympathy and answers
 FEWEST_PROMPTS = 4  # smallest set on which interventions run
 N_RANDOM = 20  # random directions, ablated and added for comparison
 PARTS = ("refusal", "negativity")
@@ -78,10 +75,7 @@ def intervene(
     activations: Mapping[str, ContrastActivations],
     *,
     layer: int,
-    generator: torch.Generator,
-    openings: Sequence[str] | None,
-    protocol: Protocol,
-    batch_size: int | None,
+    config: Config,
     progress: bool,
 ) -> Causal:
     """Measure refusal scores while the refusal and negativity directions are ablated and added.
@@ -92,34 +86,31 @@ def intervene(
         model: the model.
         contrasts, activations: the prompts and activations of refusal and negativity.
         layer: the layer whose directions are cross-ablated and added.
-        generator: generator of the random directions, on the CPU.
-        openings: texts of refusals' openings; None takes `reply_openings.REFUSAL`.
-        protocol, batch_size, progress: options of `ablation_effects` and `cross_effects`.
+        config: the seed of the random directions, the refusals' openings, protocol and batch size.
+        progress: whether to show progress bars.
     """
     sides = activations["refusal"], activations["negativity"]
-    score = openings_of(tokenizer_of(model), openings or REFUSAL)
-    options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size}
-    options |= {"progress": progress}
+    score = openings_of(tokenizer_of(model), config.refusal_openings or REFUSAL)
+    options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
+    options["progress"] = progress
     requests = contrasts["refusal"].target, contrasts["refusal"].baseline
     odds = opening_log_odds(model, sum(requests, ()), score, **options)
     each_side = odds.split([*map(len, requests)])
     refuses = bool((each_side[0] > 0).any())
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
-    pair = (
-        some_prompts(contrasts["refusal"], n_prompts),
-        some_prompts(contrasts["negativity"], n_prompts),
+    pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
+    cross = partial(
+        cross_effects, model, (pair[0], pair[1]), sides, layer=layer, score=score, **options
     )
-    cross = partial(cross_effects, model, pair, sides, layer=layer, score=score, **options)
     classes = [side[:, layer] for both in sides for side in both]
-    ablated, added = (random_directions(*classes, n=n_random, generator=generator) for _ in PARTS)
-    sweeps = [
-        sweep_layers(model, spread(pair[0].target, SWEEP_PROMPTS), each, sides[0], score, options)
-        for each in sides
-    ]
-    random = {"ablation": ablated, "addition": added}
-    ablation, addition = divide(
-        [partial(cross, intervention=kind, random=each) for kind, each in random.items()]
-    )
+    generator = torch.Generator().manual_seed(config.seed)
+    draw = partial(random_directions, *classes, n=n_random, generator=generator)
+    ablate = partial(cross, intervention="ablation", random=draw())
+    add = partial(cross, intervention="addition", random=draw())
+    quick = options | {"score": score.first_tokens, "last_position": True}
+    sweep = partial(sweep_ablations, model, pair[0].target, hook=config.protocol.hook, **quick)
+    sweeps = [sweep(mean_difference(*each).float(), sides[0].baseline) for each in sides]
+    ablation, addition = divide([ablate, add])
     means = sweeps[0].log_odds.mean(-1)
     return Causal(
         openings=score,
@@ -134,23 +125,25 @@ def intervene(
     )
 
 
-def sweep_layers(
+def sweep_ablations(
     model: "HookedTransformer | TransformerBridge",
-    harmful: Sequence[str],
-    of: ContrastActivations,
-    requests: ContrastActivations,
-    refusal: ReplyOpenings,
-    options: dict[str, Any],
+    prompts: Sequence[str],
+    directions: Float[Tensor, "*cell d_model"],
+    baseline: Float[Tensor, "baseline layer d_model"],
+    *,
+    hook: str = "resid_post",
+    **options: Any,
 ) -> Effects:
-    """The effect of ablating one contrast's direction of each layer, by openings' first tokens."""
-    directions = mean_difference(*of).float()
-    references = affine_references(directions, requests.baseline, hook=options["protocol"].hook)
-    scored = options | {"score": refusal.first_tokens, "last_position": True}
+    """Return the effect of the affine ablation of each direction; processes divide the directions.
+
+    `baseline` are the activations, at `hook`, that the components are set to; `options` are those of
+    `ablation_effects`.
+    """
 
     def effects(some: Tensor, references: Tensor) -> Effects:
-        return ablation_effects(model, harmful, some, references=references, **scored)
+        return ablation_effects(model, prompts, some, references=references, **options)
 
-    return divide_sweep(effects, directions, references)
+    return divide_sweep(effects, directions, affine_references(directions, baseline, hook=hook))
 
 
 def _constant_token(
@@ -169,12 +162,6 @@ def _constant_token(
     token = int(least.argmax())
     begins = least[token] >= 0.99 and token not in refusal.first_tokens
     return tokenizer.decode([token]) if begins else ""
-
-
-def some_prompts(contrast: Contrast, at_most: int) -> Contrast:
-    """The contrast with at most so many prompts a side, spread evenly, pairs kept together."""
-    rows = [spread(range(len(side)), at_most) for side in (contrast.target, contrast.baseline)]
-    return contrast.subset(*rows)
 
 
 def _replies(
@@ -201,29 +188,19 @@ def _replies(
 
 
 def divide_sweep(effects: Callable[..., Effects], *each: Tensor) -> Effects:
-    """Return `effects(*each)`; the processes divide the first axis of the tensors `each`."""
-    parts = in_shares(lambda share: effects(*(tensor[share] for tensor in each)))
-    n, rows = len(parts), range(len(each[0]))
-
-    def together(name: str) -> Tensor:
-        return torch.stack([getattr(parts[i % n], name)[i // n] for i in rows])
-
-    names = [field.name for field in fields(Effects) if field.name != "unchanged"]
-    return replace(parts[0], **{name: together(name) for name in names})
+    """Return `effects(*each)`, `[*cell prompt]`. Processes divide the cells; equal ones run once."""
+    shape = each[0].shape[:-1]
+    flat = [tensor.flatten(0, len(shape) - 1) for tensor in each]
+    cells = [b"".join(x.numpy().tobytes() for x in cell) for cell in zip(*flat, strict=True)]
+    rows = {cell: i for i, cell in enumerate(cells)}
+    parts = in_shares(lambda share: effects(*(tensor[[*rows.values()][share]] for tensor in flat)))
+    places = {cell: (parts[i % len(parts)], i // len(parts)) for i, cell in enumerate(rows)}
+    found = [places[cell] for cell in cells]
+    log_odds = torch.stack([part.log_odds[i] for part, i in found]).unflatten(0, shape)
+    kl = torch.stack([part.kl[i] for part, i in found]).unflatten(0, shape)
+    return replace(parts[0], log_odds=log_odds, kl=kl)
 
 
 def smallest_set(contrasts: Mapping[str, Contrast]) -> int:
     """Return the number of prompts in the smallest of the four sets."""
     return min(len(side) for p in PARTS for side in (contrasts[p].target, contrasts[p].baseline))
-
-
-def can_intervene(contrasts: Mapping[str, Contrast]) -> bool:
-    """Return whether each of the four sets is large enough for interventions."""
-    return smallest_set(contrasts) >= FEWEST_PROMPTS
-
-
-def spread(prompts: Sequence[Any], at_most: int) -> list[Any]:
-    """Return `at_most` prompts, spread evenly from first to last."""
-    if len(prompts) <= at_most:
-        return list(prompts)
-    return [prompts[i] for i in torch.linspace(0, len(prompts) - 1, at_most).round().long()]

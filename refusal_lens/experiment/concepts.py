@@ -22,7 +22,8 @@ from ..uncertainty.effects import IndependentSample, auroc_interval, ratio_inter
 from . import causal
 from .cached_model import CachedModel
 from .causal import FEW_PROMPTS
-from .evidence import Earlier, Responses, compute_evidence, evidence, labels_of
+from .config import some_prompts
+from .evidence import Earlier, Responses, compute_evidence, design, evidence, labels_of
 from .verdict import Evidence
 
 CURVE_RESAMPLES = 2000  # for the interval of a cosine at every layer
@@ -42,7 +43,7 @@ class Concepts:
     def __post_init__(self) -> None:
         config, self.names = self.source.config, [*self.contrasts]
         most, (self.refusal, *_) = causal.EFFECT_PROMPTS, self.contrasts
-        self.some = {k: causal.some_prompts(c, most) for k, c in self.contrasts.items()}
+        self.some = {k: some_prompts(c, most) for k, c in self.contrasts.items()}
         self.score = openings_of(self.source.tokenizer, config.refusal_openings or REFUSAL)
         self.options: dict[str, Any] = {"protocol": config.protocol, "progress": False}
         self.options |= {"batch_size": config.batch_size}
@@ -82,7 +83,7 @@ class Concepts:
         return self.source.remember(what, self.decided_by, compute, (Effects,))
 
     def _run(self, name: str) -> Runs:
-        contrast, sides = self.some[name], self.activations[name]
+        contrast, sides, model = self.some[name], self.activations[name], self.source.model
         m, random = len(self.names), self._unmodified["random"]
         prompts, n = contrast.target + contrast.baseline, len(contrast.target)
         every, here = torch.cat([self.directions, random]), self.names.index(name)
@@ -105,20 +106,21 @@ class Concepts:
         added = Interventions(
             torch.cat([own[None], others]), [self.layer] * (1 + len(others)), None, True
         )
-        swept = (requests.target, sides, self.activations[self.refusal], self.score, self.options)
+        swept = mean_difference(*sides).float(), self.activations[self.refusal].baseline
+        how = {"hook": self.options["protocol"].hook, "score": first, "last_position": True}
         return {
             "kl": kl[:, n:].mean(-1),
             "separable": torch.stack(areas).float(),
             "kept": torch.stack(kept).float(),
             "odds": odds,
             "added": self._measured(requests.baseline, added, self.score)[0],
-            "sweep": causal.sweep_layers(self.source.model, *swept),
+            "sweep": causal.sweep_ablations(model, requests.target, *swept, **how, **self.options),
         }
 
     def scored(self, name: str) -> Contrast:
         """The prompts whose replies are scored: few where too little is refused to explain."""
         refuses = len(self._unmodified["random"]) > 0
-        return self.some[name] if refuses else causal.some_prompts(self.some[name], FEW_PROMPTS)
+        return self.some[name] if refuses else some_prompts(self.some[name], FEW_PROMPTS)
 
     def _measured(
         self, prompts: Sequence[str], these: Interventions, score: Any, n: int | None = None
@@ -180,12 +182,10 @@ class Concepts:
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
 
     def _pair(self, a: str, b: str, layers: slice = slice(None)) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for part, name in (("a", a), ("b", b)):
-            contrast, (target, baseline) = self.contrasts[name], self.activations[name]
-            found |= {f"{part}_paired": contrast.paired, f"{part}_clusters": contrast.clusters}
-            found |= {f"{part}_target": target[:, layers], f"{part}_baseline": baseline[:, layers]}
-        return found
+        sides = (*self.activations[a], *self.activations[b])
+        names = ("a_target", "a_baseline", "b_target", "b_baseline")
+        found = {name: side[:, layers] for name, side in zip(names, sides, strict=True)}
+        return found | design(self.contrasts[a], self.contrasts[b])
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.source.config.seed)

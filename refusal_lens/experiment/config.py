@@ -2,11 +2,13 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..errors import InputError, lenient
 from ..models.load import DEFAULT_MODEL
@@ -103,7 +105,10 @@ class Config:
         Raises InputError if a name is unknown or two contrasts share a prompt, and so its noise.
         """
         given = (self.refusal, self.negativity, *self.controls)
-        loaded = [_clustered(self._subset(as_contrast(item))) for item in given]
+        loaded = [as_contrast(item) for item in given]
+        if self.max_prompts:
+            loaded = [some_prompts(contrast, self.max_prompts) for contrast in loaded]
+        loaded = [*map(_clustered, loaded)]
         owner: dict[str, Contrast] = {}
         for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
@@ -117,16 +122,17 @@ class Config:
             raise InputError(f"the controls {parts[2:]} need names of their own, each only once")
         return dict(zip(parts, loaded, strict=True))
 
-    def _subset(self, contrast: Contrast) -> Contrast:
-        """The contrast with at most `max_prompts` prompts a side, pairs kept together."""
 
-        def some(side: tuple[str, ...]) -> Iterable[int]:
-            most, last = self.max_prompts, len(side) - 1
-            if most is None or most > last:
-                return range(len(side))
-            return (i * last // max(1, most - 1) for i in range(most))
+def spread(prompts: Sequence[Any], at_most: int) -> list[Any]:
+    """Return `at_most` prompts, spread evenly from first to last."""
+    rows = torch.linspace(0, len(prompts) - 1, min(at_most, len(prompts))).round().long()
+    return [prompts[i] for i in rows]
 
-        return contrast.subset(some(contrast.target), some(contrast.baseline))
+
+def some_prompts(contrast: Contrast, at_most: int) -> Contrast:
+    """Return the contrast with at most so many prompts a side, spread evenly, in whole pairs."""
+    sides = contrast.target, contrast.baseline
+    return contrast.subset(*(spread(range(len(side)), at_most) for side in sides))
 
 
 def _clustered(contrast: Contrast) -> Contrast:

@@ -14,7 +14,8 @@ from ..interventions import Effects, Intervention
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
-from .causal import PARTS, Causal, smallest_set, some_prompts
+from .causal import PARTS, Causal, smallest_set
+from .config import some_prompts
 from .verdict import Estimate, Evidence
 
 
@@ -96,10 +97,8 @@ def evidence(
 
 def responses_of(causal: Causal, layer: int) -> Responses:
     """Return the scores on which the evidence at a layer rests."""
-    named = (Intervention.NONE, Intervention.REFUSAL, Intervention.NEGATIVITY)
-    first = [causal.ablation.rows(kind)[0] for kind in named]
+    first = [causal.ablation.rows(Intervention(kind))[0] for kind in ("none", *PARTS)]
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
-    sweeps = causal.sweep["refusal"], causal.sweep["negativity"]
     return Responses(
         harmful=causal.ablation.refusal.target_log_odds[rows],
         harmless=causal.ablation.refusal.baseline_log_odds[first],
@@ -107,17 +106,13 @@ def responses_of(causal: Causal, layer: int) -> Responses:
         neutral=causal.ablation.negativity.baseline_log_odds[first],
         added=causal.addition.refusal.baseline_log_odds[rows],
         requests=causal.requests,
-        earlier=Earlier.of(*sweeps, layer),
+        earlier=Earlier.of(*(causal.sweep[part] for part in PARTS), layer),
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
     )
 
 
 def compute_evidence(
-    geometry: Evidence,
-    responses: Responses,
-    *,
-    contrasts: Sequence[Contrast],
-    confidence: float,
+    geometry: Evidence, responses: Responses, *, contrasts: Sequence[Contrast], confidence: float
 ) -> Evidence:
     """Return `geometry` with the evidence from interventions.
 
@@ -136,7 +131,7 @@ def compute_evidence(
     all_refused = [(side[None] > 0).double() for side in responses.requests]
     whole = _gap(all_refused[0], all_refused[1], every.paired)
 
-    ratio, total = (partial(each, confidence=confidence) for each in (_ratio, _sum))
+    ratio, total = (partial(each, confidence=confidence) for each in (_ratio, total_interval))
     earlier, same = responses.earlier, _apart([negative[0] - negative[1]], [dropped])
     lost = earlier.log_odds[0] - earlier.log_odds[1:]
     fewer = (earlier.log_odds[:1] > 0).double() - (earlier.log_odds[1:] > 0).double()
@@ -147,8 +142,8 @@ def compute_evidence(
         refused_negative=float(refused[2][0].mean()),
         ablated_harmful=float(refused[0][1].mean()),
         ablated_harmless=float(refused[1][1].mean()),
-        refused_gap=total(whole, all_labels),
-        gap=total(gaps, of_gap),
+        refused_gap=Estimate(*map(float, total(whole, clusters=all_labels[: len(whole)]))),
+        gap=Estimate(*map(float, total(gaps, clusters=of_gap))),
         refusal_ablation=ratio(_over_gap(dropped, gaps, 0), of_gap),
         typical_ablation=_chance(harmful, dropped, torch.median),
         chance_ablation=_chance(harmful, dropped),
@@ -179,11 +174,6 @@ def _ratio(
 ) -> Estimate:
     pairs = [IndependentSample(*each) for each in samples]
     return Estimate(*map(float, ratio_interval(pairs, confidence=confidence, clusters=clusters)))
-
-
-def _sum(samples: Sequence[Tensor], clusters: Sequence[Any], *, confidence: float) -> Estimate:
-    found = total_interval(samples, confidence=confidence, clusters=clusters[: len(samples)])
-    return Estimate(*map(float, found))
 
 
 def _total(samples: Sequence[Tensor]) -> Tensor:
@@ -224,6 +214,12 @@ def _over_gap(top: Tensor, gaps: Sequence[Tensor], of: int) -> list[tuple[Tensor
     tops = [torch.zeros_like(each) for each in gaps]
     tops[of] = top
     return list(zip(tops, gaps, strict=True))
+
+
+def design(a: Contrast, b: Contrast) -> dict[str, Any]:
+    """What the cosine of two contrasts' directions depends on besides activations."""
+    pairs = {"a_paired": a.paired, "b_paired": b.paired}
+    return pairs | {"a_clusters": a.clusters, "b_clusters": b.clusters}
 
 
 def labels_of(contrast: Contrast) -> tuple[Any, Any]:

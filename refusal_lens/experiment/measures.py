@@ -21,6 +21,7 @@ from ..directions.similarity import cosine_similarity, unit
 from ..models.forward import effective_unembedding as effective_unembedding
 from ..uncertainty.effects import auroc_interval
 from .causal import PARTS
+from .config import spread
 
 MASSIVE_DIMENSIONS = 4  # number that "without massive dimensions" leaves out
 PROBE_FOLDS = 5  # cross-validation of the logistic probe
@@ -72,9 +73,8 @@ def by_metric(
     a, b = directions["refusal"], directions["negativity"]
     sides = [*activations["refusal"], *activations["negativity"]]
     classes, note = _at_most(sides, MOST_PROMPTS)
-    massive = similarity.massive_dimensions(
-        torch.cat(classes), k=min(MASSIVE_DIMENSIONS, a.shape[-1] - 1)
-    )
+    n_massive = min(MASSIVE_DIMENSIONS, a.shape[-1] - 1)
+    massive = similarity.massive_dimensions(torch.cat(classes), k=n_massive)
     found = {
         "plain": cosine_similarity(a, b),
         f"without massive dimensions{note}": similarity.cosine_without_massive(a, b, massive),
@@ -120,10 +120,7 @@ def by_estimator(activations: Activations, *, paired: bool) -> Curves:
 
 def _at_most(sides: Sequence[Rows], most: int) -> tuple[list[Rows], str]:
     """At most so many prompts of each set, spread evenly, and what to add to a result's name."""
-    fewer = [
-        side[torch.linspace(0, len(side) - 1, most).round().long()] if len(side) > most else side
-        for side in sides
-    ]
+    fewer = [side[spread(range(len(side)), most)] for side in sides]
     return fewer, f" ({most} prompts a set)" if max(map(len, sides)) > most else ""
 
 

@@ -18,18 +18,17 @@ from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..directions.similarity import causal_cosine
 from ..errors import InputError, InterventionError, check_tensors
-from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
 from ..interventions.reply_openings import REFUSAL
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
-from ..uncertainty import CosineStatistics, cosine_statistics
+from ..uncertainty import cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
-from .causal import PARTS, Causal, can_intervene, intervene
+from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set
 from .config import Config
 from .distributed import is_main
-from .evidence import evidence
-from .results import Results
+from .evidence import design, evidence
+from .results import SAVED, Results
 from .verdict import judge
 from .wording import Names
 
@@ -80,10 +79,20 @@ def run_experiment(
     logger.info("running the prompts of %s at every layer", ", ".join(contrasts))
     activations = by_contrast(partial(source.prompt_activations, progress=progress), contrasts)
     causal, missing = None, {}
-    if config.interventions and can_intervene(contrasts):
+    prompts: dict[str, Any] = {"prompts": [contrasts[part].sha256 for part in PARTS]}
+    prompts["protocol"] = config.protocol.to_dict()
+    if config.interventions and smallest_set(contrasts) >= FEWEST_PROMPTS:
         logger.info("ablating and adding the directions of %s", " and ".join(PARTS))
+        openings = {"openings": config.refusal_openings or REFUSAL}
+        chosen: dict[str, Any] = {"layer": layer, "seed": config.seed} | openings
+        how: Any = {"layer": layer, "config": config, "progress": progress and is_main()}
         try:
-            causal = _interventions(source, contrasts, activations, layer, progress)
+            causal = source.remember(
+                "interventions",
+                prompts | chosen,
+                lambda: intervene(source.model, contrasts, activations, **how),
+                SAVED,
+            )
         except InterventionError as error:
             logger.warning("there are no interventions: %s", error)
             missing = {"interventions": f"none: {error}"}
@@ -97,42 +106,10 @@ def run_experiment(
     a, b = (results.directions[part] for part in PARTS)
     metric = source.remember(
         "causal inner product",
-        _prompts(config, contrasts),
+        prompts,
         lambda: causal_cosine(a, b, measures.effective_unembedding(source.model)),
     )
     return replace(results, metrics=results.metrics | {"causal inner product": metric})
-
-
-def _interventions(
-    source: CachedModel,
-    contrasts: Mapping[str, Contrast],
-    activations: Mapping[str, ContrastActivations],
-    layer: int,
-    progress: bool,
-) -> Causal:
-    config = source.config
-    return source.remember(
-        "interventions",
-        _prompts(config, contrasts)
-        | {"layer": layer, "seed": config.seed, "openings": config.refusal_openings or REFUSAL},
-        lambda: intervene(
-            source.model,
-            contrasts,
-            activations,
-            layer=layer,
-            generator=torch.Generator().manual_seed(config.seed),
-            openings=config.refusal_openings,
-            protocol=config.protocol,
-            batch_size=config.batch_size,
-            progress=progress and is_main(),
-        ),
-        (Causal, ReplyOpenings, Effects, CrossEffects, ContrastEffects, Intervention),
-    )
-
-
-def _prompts(config: Config, contrasts: Mapping[str, Contrast]) -> dict[str, Any]:
-    hashes = [contrasts[part].sha256 for part in PARTS]
-    return {"prompts": hashes, "protocol": config.protocol.to_dict()}
 
 
 def analyse(
@@ -164,7 +141,16 @@ def analyse(
     contrasts = _matching(contrasts, sides)
     layer, note = highlighted_layer(config.layer, sides["refusal"].target.shape[1])
     directions = {part: mean_difference(*pair) for part, pair in sides.items()}
-    statistics = _statistics(sides, contrasts, config)
+    statistics = {
+        part: cosine_statistics(
+            *(*sides["refusal"], *sides[part]),
+            **design(contrasts["refusal"], contrasts[part]),
+            n_resamples=config.n_resamples,
+            confidence=config.confidence,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        for part in [*sides][1:]
+    }
     names = Names.of(contrasts["refusal"], contrasts["negativity"]).sets()
     projections = measures.projections(sides, names)
     sets = {n: rows for part in PARTS for n, rows in zip(names[part], sides[part], strict=True)}
@@ -193,24 +179,6 @@ def analyse(
     )
 
 
-def _statistics(
-    sides: Mapping[str, ContrastActivations], contrasts: Mapping[str, Contrast], config: Config
-) -> dict[str, CosineStatistics]:
-    return {
-        part: cosine_statistics(
-            *(*sides["refusal"], *sides[part]),
-            a_paired=contrasts["refusal"].paired,
-            b_paired=contrasts[part].paired,
-            a_clusters=contrasts["refusal"].clusters,
-            b_clusters=contrasts[part].clusters,
-            n_resamples=config.n_resamples,
-            confidence=config.confidence,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        for part in [*sides][1:]
-    }
-
-
 def _checked(activations: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, ContrastActivations]:
     """Check the activations; return float32 copies on the CPU, refusal and negativity first."""
     parts = [*dict.fromkeys((*PARTS, *activations))]
@@ -236,13 +204,14 @@ def _matching(
     """Check that contrasts fit the activations; by default, return contrasts of numbered prompts."""
     n_rows = {part: (len(pair.target), len(pair.baseline)) for part, pair in sides.items()}
     if contrasts is None:
-        names = {"refusal": ("harmful", "harmless"), "negativity": ("negative", "neutral")}
-        contrasts = {}
+        known, contrasts = Names().sets(), {}
         for part, sizes in n_rows.items():
-            a, b = names.get(part, (f"{part} target", f"{part} baseline"))
-            target = tuple(f"{a} prompt {i}" for i in range(sizes[0]))
-            baseline = tuple(f"{b} prompt {i}" for i in range(sizes[1]))
-            contrasts[part] = Contrast(part, target, baseline, target_name=a, baseline_name=b)
+            names = known.get(part, (f"{part} target", f"{part} baseline"))
+            target, baseline = (
+                tuple(f"{name} prompt {i}" for i in range(n))
+                for name, n in zip(names, sizes, strict=True)
+            )
+            contrasts[part] = Contrast(part, target, baseline, *names)
     n_prompts = {part: (len(c.target), len(c.baseline)) for part, c in contrasts.items()}
     if n_rows != n_prompts:
         raise InputError(f"activations of {n_rows} do not go with prompts of {n_prompts}")
@@ -266,9 +235,8 @@ def highlighted_layer(layer: int | None, n_layers: int) -> tuple[int, str]:
     """
     if layer is not None:
         if not 0 <= layer < n_layers:
-            raise InputError(
-                f"layer {layer} is out of range: this model's layers are 0 to {n_layers - 1}"
-            )
+            known = f"this model's layers are 0 to {n_layers - 1}"
+            raise InputError(f"layer {layer} is out of range: {known}")
         return layer, f"layer {layer} of {n_layers}, as asked for"
     published = f"the published experiment's layer {PUBLISHED_LAYER} of {PUBLISHED_DEPTH}"
     if n_layers == PUBLISHED_DEPTH:
@@ -284,18 +252,7 @@ def provenance(
     versions = {package: version(package) for package in ("refusal_lens", *PACKAGES)}
     return {
         "model": dict(model),
-        "contrasts": {
-            part: {
-                "name": contrast.name,
-                "target": contrast.target_name,
-                "baseline": contrast.baseline_name,
-                "n_target": len(contrast.target),
-                "n_baseline": len(contrast.baseline),
-                "paired": contrast.paired,
-                "sha256": contrast.sha256,
-            }
-            for part, contrast in contrasts.items()
-        },
+        "contrasts": {k: {"name": c.name, "sha256": c.sha256} for k, c in contrasts.items()},
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | versions,
     }

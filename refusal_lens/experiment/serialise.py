@@ -66,7 +66,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor], types: tuple[type, ...]) ->
             case {"dict": dict(items)}:
                 return {key: visit(item) for key, item in items.items()}
             case {"type": str(name), "fields": dict(items)} if name in known:
-                fields = {key: visit(item) for key, item in items.items()}
+                fields = visit({"dict": items})
                 try:
                     return known[name](**fields)
                 except (TypeError, ValueError) as error:

@@ -82,6 +82,8 @@ def run_sensitivity(
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
     rest = contrasts, causal_prompts, confidence, thresholds
+    curves = {k: torch.stack([getattr(m.estimate, k) for m in measured]) for k in CURVES[1:]}
+    origin = {"model": model_provenance(model), "contrasts": {c.name: c.sha256 for c in contrasts}}
     settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
     found = Sensitivity(
         specifications=tuple(specifications),
@@ -90,7 +92,11 @@ def run_sensitivity(
         changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,
-        **_described(model, contrasts, measured, settings),
+        plain=torch.stack([each.gram.plain for each in measured]),
+        **curves,
+        reasons=tuple(each.estimate.reasons for each in measured),
+        names=Names.of(*contrasts),
+        provenance=origin | settings,
     )
     if on_cosines:
         on_cosines(found)
@@ -98,23 +104,6 @@ def run_sensitivity(
     options |= {"n_prompts": causal_prompts, "least": (thresholds or Thresholds()).min_prompts}
     responses = measure_responses(model, contrasts, measured, **options)
     return replace(found, verdicts=judge_all(measured, responses, *rest))
-
-
-def _described(
-    model: "HookedTransformer | TransformerBridge",
-    contrasts: tuple[Contrast, Contrast],
-    measured: list[Measured],
-    settings: dict[str, int],
-) -> dict[str, Any]:
-    """Return the curves of a `Sensitivity`, its names and its provenance."""
-    estimates = [each.estimate for each in measured]
-    curves = {name: torch.stack([getattr(e, name) for e in estimates]) for name in CURVES[1:]}
-    plain = torch.stack([each.gram.plain for each in measured])
-    hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
-    provenance = {"model": model_provenance(model), "contrasts": hashes, **settings}
-    reasons = tuple(each.reasons for each in estimates)
-    words = {"names": Names.of(*contrasts), "provenance": provenance}
-    return {"plain": plain, **curves, "reasons": reasons, **words}
 
 
 def _measure(
@@ -153,13 +142,12 @@ def _changes(
     here = [(s, m.gram.at(only)) for s, m in zip(specifications, measured, strict=True)]
     default = next(gram for specification, gram in here if specification.is_default)
     changes = []
-    for specification, gram in here:
-        if specification.family is Family.ONE_CHOICE:
+    for each, gram in here:
+        if each.family is Family.ONE_CHOICE:
             moved = Estimate(*map(float, cosine_difference(default, gram, confidence=confidence)))
-            changes.append(Change(specification.name, float(gram.plain), moved))
+            changes.append(Change(each.name, float(gram.plain), moved))
     sizes = [each.n_prompts for each in specifications if each.family is Family.SUBSET]
-    if sizes:
-        changes.append(_fewer_prompts(default, sizes[0], confidence, seed))
+    changes += [_fewer_prompts(default, n, confidence, seed) for n in sizes[:1]]
     return tuple(sorted(changes, key=lambda c: (isnan(c.moved.value), -abs(c.moved.value))))
 
 

@@ -1,7 +1,5 @@
 """Interventions and verdicts for the directions of every specification."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,20 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from ..experiment.causal import divide_sweep, some_prompts, spread
+from ..experiment.causal import divide_sweep, sweep_ablations
+from ..experiment.config import some_prompts, spread
 from ..experiment.evidence import Earlier, Responses, compute_evidence
 from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
-from ..interventions import (
-    Effects,
-    ablation_effects,
-    addition_effects,
-    openings_of,
-    refusal_log_odds,
-)
+from ..interventions import Effects, addition_effects, openings_of, refusal_log_odds
 from ..interventions.batched_runs import first_token_logits
 from ..interventions.cross_ablation import random_directions
 from ..interventions.reply_openings import REFUSAL
-from ..interventions.sweep import affine_references
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineEstimate, Gram
@@ -75,85 +67,62 @@ def measure_responses(
     by_layer = zip(*(side.unbind(1) for side in activations), strict=True)
     drawn = [random_directions(*rows, n=N_RANDOM, generator=generator) for rows in by_layer]
     random = torch.stack(drawn)  # with the covariance of the activations at each layer
-    requests, n = harmful + harmless, len(harmful)
     parts = zip(*(measured[i][2:5] for i in judged), strict=True)
     by_refusal, by_negativity, layers = map(torch.stack, parts)
     options: dict[str, Any] = {"score": score, "last_position": True}
     options |= {"batch_size": batch_size, "progress": progress}
 
-    def ablated(prompts: list[str], directions: Tensor, baseline: Tensor) -> Effects:
-        def sweep(some: Tensor, references: Tensor) -> Effects:
-            return ablation_effects(model, prompts, some, references=references, **options)
-
-        return _once(sweep, directions, affine_references(directions, baseline))
-
+    ablated = partial(sweep_ablations, model, **options)
     add = partial(addition_effects, model, harmless, **options)
-    both = by_refusal, by_negativity
-    refusal, negativity = (ablated(requests, each, activations[1]) for each in both)
+    both = torch.stack([by_refusal, by_negativity])
     clean = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
     as_long = functional.normalize(random, dim=-1) * by_negativity[-1].norm(dim=-1)[:, None, None]
     every = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
     measures = _Measures(
-        refusal=refusal,
-        negativity=negativity,
-        on_statements=[ablated(negative, each, activations[3]) for each in (*both, random)],
+        requests=ablated(harmful + harmless, both, activations[1]),
+        statements=ablated(negative, both, activations[3]),
         chance=ablated(harmful, random, activations[1]),
-        added=_once(add, by_negativity, layers),
+        chance_statements=ablated(negative, random, activations[3]),
+        added=divide_sweep(add, by_negativity, layers),
         chance_added=divide_sweep(add, as_long, every),
         neutral=refusal_log_odds(clean, score),
     )
-    found = {}
+    found, n = {}, len(harmful)
     for row, (i, at) in enumerate(zip(judged, layers.clamp_min(0).tolist(), strict=True)):
-        found[i] = [_responses(measures, (row, layer), own, n) for layer, own in enumerate(at)]
+        found[i] = [_responses(measures, row, layer, own, n) for layer, own in enumerate(at)]
     return found
 
 
-def _once(effects: Callable[..., Effects], *each: Tensor) -> Effects:
-    """Return `divide_sweep(effects, *each)`, `[row layer prompt]`; equal cells run once."""
-    flat = [tensor.flatten(0, 1) for tensor in each]
-    cells = [b"".join(x.numpy().tobytes() for x in cell) for cell in zip(*flat, strict=True)]
-    rows = {cell: i for i, cell in enumerate(cells)}
-    found = divide_sweep(effects, *(tensor[[*rows.values()]] for tensor in flat))
-    place = {cell: i for i, cell in enumerate(rows)}
-    at = torch.tensor([place[cell] for cell in cells]).view(each[0].shape[:2])
-    return replace(found, log_odds=found.log_odds[at], kl=found.kl[at])
-
-
 class _Measures(NamedTuple):
-    """Effects of ablating and adding; neutral prompts' scores in the unmodified model."""
+    """Effects `[direction specification layer prompt]` of the two directions, refusal's first."""
 
-    refusal: Effects
-    negativity: Effects
-    on_statements: list[Effects]  # of ablating refusal, negativity and random directions
-    chance: Effects
-    added: Effects  # of adding negativity
+    requests: Effects  # of ablating each, on harmful, then harmless prompts
+    statements: Effects  # of ablating each, on negative prompts
+    chance: Effects  # of ablating random directions `[layer direction prompt]`, on harmful prompts
+    chance_statements: Effects
+    added: Effects  # of adding negativity `[specification layer prompt]`
     chance_added: Effects
-    neutral: Float[Tensor, " neutral"]
+    neutral: Float[Tensor, " neutral"]  # scores in the unmodified model
 
 
-def _responses(m: _Measures, cell: tuple[int, int], at: int, n_harmful: int) -> Responses:
+def _responses(m: _Measures, row: int, layer: int, at: int, n_harmful: int) -> Responses:
     """Responses to one specification's directions at one layer; random ones are of layer `at`."""
-    both = torch.stack([m.refusal.unchanged, m.refusal.log_odds[cell], m.negativity.log_odds[cell]])
-    clean = both[:1, n_harmful:]
+    odds, kl = m.requests.log_odds[:, row], m.requests.kl[:, row]
+    here = torch.cat([m.requests.unchanged[None], odds[:, layer]])
+    harmful, harmless = here[:, :n_harmful], here[:, n_harmful:]
+    sweeps = (Effects(harmful[0], odds[i, :, :n_harmful], kl[i, :, :n_harmful]) for i in (0, 1))
+    statements = [m.statements.unchanged[None], m.statements.log_odds[:, row, layer]]
     # Adding refusal decides nothing, so it is not run.
-    added = [clean, torch.nan * clean, m.added.log_odds[cell][None], m.chance_added.log_odds[at]]
-    kl = [float(each.kl[cell][n_harmful:].mean()) for each in (m.refusal, m.negativity)]
-    row, layer = cell
-    on_refusal, on_negativity = (
-        Effects(both[0, :n_harmful], each.log_odds[row][:, :n_harmful], each.kl[row][:, :n_harmful])
-        for each in (m.refusal, m.negativity)
-    )
-    by_refusal, by_negativity, by_chance = m.on_statements
-    statements = [by_refusal.unchanged, by_refusal.log_odds[cell], by_negativity.log_odds[cell]]
+    added = [harmless[:1], torch.nan * harmless[:1], m.added.log_odds[row, layer][None]]
     return Responses(
-        harmful=torch.cat([both[:, :n_harmful], m.chance.log_odds[at]]),
-        harmless=both[:, n_harmful:],
-        negative=torch.cat([torch.stack(statements), by_chance.log_odds[at]]),
+        harmful=torch.cat([harmful, m.chance.log_odds[at]]),
+        harmless=harmless,
+        negative=torch.cat([*statements, m.chance_statements.log_odds[at]]),
         neutral=m.neutral[None],
-        added=torch.cat(added),
-        requests=(both[0, :n_harmful], both[0, n_harmful:]),
-        earlier=Earlier.of(on_refusal, on_negativity, layer),
-        kl=(kl[0], kl[1]),
+        added=torch.cat([*added, m.chance_added.log_odds[at]]),
+        requests=(harmful[0], harmless[0]),
+        earlier=Earlier.of(*sweeps, layer),
+        kl=tuple(kl[:, layer, n_harmful:].mean(-1).tolist()),
     )
 
 

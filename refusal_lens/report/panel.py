@@ -6,7 +6,7 @@ import torch
 
 from .. import plotting
 from ..errors import InputError
-from ..experiment.causal import spread
+from ..experiment.config import spread
 from ..experiment.results import Results
 from ..interventions import addition_effects, openings_of
 from ..interventions.reply_openings import REFUSAL

@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional
 
 import refusal_lens as rl
-from refusal_lens.experiment.causal import PARTS, Causal, some_prompts
+from refusal_lens.experiment.causal import PARTS, Causal
+from refusal_lens.experiment.config import some_prompts
 from refusal_lens.experiment.evidence import Earlier, compute_evidence, evidence, responses_of
 from refusal_lens.experiment.verdict import Verdict, judge
 from refusal_lens.interventions import ablation_effects, addition_effects

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from refusal_lens.activations.extract import get_layer_activations, get_prompt_activations
 from refusal_lens.directions.similarity import cosine_similarity
 from refusal_lens.errors import InputError
-from refusal_lens.experiment.causal import spread
+from refusal_lens.experiment.causal import divide_sweep
+from refusal_lens.experiment.config import spread
 from refusal_lens.experiment.wording import verdict_lines
 from refusal_lens.interventions import Effects, add_direction, openings_of, refusal_log_odds
 from refusal_lens.interventions.hooks import projection_hooks
@@ -26,7 +27,6 @@ from refusal_lens.multiverse.activations import contexts, read_contexts, shared_
 from refusal_lens.multiverse.results import Sensitivity
 from refusal_lens.multiverse.run import run_sensitivity
 from refusal_lens.multiverse.specifications import STEPS, Family, specify
-from refusal_lens.multiverse.verdicts import _once
 from refusal_lens.plotting import specification_curve
 from refusal_lens.prompts.contrast import Contrast, load_contrast
 from refusal_lens.prompts.protocol import ASSUMED_SYSTEM_PROMPT, DEFAULT, PUBLISHED
@@ -385,7 +385,7 @@ def test_cells_that_specifications_share_run_once_and_go_to_each_of_them():
     directions[1, 1:] = directions[0, :2]
     directions[1, 0] = torch.nan
     layers = torch.tensor([[0, 1, 2], [-1, 0, 2]])  # the last direction is at another layer here
-    found = _once(effects, directions, layers)
+    found = divide_sweep(effects, directions, layers)
     assert ran == [5]
     expected = directions.sum(-1) * (1 + layers)
     torch.testing.assert_close(found.log_odds[..., 0], expected, equal_nan=True)
