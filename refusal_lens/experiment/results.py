@@ -1,7 +1,6 @@
 """The results of one run: display, files and figures."""
 
 import html
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +16,8 @@ from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
 from . import wording
-from .causal import Causal, some_prompts
-from .config import Config
+from .causal import Causal
+from .config import Config, some_prompts
 from .serialise import pack, unpack
 from .verdict import Estimate, Evidence, Reason, Thresholds, Verdict, published_rule
 
@@ -103,14 +102,9 @@ class Results:
 
     def table(self) -> list[tuple[str, float, str]]:
         """Return the published table at the highlighted layer: measure, cosine, published rule."""
-        names = self.names
-        measures = [
-            f"{names.refusal} vs {names.negativity} direction",
-            f"mean {names.harmful} vs mean {names.negative} activation",
-            f"{names.refusal} direction vs mean {names.negative} activation",
-            f"mean {names.negative} vs mean {names.neutral} activation",
-            *(f"{names.refusal} vs {part} direction (control)" for part in [*self.contrasts][2:]),
-        ]
+        names, controls = self.names, [*self.contrasts][2:]
+        measures = [words.format(**names._asdict()) for words in wording.WORDS["table"]]
+        measures += [f"{names.refusal} vs {part} direction (control)" for part in controls]
         cosines = [float(values[self.layer]) for values in self.similarities.values()]
         return [(m, c, published_rule(c)) for m, c in zip(measures, cosines, strict=True)]
 
@@ -157,14 +151,13 @@ class Results:
             known = [*self.causal.requests, found.target_log_odds[0], found.baseline_log_odds[0]]
             for side, odds in zip(sides, known, strict=True):
                 scores |= zip(side, odds.tolist(), strict=True)
-        table = []
+        tables = []
         for name, prompts in self.prompts().items():
-            on = {f"projection on {d}": sets[name] for d, sets in self.projections.items()}
-            for i, prompt in enumerate(prompts):
-                row = {each: float(values[i, self.layer]) for each, values in on.items()}
-                score = scores.get(prompt, math.nan)
-                table.append({"set": name, "prompt": prompt, **row, "refusal score": score})
-        return pd.DataFrame(table)
+            table = pd.DataFrame({"set": name, "prompt": prompts})
+            for of, sets in self.projections.items():
+                table[f"projection on {of}"] = sets[name][:, self.layer].tolist()
+            tables.append(table.assign(**{"refusal score": table["prompt"].map(scores)}))
+        return pd.concat(tables, ignore_index=True)
 
     def why_unknown(self, layer: int, part: str = "negativity") -> str:
         """Return why the cosine of refusal with a part is NaN at a layer; empty if it is known."""
@@ -212,7 +205,25 @@ class Results:
         from .. import plotting
 
         tree, tensors = pack(self)
-        document = disk.plain(self._document()) | {"saved": tree}
+        *reasons, geometry = self.verdict_lines()
+        curves = ("norms", "metrics", "estimators", "auroc")
+        document = {
+            "format": FORMAT,
+            "model": self.model_name,
+            "layer": self.layer,
+            "layer_note": self.layer_note,
+            "at_highlighted_layer": [
+                dict(zip(("measure", "cosine", "published_rule"), row, strict=True))
+                for row in self.table()
+            ],
+            "uncertainty_at_highlighted_layer": {
+                part: wording.at_layer(s, self.layer) for part, s in self.statistics.items()
+            },
+            "verdict": {"answer": self.verdict.answer, "reasons": reasons, "geometry": geometry}
+            | {"sentence": self.sentence(), "evidence": self.verdict.evidence, "rule": self.rule()},
+            "by_layer": self.similarities | {name: getattr(self, name) for name in curves},
+            "provenance": self.provenance,
+        }
         measurements = {k: v for k, v in tensors.items() if not k.startswith(DIRECTIONS)}
         metadata = {
             "layer": "row l is blocks.{l}.hook_resid_post",
@@ -220,13 +231,12 @@ class Results:
             "position": str(self.config.protocol.positions[0]),
             "normalisation": "none: mean(target) - mean(baseline)",
         }
-        page = plotting.page(self.figure())
         with disk.whole_directory(folder) as staging:
             torch.save(self.summary(), staging / SUMMARY)
             disk.write_tensors(staging / "directions.safetensors", self.directions, metadata)
             disk.write_tensors(staging / "measurements.safetensors", measurements)
-            disk.write_json(staging / "results.json", document)
-            (staging / "cosine_by_layer.html").write_text(page, "utf-8")
+            disk.write_json(staging / "results.json", disk.plain(document) | {"saved": tree})
+            (staging / "cosine_by_layer.html").write_text(plotting.page(self.figure()), "utf-8")
         return Path(folder)
 
     @classmethod
@@ -255,34 +265,10 @@ class Results:
             **{name: float(self.similarities[name][self.layer]) for name in published},
         }
 
-    def _document(self) -> dict[str, Any]:
-        """Return the readable part of `results.json`."""
-        *reasons, geometry = self.verdict_lines()
-        curves = ("norms", "metrics", "estimators", "auroc")
-        return {
-            "format": FORMAT,
-            "model": self.model_name,
-            "layer": self.layer,
-            "layer_note": self.layer_note,
-            "at_highlighted_layer": [
-                {"measure": measure, "cosine": cosine, "published_rule": rule}
-                for measure, cosine, rule in self.table()
-            ],
-            "uncertainty_at_highlighted_layer": {
-                part: wording.at_layer(s, self.layer) for part, s in self.statistics.items()
-            },
-            "verdict": {"answer": self.verdict.answer, "reasons": reasons, "geometry": geometry}
-            | {"sentence": self.sentence(), "evidence": self.verdict.evidence, "rule": self.rule()},
-            "by_layer": self.similarities | {name: getattr(self, name) for name in curves},
-            "provenance": self.provenance,
-        }
-
     def __str__(self) -> str:
         table, step = self.table(), max(1, round(self.n_layers / 8))
         width = max(len(measure) for measure, _, _ in table)
         layers = sorted({*range(0, self.n_layers, step), self.n_layers - 1, self.layer})
-        cosine = self.similarities["refusal_vs_negativity"][layers]
-        unbiased = self.statistics["negativity"].unbiased[layers]
         lines = [
             f"{self.model_name}, {self.layer_note}\n",
             wording.verdict_text(self.verdict, self.names),
@@ -291,8 +277,8 @@ class Results:
             "\n" + "\n".join(self.uncertainty()),
             f"\n{table[0][0]}, across depth",
             "layer     " + " ".join(f"{layer:>6}" for layer in layers),
-            "cosine    " + _signed(cosine),
-            "unbiased  " + _signed(unbiased),
+            "cosine    " + _signed(self.similarities["refusal_vs_negativity"][layers]),
+            "unbiased  " + _signed(self.statistics["negativity"].unbiased[layers]),
         ]
         return "\n".join(lines)
 
@@ -306,11 +292,11 @@ class Results:
 
         columns = ["measure", "cosine", "the published rule would say"]
         table = pd.DataFrame(self.table(), columns=columns)
-        note = html.escape(f"{self.model_name}, {self.layer_note}")
-        reasons = "".join(f"<li>{html.escape(line)}</li>" for line in self.verdict_lines())
+        words = (f"{self.model_name}, {self.layer_note}", self.sentence(), *self.verdict_lines())
+        note, sentence, *reasons = map(html.escape, words)
         return (
-            f"<p><b>{note}</b></p><p>verdict: <b>{self.verdict.answer}</b>. "
-            f"{html.escape(self.sentence())}</p><ul>{reasons}</ul>"
+            f"<p><b>{note}</b></p><p>verdict: <b>{self.verdict.answer}</b>. {sentence}</p>"
+            f"<ul><li>{'</li><li>'.join(reasons)}</li></ul>"
             + table.to_html(index=False, float_format="{:+.4f}".format)
         )
 

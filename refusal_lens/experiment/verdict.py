@@ -36,8 +36,11 @@ class Estimate:
     lower: float = math.nan
     upper: float = math.nan
 
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.lower:.2f}, {self.upper:.2f}]"
+    def __format__(self, spec: str = "") -> str:
+        value, *ends = (format(each, spec or ".2f") for each in vars(self).values())
+        return f"{value} [{', '.join(ends)}]"
+
+    __str__ = __format__
 
 
 @dataclass(frozen=True)

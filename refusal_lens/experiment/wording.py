@@ -15,7 +15,7 @@ from .causal import PARTS
 from .verdict import CHANCE, EARLIER, Estimate, Reason, Thresholds, Verdict
 
 WORDS: dict[str, Any] = tomllib.loads(files(__package__).joinpath("words.toml").read_text("utf-8"))
-NATS = ("kl_negativity",)  # measures that are no shares
+NO_SHARES = ("n_prompts", "reliability_refusal", "reliability_negativity", "kl_negativity")
 
 
 class Names(NamedTuple):
@@ -53,8 +53,8 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     """
     e, first = verdict.evidence, verdict.reasons[0]
     left, brought = 1 - e.cross_ablation_share.value, e.cross_addition_share.value
-    effects = {"left": _share(left), "brought": _share(brought)}
-    effects["earlier_left"] = _share(1 - e.earlier_ablation_share.value)
+    shares = {"left": left, "brought": brought, "earlier_left": 1 - e.earlier_ablation_share.value}
+    effects = {k: _percent(min(max(v, 0.0), 1.0)) for k, v in shares.items()}  # NaN stays NaN
     sentence = WORDS["sentences"].get(first.measure, WORDS["both_effects"])
     if verdict.answer == "inconclusive" and first.measure in EARLIER:
         sentence = WORDS["upstream"]
@@ -66,28 +66,21 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
 
 def effects(verdict: Verdict, names: Names = BUNDLED) -> list[list[str]]:
     """Return rows: an effect that decides, its size relative to refusal's, and what chance does."""
-    numbers, words = vars(verdict.evidence), names._asdict()
-    return [
-        [
-            what.format(**words),
-            _percent(numbers[measure]),
-            _percent(numbers[CHANCE[measure]]) if measure in CHANCE else "",
-        ]
-        for measure, what in WORDS["effects"].items()
-    ]
+    numbers, rows = vars(verdict.evidence), []
+    for measure, what in WORDS["effects"].items():
+        chance = _percent(numbers[CHANCE[measure]]) if measure in CHANCE else ""
+        rows.append([what.format(**names._asdict()), _percent(numbers[measure]), chance])
+    return rows
 
 
 def verdict_lines(verdict: Verdict, names: Names = BUNDLED) -> list[str]:
     """Return every reason, then the cosine, as one sentence each."""
-    finding, evidence = verdict.geometry.finding, verdict.evidence
-    cosine = f"the cosine at layer {evidence.layer} is {_within_one(evidence.cosine)}"
-    if finding == "not measured":
-        cosine = f"the cosine at layer {evidence.layer} is not measurable"
-    elif verdict.answer == "inconclusive":
-        cosine += ", which alone decides nothing"
-    else:
-        cosine += f": {WORDS['cosine'][finding].format(answer=verdict.answer)}"
-    lines = [*(_reason(reason, verdict, names) for reason in verdict.reasons), cosine]
+    e, finding = verdict.evidence, str(verdict.geometry.finding)
+    if finding == "reported" and verdict.answer == "inconclusive":
+        finding = "undecided"
+    words = {"layer": e.layer, "cosine": _within_one(e.cosine), "answer": verdict.answer}
+    lines = [_reason(reason, verdict, names) for reason in verdict.reasons]
+    lines.append(WORDS["cosine"][finding].format(**words))
     return [f"{line[0].upper()}{line[1:]}." for line in lines]
 
 
@@ -112,23 +105,13 @@ def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:
 
 def uncertainty(statistics: CosineStatistics, layer: int) -> list[str]:
     """Return a line each on the interval, reliability and null of a cosine at one layer."""
-    at = at_layer(statistics, layer)
-    here, everywhere = (
-        _within_one(Estimate(at["unbiased"], at[f"{band}lower"], at[f"{band}upper"]))
-        for band in ("", "band_")
-    )
-    return [
-        f"true cosine, corrected for noise, with its {100 * statistics.confidence:g} % interval: "
-        f"{here}; for all layers at once {everywhere.split(maxsplit=1)[1]}",
-        f"reliability of the directions {at['reliability_a']:.2f} and {at['reliability_b']:.2f}: "
-        f"noise alone keeps the plain cosine below {at['ceiling']:.2f}",
-        f"were the true cosine 0, the plain one would lie between {at['null_lower']:z.2f} and "
-        f"{at['null_upper']:z.2f} (p {at['p_value']:.2g}, over all layers {at['p_adjusted']:.2g})",
-        *(
-            WORDS["cautions"][caution]
-            for caution in (statistics.cautions or [()] * (layer + 1))[layer]
-        ),
-    ]
+    at: dict[str, Any] = at_layer(statistics, layer)
+    cautions = statistics.cautions[layer] if statistics.cautions else ()
+    at["here"] = _within_one(Estimate(at["unbiased"], at["lower"], at["upper"]))
+    everywhere = _within_one(Estimate(at["unbiased"], at["band_lower"], at["band_upper"]))
+    at |= {"band": everywhere.split(maxsplit=1)[1], "percent": 100 * statistics.confidence}
+    lines = [line.format(**at) for line in WORDS["uncertainty"]]
+    return [*lines, *(WORDS["cautions"][each] for each in cautions)]
 
 
 def at_layer(statistics: CosineStatistics, layer: int) -> dict[str, float]:
@@ -142,30 +125,18 @@ def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
         return WORDS["constant_token"].format(token=repr(verdict.evidence.constant_token))
     if reason.finding == "not measured":
         return WORDS["not_measured"]
-    value, threshold = getattr(verdict.evidence, reason.measure), reason.threshold or 0.0
-    if reason.measure in ("n_prompts", "reliability_refusal", "reliability_negativity", *NATS):
-        numbers = {"value": f"{value:.3g}", "threshold": f"{threshold:g}"}
-    else:
-        numbers = {"value": _percent(value), "threshold": _percent(threshold)}
+    written = "{:.3g}".format if reason.measure in NO_SHARES else _percent
+    numbers = {"value": written(getattr(verdict.evidence, reason.measure))}
+    numbers |= {"threshold": written(reason.threshold or 0.0)}
     sentence = WORDS["measures"][reason.measure] + WORDS["findings"][reason.finding]
-    return sentence.format(
-        **numbers,
-        layer=verdict.evidence.layer,
-        earlier_layer=verdict.evidence.earlier_layer,
-        **names._asdict(),
-    )
+    return sentence.format(**vars(verdict.evidence) | names._asdict() | numbers)
 
 
 def _within_one(cosine: Estimate) -> str:
     """Format a cosine with its interval, both cut at -1 and 1, and say so if they were."""
     ends = [min(max(end, -1.0), 1.0) for end in vars(cosine).values()]
     cut = "" if [*vars(cosine).values()] == ends else " (cut at 1)"
-    return f"{ends[0]:z.2f} [{ends[1]:z.2f}, {ends[2]:z.2f}]{cut}"
-
-
-def _share(value: float) -> str:
-    """A share of prompts in percent, kept between 0 and 100."""
-    return _percent(value if math.isnan(value) else min(max(value, 0.0), 1.0))
+    return f"{Estimate(*ends):z.2f}{cut}"
 
 
 def _percent(value: float | Estimate) -> str:

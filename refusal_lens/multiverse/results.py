@@ -12,7 +12,7 @@ from torch import Tensor
 from ..activations import disk
 from ..errors import InputError, lenient
 from ..experiment.verdict import Estimate, Verdict, published_rule
-from ..experiment.wording import Names, unmeasured, verdict_lines
+from ..experiment.wording import WORDS, Names, unmeasured, verdict_lines
 from ..prompts.protocol import ASSUMED_SYSTEM_PROMPT
 from ..uncertainty import Unmeasured
 from .specifications import Specification
@@ -83,45 +83,31 @@ class Sensitivity:
 
     def sentence(self) -> str:
         """Return which choice matters most, with its number and interval."""
-        most, default = self.changes[0], float(self.plain[self.default, self.layer])
-        if isnan(most.moved.value):
-            return f"At layer {self.layer} the cosine is not measurable under any choice."
-        moved, lower, upper = vars(most.moved).values()
-        return (
-            f"At layer {self.layer} the choice that matters most is this: {most.choice}. It moves the "
-            f"cosine by {moved:+.3f} [{lower:+.3f}, {upper:+.3f}], from {default:+.3f} to "
-            f"{most.becomes:+.3f}."
-        )
+        most, default = self.changes[0], self.plain[self.default, self.layer]
+        words = WORDS["unknown_choice" if isnan(most.moved.value) else "choice"]
+        return words.format(layer=self.layer, most=most, default=float(default))
 
     def scatter(self) -> str:
         """Return the range of the cosine over small subsets, in words; empty without subsets."""
-        change = next((each for each in self.changes if each.n_prompts is not None), None)
-        if change is None:
-            return ""
-        default = float(self.plain[self.default, self.layer])
-        lower, upper = default + change.moved.lower, default + change.moved.upper
-        return (
-            f"With {change.n_prompts} prompts a set instead of "
-            f"{self.specifications[self.default].n_prompts}, the cosine ranges from {lower:+.3f} to "
-            f"{upper:+.3f}, depending on which prompts they are."
-        )
+        few = next((change for change in self.changes if change.n_prompts is not None), None)
+        every, at = self.specifications[self.default], float(self.plain[self.default, self.layer])
+        ends = few and {"lower": at + few.moved.lower, "upper": at + few.moved.upper}
+        return WORDS["fewer_prompts"].format(few=few, every=every, **ends) if ends else ""
 
     def records(self) -> list[dict[str, Any]]:
         """Return one row for every specification and layer; NaN means unknown."""
         directions = {"a": self.names.refusal, "b": self.names.negativity}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for i, specification in enumerate(self.specifications):
             for layer, verdict in enumerate(self.verdicts[i]):
-                row: dict[str, Any] = {"specification": specification.name}
-                row |= {"family": specification.family.value, **specification.choices()}
-                row["layer"] = layer
+                why, plain = self.reasons[i][layer], float(self.plain[i, layer])
+                row = {"specification": specification.name, "family": specification.family.value}
+                row |= specification.choices() | {"layer": layer}
                 row |= {name: float(getattr(self, name)[i, layer]) for name in CURVES}
-                why = self.reasons[i][layer]
-                row["why not"] = unmeasured(why, directions) if why else ""
-                row["verdict"] = verdict.answer
-                row["first reason"] = verdict_lines(verdict, self.names)[0]
-                row["published rule"] = published_rule(row["plain"])
-                rows.append(row)
+                row |= {"why not": unmeasured(why, directions) if why else ""}
+                row |= {"verdict": verdict.answer}
+                row |= {"first reason": verdict_lines(verdict, self.names)[0]}
+                rows.append(row | {"published rule": published_rule(plain)})
         return rows
 
     def table(self) -> "pd.DataFrame":
@@ -158,7 +144,6 @@ class Sensitivity:
         from .. import plotting
 
         table = self.records()
-        csv = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
         document = {
             "sentence": self.sentence(),
             "scatter": self.scatter(),
@@ -178,11 +163,12 @@ class Sensitivity:
             "table": table,
             "evidence": [[verdict.evidence for verdict in row] for row in self.verdicts],
         }
-        page = plotting.page(self.figure())
         with disk.whole_directory(folder) as staging:
-            (staging / "sensitivity.csv").write_text(csv, "utf-8")
+            pd.DataFrame(table).to_csv(
+                staging / "sensitivity.csv", index=False, lineterminator="\n"
+            )
             disk.write_json(staging / "sensitivity.json", disk.plain(document))
-            (staging / "sensitivity.html").write_text(page, "utf-8")
+            (staging / "sensitivity.html").write_text(plotting.page(self.figure()), "utf-8")
         return Path(folder)
 
     def __str__(self) -> str:
