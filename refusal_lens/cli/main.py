@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -53,8 +53,6 @@ class Demo:
 
     def __call__(self) -> None:
         """Run the command."""
-        from ..experiment.verdict import published_rule
-
         if distributed.is_main():
             disk.check_writable(self.out)
         progress = distributed.is_main() and not self.quiet
@@ -67,22 +65,21 @@ class Demo:
         curves = {name: run.similarities["refusal_vs_negativity"] for name, run in found.items()}
         title = "Refusal vs negativity in three models"
         figure = rl.plotting.cosine_by_layer(curves, highlight=layer, title=title)
-        path = self.out / "cosine_by_layer.html"
         if distributed.is_main():
             with disk.whole_directory(self.out) as staging:
-                (staging / path.name).write_text(rl.plotting.page(figure), "utf-8")
+                (staging / "cosine_by_layer.html").write_text(rl.plotting.page(figure), "utf-8")
         rows = []
         for name, run in found.items():
-            cosine = float(curves[name][layer])
-            rows.append([name, run.verdict.answer, f"{cosine:+z.2f}", published_rule(cosine)])
+            _, cosine, rule = run.table()[0]
+            rows.append([name, run.verdict.answer, f"{cosine:+z.2f}", rule])
         head = ["model", "verdict", "cosine", "the published rule would say"]
+        path = self.out / "cosine_by_layer.html"
         written = f"Written to {self.out}: open {path} and the report.html of each model"
         told = EXPLANATION.format(never="untaught" if self.real else "oblivious")
         show(*map(verdict, found.values()), table(head, rows), told, written)
 
     def _run(self, name: str, model: str, progress: bool) -> "rl.Results":
-        config = rl.Config(model=model, max_prompts=self.max_prompts)
-        results = rl.run_experiment(config, progress=progress)
+        results = rl.run_experiment(model, max_prompts=self.max_prompts, progress=progress)
         results.save(self.out / name)
         rl.write_report(results, self.out / name / "report.html")
         return results
@@ -130,10 +127,9 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     def _config(self) -> "rl.Config":
         same = {f.name: getattr(self, f.name) for f in fields(rl.Config) if hasattr(self, f.name)}
         openings = self.refusal_openings and rl.load_prompts(self.refusal_openings)
-        different: dict[str, Any] = {"n_resamples": self.resamples}
-        different["refusal_openings"] = openings and tuple(map(str.strip, openings))
-        different |= self.concepts() | {"protocol": self.protocol(self.position)}
-        return rl.Config(**(same | different))
+        same |= {"n_resamples": self.resamples, "protocol": self.protocol(self.position)}
+        same["refusal_openings"] = openings and tuple(map(str.strip, openings))
+        return rl.Config(**same | self.concepts())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -91,8 +91,7 @@ class Select(RefusalOptions, ModelOptions):
     def __call__(self) -> None:
         """Run the command."""
         contrast = as_contrast(self.own())
-        out = self.start("-select")
-        writes = distributed.is_main()
+        out, writes = self.start("-select"), distributed.is_main()
         found = rl.select_direction(
             self.load(),
             contrast,
@@ -101,15 +100,10 @@ class Select(RefusalOptions, ModelOptions):
             divide=distributed.in_shares,
         )
         if writes and found.chosen is not None:
-            direction = rl.formats.Directions(
-                found.direction[None],
-                (found.layer,),
-                source=self.model,
-                position=found.chosen.position,
-                model=self.model,
-                contrast=contrast.name,
-                normalisation="none: mean(target) - mean(baseline)",
-            )
+            known: dict[str, Any] = {"source": self.model, "model": self.model}
+            known |= {"position": found.chosen.position, "contrast": contrast.name}
+            known |= {"normalisation": "none: mean(target) - mean(baseline)"}
+            direction = rl.formats.Directions(found.direction[None], (found.layer,), **known)
             rl.formats.write_directions(direction, out / "direction.safetensors")
         if writes:
             with disk.whole_directory(out) as staging:
@@ -139,10 +133,10 @@ class ConceptMap(ModelOptions):
         concepts = [_own_concept(text) if ":" in text else text for text in texts]
         options = {name: getattr(self, name) for name in ("layer", "max_prompts", "device")}
         options |= {"cache": self.cache or default_folder(), "n_devices": self.n_devices}
-        for model in self.model.split(","):
-            own = re.sub(r"[^\w.-]+", "-", model)
-            folder = self.out / own if self.out and model != self.model else self.out
-            out = replace(self, model=model, out=folder).start("-atlas")
+        models = self.model.split(",")
+        for model in models:
+            own = re.sub(r"[^\w.-]+", "-", model) if len(models) > 1 else ""
+            out = replace(self, model=model, out=self.out and self.out / own).start("-atlas")
             found = rl.compare_concepts(model, concepts, progress=not self.quiet, **options)
             found.save(out)
             show(f"{model}, layer {found.layer}", str(found), f"Written to {out}")

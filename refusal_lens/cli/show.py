@@ -48,17 +48,13 @@ def verdict(results: "rl.Results") -> Text:
 
 def findings(results: "rl.Results") -> "list[Table | Text | str]":
     """Return everything about a run: verdict, effects, cosines and their uncertainty."""
-    head = [
-        "effect on refusal, in % of what refusal does",
-        "effect [interval]",
-        "a random direction",
-    ]
+    effect = "effect on refusal, in % of what refusal does"
+    head = [effect, "effect [interval]", "a random direction"]
+    rows = effects(results.verdict, results.names)
     cosines = [(name, f"{value:+z.4f}", rule) for name, value, rule in results.table()]
-    found: list[Table | Text | str] = [verdict(results)]
-    if results.causal:
-        found.append(table(head, effects(results.verdict, results.names)))
-    else:
-        found.append("\n".join(results.verdict_lines()))
-    found.append(table(["measure", "cosine", "the published rule would say"], cosines))
-    found.append("\n".join(results.uncertainty()))
-    return found
+    return [
+        verdict(results),
+        table(head, rows) if results.causal else "\n".join(results.verdict_lines()),
+        table(["measure", "cosine", "the published rule would say"], cosines),
+        "\n".join(results.uncertainty()),
+    ]
