@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 """Distributions by the name they are imported by, where the two differ."""
-BY_USER = {"IPython", "ipywidgets", "peft", "steering_vectors"}
+BY_USER = {"IPython", "ipywidgets", "peft"}
 """Packages that the code meets where the user has them: a notebook's own, the reader of adapters
-(the extra `lora`), the widgets of the panel (`notebooks`), and an export's target."""
+(the extra `lora`), and the widgets of the panel (`notebooks`)."""
 
 
 def imported() -> set[str]:

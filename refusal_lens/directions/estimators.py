@@ -17,7 +17,6 @@ from .covariance import WithinClassCovariance
 Target = Float[Tensor, "target layer d_model"]
 Baseline = Float[Tensor, "baseline layer d_model"]
 Direction = Float[Tensor, "layer d_model"]
-Penalties = tuple[float, ...]
 BLOCK = 64  # prompts that are converted to float64 at a time
 
 
@@ -76,7 +75,7 @@ def logistic_probe(
     target: Target,
     baseline: Baseline,
     *,
-    penalties: Penalties = (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0),
     folds: int = 5,
 ) -> Direction:
     r"""Weights of an L2-penalised logistic regression, its penalty chosen by cross-validation.
@@ -106,15 +105,10 @@ def logistic_probe(
         raise InputError(f"{counts}: a side has fewer than the {folds} folds; lower `folds`")
     label = torch.arange(len(target) + len(baseline)) < len(target)
     fold = torch.cat([torch.arange(len(side)) % folds for side in (target, baseline)])
-    probe = LogisticRegressionCV(
-        Cs=[1 / (penalty * len(label)) for penalty in penalties],
-        cv=PredefinedSplit(fold.numpy()),
-        scoring=_log_likelihood,
-        l1_ratios=(0,),
-        tol=1e-8,
-        max_iter=10_000,
-        use_legacy_attributes=False,
-    )
+    inverse_penalties = [1 / (penalty * len(label)) for penalty in penalties]
+    options: Any = {"l1_ratios": (0,), "tol": 1e-8, "max_iter": 10_000, "scoring": _log_likelihood}
+    options |= {"cv": PredefinedSplit(fold.numpy()), "use_legacy_attributes": False}
+    probe = LogisticRegressionCV(Cs=inverse_penalties, **options)
     with threadpool_limits(1):  # the faster on problems this small
         for layer in range(len(weights)):
             rows = torch.cat([target[:, layer], baseline[:, layer]]).double()

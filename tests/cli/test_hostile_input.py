@@ -754,10 +754,6 @@ FILE_CASES = {
         ),
         "which layers",
     ),
-    "to_steering_vector: unknown layers": (
-        lambda w: formats.to_steering_vector(some_directions(None)),
-        "which layers",
-    ),
     "compare: another width": (
         lambda w: formats.compare(some_directions(), some_directions(width=7)),
         "can't be compared",

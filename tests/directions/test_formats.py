@@ -1,7 +1,6 @@
 """Other projects' direction files: read in this package's counting, written for other tools."""
 
 import json
-import sys
 from pathlib import Path
 
 import gguf
@@ -18,7 +17,6 @@ from refusal_lens.directions.formats import (
     compare,
     read_directions,
     sign_flips,
-    to_steering_vector,
     write_control_vector,
     write_directions,
 )
@@ -387,34 +385,6 @@ def test_repeng_adds_our_layer_where_we_say_it_was_read(tmp_path, repeng, layer)
     torch.testing.assert_close(by, directions.vectors[0])
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
-def test_steering_vectors_adds_our_layer_where_we_say_it_was_read(layer):
-    pytest.importorskip("steering_vectors")
-    directions = Directions(draw(1, 8), (layer,), "here")
-    steering = to_steering_vector(directions)
-    model = tiny_model()
-    before = block_outputs(model)
-    with steering.apply(model):
-        changed, by = first_changed(before, block_outputs(model))
-    assert changed == layer
-    torch.testing.assert_close(by, directions.vectors[0])
-    torch.testing.assert_close(block_outputs(model), before)
-
-
-def test_a_steering_vector_owns_its_numbers():
-    pytest.importorskip("steering_vectors")
-    directions = some(2)
-    kept = directions.vectors.clone()
-    to_steering_vector(directions).layer_activations[1].zero_()
-    assert torch.equal(directions.vectors, kept)
-
-
-def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "steering_vectors", None)
-    with pytest.raises(InputError, match="pip install --no-deps steering-vectors"):
-        to_steering_vector(BLOCKS)
-
-
 @pytest.mark.parametrize(
     ("layers", "message"), [(None, "2 rows of unknown layers"), ((-1, 0), "layers -1 to 0")]
 )
@@ -422,8 +392,6 @@ def test_layers_without_a_block_are_not_written_for_others(tmp_path, layers, mes
     directions = Directions(draw(2, 8), layers, "here")
     with pytest.raises(InputError, match=message):
         write_control_vector(directions, tmp_path / "c.gguf", model_type="llama")
-    with pytest.raises(InputError, match=message):
-        to_steering_vector(directions)
 
 
 # The record itself

@@ -1,4 +1,4 @@
-"""`Directions` with their metadata, and the files and objects that other projects load."""
+"""`Directions` with their metadata, and the files that other projects load."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from ...activations import disk
 from ...errors import InputError
-
-if TYPE_CHECKING:
-    from steering_vectors import SteeringVector
 
 ROWS = "row l is blocks.{l}.hook_resid_post"  # metadata entry `layer` of this package's files
 MOST_LAYERS = 10_000  # a file with a larger layer number is damaged
@@ -145,7 +142,11 @@ def write_control_vector(directions: Directions, path: str | Path, *, model_type
         path: the file, written atomically. InputError if the folder can't be written.
         model_type: `model_type` of the model's Hugging Face configuration, such as "llama".
     """
-    layers, path = _block_layers(directions), Path(path)
+    layers, path = directions.layers, Path(path)
+    if layers is None or layers[0] < 0:
+        found = f"{directions.source} has {directions.describe_layers()}"
+        advice = "read it with hook=, leave layer -1 (the embedding) out with .at()"
+        raise InputError(f"{found}, and must say which layers follow a block: {advice}")
     if layers == (0,):
         only = "has only layer 0, which llama.cpp can't steer: give later layers"
         raise InputError(f"{directions.source} {only}")
@@ -167,32 +168,7 @@ def write_control_vector(directions: Directions, path: str | Path, *, model_type
     return path
 
 
-def to_steering_vector(directions: Directions) -> "SteeringVector":
-    """The `directions` as a `steering_vectors.SteeringVector` on the outputs of the blocks.
-
-    InputError if layers are unknown or include -1 (in that package, the last block), or if the
-    package is not installed.
-    """
-    layers = _block_layers(directions)
-    try:
-        from steering_vectors import SteeringVector
-    except ImportError as error:
-        # steering-vectors requires an older transformers than it needs, hence --no-deps.
-        raise InputError("first run pip install --no-deps steering-vectors") from error
-    vectors = dict(zip(layers, directions.vectors.detach().clone(), strict=True))
-    return SteeringVector(layer_activations=vectors, layer_type="decoder_block")
-
-
-def _block_layers(directions: Directions) -> tuple[int, ...]:
-    if directions.layers is None or directions.layers[0] < 0:
-        found = f"{directions.source} has {directions.describe_layers()}"
-        advice = "read it with hook=, leave layer -1 (the embedding) out with .at()"
-        raise InputError(f"{found}, and must say which layers follow a block: {advice}")
-    return directions.layers
-
-
 def _short(layers: Sequence[int]) -> str:
     if len(layers) > 1 and all(after == here + 1 for here, after in pairwise(layers)):
         return f"{layers[0]} to {layers[-1]}"
-    listed = ", ".join(str(layer)[:9] for layer in layers[:8])
-    return listed + (", ..." if len(layers) > 8 else "")
+    return ", ".join(str(layer)[:9] for layer in layers[:8]) + ", ..." * (len(layers) > 8)

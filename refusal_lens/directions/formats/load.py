@@ -22,9 +22,13 @@ from .directions_file import GGUF_PREFIX, Directions, FileMetadata, parse_metada
 
 MOST_POSITIONS = 32  # a longer first axis of three is an axis of prompts
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-_PLAIN |= {f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")}
-_PLAIN |= {"torch LongStorage", "torch IntStorage"}  # the only names in pickles of tensors
+_PLAIN = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+}  # names in a tensor's pickle
+_PLAIN |= {
+    f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int")
+}
 Contents = tuple[Mapping[str, Tensor], FileMetadata]  # tensors by name ("" if nameless), metadata
 
 
@@ -133,9 +137,8 @@ def _read_file(path: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
         if not path.is_file():
             raise InputError(f"no file {path}: name a file of directions or a run's folder")
         if suffix not in READERS:
-            raise InputError(
-                f"{path}: directions are read from {', '.join(READERS)}, not this ending"
-            )
+            endings = ", ".join(READERS)
+            raise InputError(f"{path}: directions are read from {endings}, not this ending")
         with path.open("rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tensors, found = READERS[suffix](path)
@@ -144,9 +147,8 @@ def _read_file(path: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
     except OSError as error:
         raise InputError(f"{path} can't be opened: {error.strerror or error}") from error
     except Exception as error:  # whatever a library raises on damaged bytes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        problem = f"{path} can't be read as {suffix[1:]}: {reason}; fetch it anew"
-        raise InputError(problem) from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{path} can't be read as {suffix[1:]}: {why}; fetch it anew") from error
     name = _choose_tensor(tensors, key, path)
     if name and found.get("hook") == "resid_post" and "layers" not in found:
         found["contrast"] = name  # a run's file names each tensor by its contrast
@@ -169,11 +171,8 @@ def _choose_tensor(tensors: Mapping[str, Tensor], key: str | None, path: Path) -
 
 def _published_metadata(path: Path) -> FileMetadata:
     """Metadata that the file names of published directions imply."""
-    difference: FileMetadata = {
-        "hook": "resid_pre",
-        "contrast": "harmful - harmless",
-        "normalisation": "none: mean(harmful) - mean(harmless)",
-    }
+    difference: FileMetadata = {"hook": "resid_pre", "contrast": "harmful - harmless"}
+    difference["normalisation"] = "none: mean(harmful) - mean(harmless)"
     if "mean_diffs" in path.stem:
         return difference
     beside = path.with_name(f"{path.stem.replace('direction', 'direction_metadata', 1)}.json")
@@ -204,8 +203,7 @@ def _read_npy(path: Path) -> Contents:
 
 
 def _read_json(path: Path) -> Contents:
-    tensor = torch.tensor(disk.read_json(path), dtype=torch.float64)
-    return {"": tensor}, _published_metadata(path)
+    return {"": torch.tensor(disk.read_json(path), dtype=torch.float64)}, _published_metadata(path)
 
 
 def _read_pt(path: Path) -> Contents:
@@ -270,11 +268,6 @@ def _read_control_vector(path: Path) -> Contents:
     return tensors, {"layers": layers, "hook": "resid_post", "notes": (f"{hint}; {note}",)}
 
 
-READERS: dict[str, Callable[[Path], Contents]] = {
-    ".safetensors": _read_safetensors,
-    ".pt": _read_pt,
-    ".pth": _read_pt,
-    ".npy": _read_npy,
-    ".json": _read_json,
-    ".gguf": _read_control_vector,
-}
+READERS: dict[str, Callable[[Path], Contents]] = {".safetensors": _read_safetensors}
+READERS |= {".pt": _read_pt, ".pth": _read_pt}
+READERS |= {".npy": _read_npy, ".json": _read_json, ".gguf": _read_control_vector}
