@@ -57,8 +57,7 @@ def checked_rows(
     n_before = int((from_end + lengths[:, None]).min())
     starts = tokens.gather(1, width - lengths[:, None] + torch.arange(n_before))
     prefix = starts[0, : int((starts == starts[0]).all(0).cumprod(0).sum())]
-    on_gpu = input_device(model).type == "cuda"
-    pays = tokens_that_fill_a_gpu(model) if on_gpu else PREFIX_PAYS
+    pays = tokens_that_fill_a_gpu(model) if input_device(model).type == "cuda" else PREFIX_PAYS
     if len(prefix) * (n_rows - 1) < pays or not can_share_prefix(model, width):
         prefix = prefix[:0]
     return Rows(tokens, lengths, from_end, hook_points(model, inputs.hook), labels, prefix)

@@ -96,8 +96,7 @@ def by_contrast(
         sides += [(f"{one.name}'s {one.baseline_name}", one.baseline)]
     prompts = [prompt for _, side in sides for prompt in side]
     labels = [f"prompt {i} of {label}" for label, side in sides for i in range(len(side))]
-    activations = read(prompts, labels=labels)
-    split = iter(activations[:, 0].split([len(side) for _, side in sides]))
+    split = iter(read(prompts, labels=labels)[:, 0].split([len(side) for _, side in sides]))
     return {key: ContrastActivations(next(split), next(split)) for key in contrasts}
 
 

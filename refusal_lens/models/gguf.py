@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LONGEST_LIST = 4096  # numbers in a list that says something about the model, not about its words
-ROPE_FACTORS = "rope_freqs.weight"
 _INSTEAD = "load the model's Hugging Face directory or hub name instead"
 
 
@@ -73,10 +72,6 @@ class Reader(gguf.GGUFReader):
         """A number or text of the header; `None` if there is none."""
         return self.fields[key].contents() if key in self.fields else None
 
-    def of_architecture(self, key: str) -> Any:
-        """The entry of a name that begins with the architecture; `None` if there is none."""
-        return self.entry(f"{self.entry('general.architecture')}.{key}")
-
 
 def read_header(path: Path) -> Reader:
     """Read the header of a GGUF file that holds a whole model; InputError for any other file."""
@@ -101,14 +96,15 @@ def read_header(path: Path) -> Reader:
 
 def complete_config(config: "PretrainedConfig", header: Reader) -> None:
     """Write the stretching of positions, which transformers leaves out, into a configuration."""
-    kind = header.of_architecture("rope.scaling.type")
+    scaled = f"{header.entry('general.architecture')}.rope.scaling"
+    kind = header.entry(f"{scaled}.type")
     if kind in (None, "none") or config.rope_parameters["rope_type"] != "default":
         return
     if kind not in ("linear", "yarn"):
         raise InputError(f"{header.path} stretches positions by {kind!r}: {_INSTEAD}")
-    scaling = {"rope_type": kind, "factor": header.of_architecture("rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": header.entry(f"{scaled}.factor")}
     if kind == "yarn":
-        longest = header.of_architecture("rope.scaling.original_context_length")
+        longest = header.entry(f"{scaled}.original_context_length")
         scaling["original_max_position_embeddings"] = longest
     config.rope_parameters |= scaling
 
@@ -124,21 +120,13 @@ def without_words() -> Iterator[None]:
         yield
 
 
-def loading_options() -> dict[str, Any]:
-    """Arguments of `from_pretrained` that make every weight an ordinary tensor."""
-    import transformers
-
-    made = getattr(transformers, "GgufConfig", None)  # since 5.24, which can keep weights quantised
-    return {"quantization_config": made(dequantize=True)} if made else {}
-
-
 def complete_model(hf_model: "PreTrainedModel", header: Reader) -> None:
     """Apply the tensor by which Llama 3.1 and later stretch positions, which transformers leaves out.
 
     InputError if transformers left out any other tensor.
     """
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    factors = tensors.pop(ROPE_FACTORS, None)
+    factors = tensors.pop("rope_freqs.weight", None)
     if hf_model.config.tie_word_embeddings:
         tensors.pop("output.weight", None)
     held = sum(weight.numel() for weight in hf_model.parameters())

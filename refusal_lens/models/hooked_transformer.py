@@ -197,10 +197,8 @@ def _rotary_tables(hf_model: "PreTrainedModel", cfg: Any, attention: str) -> dic
     first, second = rotary(example, torch.arange(cfg.n_ctx, device=device)[None], **kind)
     cos, sin = (first[0], second[0]) if first[0, 0, 0] else (second[0], first[0])  # GPT-J's order
     if 2 * cos.shape[1] == cfg.rotary_dim:  # each angle once, for the two dimensions that it turns
-        cos, sin = (
-            table.repeat_interleave(2, 1) if cfg.rotary_adjacent_pairs else table.repeat(1, 2)
-            for table in (cos, sin)
-        )
+        pairs = cfg.rotary_adjacent_pairs
+        cos, sin = (t.repeat_interleave(2, 1) if pairs else t.repeat(1, 2) for t in (cos, sin))
     return {"rotary_cos": cos, "rotary_sin": sin}
 
 

@@ -1,6 +1,7 @@
 """Find the files of a model: bundled, local, or fetched from the hub."""
 
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ CONFIG_FILES = ("config.json",)
 TOKENIZER_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 WEIGHT_FILES = ("*.safetensors",)
 PICKLED_WEIGHT_FILES = ("pytorch_model*.bin",)
+
+# Messages by the hub's exceptions, a subclass before its base class.
+PROBLEMS = json.loads(Path(__file__).with_name("hub_errors.json").read_text("utf-8"))
 
 SAMPLE_BYTES = 65_536
 SAMPLES_PER_FILE = 64
@@ -116,11 +120,7 @@ def _fetched(name: str, files: Sequence[str], revision: str | None) -> Checkpoin
     try:
         return _download(name, files, revision)
     except errors.GatedRepoError:
-        gate = (
-            f"{name} is gated: accept its conditions at https://huggingface.co/{name}, make a token at "
-            "https://huggingface.co/settings/tokens, and set the environment variable HF_TOKEN to it "
-            "(or run: hf auth login, in a notebook huggingface_hub.login(), and this again)"
-        )
+        gate = PROBLEMS["GatedRepoError"].format(name=name)
     if is_notebook() or (sys.stdin is not None and sys.stdin.isatty()):
         logger.warning(gate)
         try:
@@ -145,22 +145,7 @@ def _download(name: str, files: Sequence[str], revision: str | None) -> Checkpoi
         return Checkpoint(name, config.parent, config.parent.name)
     except errors.GatedRepoError:
         raise
-    # A subclass comes before its base class.
-    except errors.HFValidationError:
-        kinds = "organism:NAME, a directory, a GGUF file, or a hub name (owner/model)"
-        why = f"{name!r} is no model: give {kinds}"
-    except errors.RevisionNotFoundError:
-        why = f"{name} has no revision {revision!r} on the hub: give a branch, tag or commit"
-    except errors.RepositoryNotFoundError:
-        private = "or it is private and HF_TOKEN does not open it"
-        check = "check the name (there is no such directory here either)"
-        why = f"the hub has no model {name!r}, {private}: {check}"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        check = "check the network and HF_HUB_OFFLINE, or the name (no such directory is here)"
-        why = f"{name} has not been downloaded before and the hub can't be reached: {check}"
-    except errors.EntryNotFoundError:
-        why = f"{name} on the hub holds no model: it has no config.json"
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "nothing")
-        why = f"the hub answers {status} when asked for {name}: try again later"
-    raise InputError(why)
+    except tuple(getattr(errors, kind) for kind in PROBLEMS) as error:
+        kind = next(kind for kind in PROBLEMS if isinstance(error, getattr(errors, kind)))
+        status = getattr(getattr(error, "response", None), "status_code", "nothing")
+    raise InputError(PROBLEMS[kind].format(name=name, revision=revision, status=status))

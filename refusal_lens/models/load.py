@@ -17,7 +17,6 @@ import torch
 from ..errors import READERS, InputError
 from . import gguf, hooked_transformer, hub
 from .forward import free_memory
-from .hooked_transformer import FAMILIES
 from .hub import ORGANISM, Checkpoint, find_checkpoint
 from .parity import check_parity, hugging_face_pass
 
@@ -259,24 +258,23 @@ def _with_weights(checkpoint: Checkpoint) -> Checkpoint:
 def _hf_model(
     checkpoint: Checkpoint, config: "PretrainedConfig", dtype: torch.dtype, device_map: Any
 ) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     options: Any = {"dtype": dtype, "device_map": device_map, "attn_implementation": ATTENTION}
     options |= {"output_loading_info": True} | checkpoint.source
     if checkpoint.header:
-        options |= gguf.loading_options() | {"config": config}
+        options["config"] = config
+        # Since 5.24, which can keep weights quantised.
+        if made := getattr(transformers, "GgufConfig", None):
+            options["quantization_config"] = made(dequantize=True)
     with _reading("weights", checkpoint), gguf.without_words():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(**options)
     hf_model, found = loaded
     if missing := sorted(found["missing_keys"]):
         lack = f"lack {missing[0]} ({len(missing)} in all): a whole language model is needed"
         raise InputError(f"the weights of {checkpoint.name} {lack}")
     if checkpoint.header:
         gguf.complete_model(hf_model, checkpoint.header)
-    return _with_adapters(hf_model, checkpoint).eval()
-
-
-def _with_adapters(hf_model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreTrainedModel":
     for folder in checkpoint.adapters:
         try:
             from peft import PeftModel
@@ -286,7 +284,7 @@ def _with_adapters(hf_model: "PreTrainedModel", checkpoint: Checkpoint) -> "PreT
         hf_model.config.__dict__.pop("quantization_config", None)  # by now weights are ordinary
         with _reading("adapter", checkpoint):
             hf_model = PeftModel.from_pretrained(hf_model, str(folder)).merge_and_unload()
-    return hf_model
+    return hf_model.eval()
 
 
 def _device_map(
@@ -315,7 +313,7 @@ def _tokenizer(checkpoint: Checkpoint, architecture: str = "") -> "Tokenizer | N
         if header:  # files beside a GGUF file would replace its own tokenizer and chat template
             source |= {"pretrained_model_name_or_path": empty, "gguf_file": str(header.path)}
         # TransformerLens would load any other tokenizer a second time, from where this one was.
-        elif architecture in FAMILIES and _lens() is hooked_transformer:
+        elif architecture in hooked_transformer.FAMILIES and _lens() is hooked_transformer:
             with suppress(ValueError):
                 return AutoTokenizer.from_pretrained(**source, add_bos_token=True)
         tokenizer = AutoTokenizer.from_pretrained(**source)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .protocol import Protocol
@@ -23,16 +23,12 @@ _PLACEHOLDERS = {"system": "sys3e7c1f90a2d4b586", "prompt": "usr8b41d65c7f0e92a3
 Content = Callable[[str], Any]  # from a message's text to its content: text, or a list of parts
 
 
-class Chats(NamedTuple):
-    """The text of each prompt's chat, cut into the same pieces; `roles` says whose each piece is."""
+def format_prompts(
+    tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol
+) -> tuple[list[str], list[list[str]]]:
+    """Return each prompt's chat as the tokenizer's `apply_chat_template` writes it, in pieces.
 
-    roles: list[str]  # template, system or prompt
-    pieces: list[list[str]]
-
-
-def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protocol) -> Chats:
-    """Return the chat of each prompt as the tokenizer's `apply_chat_template` writes it.
-
+    All chats are cut into the same pieces, whose roles (template, system, prompt) come first.
     InputError if the template is missing, refuses a text, or does not write each exactly once.
     """
     render = _renderer(tokenizer, protocol)
@@ -46,8 +42,7 @@ def format_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Pro
         frame = _filled(frame, roles.index("system"), text, "the system prompt")
     texts = render([system | {"prompt": prompt} for prompt in prompts], content)
     at = roles.index("prompt")
-    filled = [_filled(frame, at, text, f"prompts[{row}]") for row, text in enumerate(texts)]
-    return Chats(roles, filled)
+    return roles, [_filled(frame, at, text, f"prompts[{i}]") for i, text in enumerate(texts)]
 
 
 def _template(tokenizer: "Tokenizer", asked: str | None) -> str:
@@ -121,10 +116,9 @@ def _frame(render: Callable[..., list[str]], placed: dict[str, str]) -> tuple[li
         # A template that takes text alone writes a list of parts as Python spells it.
         if wrong is None and "{'type'" not in "".join(frame):
             return frame, content
-        what = (
-            f"{'the system' if wrong == 'system' else 'a'} prompt {counts[wrong or 'prompt']} times"
-        )
-        problems.append(InputError(f"the chat template writes {what}: it should do so once"))
+        which, times = "the system" if wrong == "system" else "a", counts[wrong or "prompt"]
+        problem = f"the chat template writes {which} prompt {times} times: it should do so once"
+        problems.append(InputError(problem))
     raise problems[0]
 
 

@@ -13,11 +13,8 @@ from typing import Any
 
 from ..errors import READERS, InputError, lenient
 
-BUNDLED = (  # files in `data`
-    *("refusal", "negativity", "positivity", "alarm", "arousal", "harmfulness", "anger", "fear"),
-    *("sadness", "disgust", "joy", "uncertainty", "incapability", "politeness", "imperative"),
-    "second_person",
-)
+_DATA = Path(__file__).with_name("data")
+BUNDLED = tuple((_DATA / "names.txt").read_text("utf-8").split())
 
 
 @lenient
@@ -73,7 +70,6 @@ class Contrast:
         object.__setattr__(self, "clusters", self._checked_clusters())
 
     def _checked_clusters(self) -> tuple[Any, ...]:
-        """The clusters with lists as tuples."""
         sides = [self.clusters] if self.paired else [*self.clusters]
         if any(isinstance(side, str) or not isinstance(side, Iterable) for side in sides):
             raise InputError("`clusters` is one list: give two, the targets' and the baselines'")
@@ -152,8 +148,7 @@ def load_contrast(name: str) -> Contrast:
     if name not in BUNDLED:
         problem = f"there is no bundled contrast {name!r}: {did_you_mean(name.lower(), BUNDLED)}"
         raise InputError(f"{problem}there are {', '.join(BUNDLED)}; or use `contrast_from_file`")
-    path = Path(__file__).with_name("data") / f"{name}.csv"
-    with path.open(encoding="utf-8", newline="") as file:
+    with (_DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         (_, _, *sides), *rows = csv.reader(file)  # topic, frame, and the two sides by name
     topics, frames, target, baseline = zip(*rows, strict=True)
     clusters = tuple(zip(topics, frames, strict=True))
@@ -182,9 +177,8 @@ def as_contrast(value: Any) -> Any:
     if hasattr(value, "columns") and hasattr(value, "dropna"):
         if len(value.columns) != 2:
             names = ", ".join(map(quoted, value.columns))
-            raise InputError(
-                f"a contrast has two columns, not {names}: give table[[TARGET, BASELINE]]"
-            )
+            advice = "give table[[TARGET, BASELINE]]"
+            raise InputError(f"a contrast has two columns, not {names}: {advice}")
         sides = {str(column): tuple(value[column].dropna()) for column in value.columns}
         return Contrast("contrast", *sides.values(), *sides)  # type: ignore[arg-type]
     if isinstance(value, Contrast):

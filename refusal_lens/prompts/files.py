@@ -176,8 +176,7 @@ def _contrast(name: str, sides: list[_Side], paired: bool, keep: bool) -> Contra
     for side in (side for side in sides if side.clusters):
         for place, label in side.clusters:
             check_filled(place, None if label is None else str(label))
-        found = [label for _, label in side.clusters]
-        labels.append([[*map(str, x)] if isinstance(x, list) else str(x) for x in found])
+        labels.append([[*map(str, x)] if isinstance(x, list) else str(x) for _, x in side.clusters])
     labels = labels[0] if labels and paired else labels
     names = (sides[0].name, sides[1].name)
     return Contrast(name, target, baseline, *names, paired, labels, keep_duplicates=keep)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from .chat_template import Chats, format_prompts
+from .chat_template import format_prompts
 from .contrast import check_text, quoted
 from .protocol import ARDITI, DEFAULT, LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN, Protocol
 
@@ -110,7 +110,7 @@ def _formatted(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protoco
     if not getattr(tokenizer, "is_fast", False):
         kind = "there is no" if tokenizer is None else f"{type(tokenizer).__name__} is not a"
         raise InputError(f"{kind} fast tokenizer: load one from a folder with a tokenizer.json")
-    formatted = _encoded(tokenizer, format_prompts(tokenizer, prompts, protocol))
+    formatted = _encoded(tokenizer, *format_prompts(tokenizer, prompts, protocol))
     bos = tokenizer.bos_token_id
     # TransformerLens sets BOS to EOS where a tokenizer has no BOS.
     if protocol.bos == "once" or bos is None or bos == tokenizer.eos_token_id:
@@ -118,13 +118,12 @@ def _formatted(tokenizer: "Tokenizer", prompts: Sequence[str], protocol: Protoco
     return [Tokens([bos, *ids], ["special", *roles]) for ids, roles in formatted]
 
 
-def _encoded(tokenizer: "Tokenizer", chats: Chats) -> list[Tokens]:
+def _encoded(tokenizer: "Tokenizer", roles: list[str], layouts: list[list[str]]) -> list[Tokens]:
     """Each chat's tokens; text of special tokens outside the template's own text stays text."""
     backend: Any = tokenizer.backend_tokenizer
     controls = {i: one for i, one in backend.get_added_tokens_decoder().items() if one.special}
     longest_first = sorted((one.content for one in controls.values()), key=len, reverse=True)
     named = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    roles, layouts = chats
     encoded = _encode(backend, layouts, roles)
     if quoting := [i for i, one in enumerate(layouts) if _quotes_special(one, roles, named)]:
         quoted_ones = _encode_quoting(backend, [layouts[i] for i in quoting], roles, named)
@@ -178,11 +177,11 @@ def _encode_quoting(
         one.content, one.special = alias[one.content], False
     backend.add_tokens(list(controls.values()))
     real = {backend.token_to_id(one.content): i for i, one in controls.items()}
-    renamed = [list(pieces) for pieces in layouts]
-    for pieces in renamed:
-        for i, role in enumerate(roles):
-            if role == "template":
-                pieces[i] = named.sub(lambda match: alias[match[0]], pieces[i])
+
+    def aliased(piece: str, role: str) -> str:
+        return named.sub(lambda match: alias[match[0]], piece) if role == "template" else piece
+
+    renamed = [[*map(aliased, pieces, roles)] for pieces in layouts]
     encoded = _encode(backend, renamed, roles, special_as_text=True)
     if taken := {i for tokens in encoded for i in tokens.ids}.intersection(real.values()):
         token = backend.id_to_token(min(taken))
@@ -254,8 +253,6 @@ class TokenRow(NamedTuple):
 
 class TokenTable(tuple[TokenRow, ...]):
     """Every token of a batch; shown as HTML in Jupyter and as text when printed."""
-
-    __slots__ = ()
 
     def __str__(self) -> str:
         return "\n".join(["prompt  position      id  role      token", *map(str, self)])
