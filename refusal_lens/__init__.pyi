@@ -57,7 +57,7 @@ from .prompts.files import load_prompts as load_prompts
 from .prompts.protocol import Protocol as Protocol
 from .prompts.tokenize import build_inputs_with_chat_template as build_inputs_with_chat_template
 from .prompts.tokenize import show_tokens as show_tokens
-from .report import write_report as write_report
+from .report.page import write_report as write_report
 from .report.panel import panel as panel
 from .uncertainty import CosineStatistics as CosineStatistics
 from .uncertainty import cosine_statistics as cosine_statistics

@@ -237,17 +237,11 @@ def add_bands(
                 x += [*at, *at[::-1], None]
                 y += [*(low[i] for i in at), *(high[i] for i in at[::-1]), None]
         shade = colour or curve.style.colour
-        chart.add_scatter(
-            x=x[:-1],
-            y=y[:-1],
-            mode="lines",
-            fill="toself",
-            fillcolor=tint(shade, opacity),
-            line={"color": tint(shade, 2 * opacity), "width": 1},
-            name=wrapped(f"{curve.name}: {label}" if len(curves) > 1 else label, lines=2),
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        name = wrapped(f"{curve.name}: {label}" if len(curves) > 1 else label, lines=2)
+        area = {"fill": "toself", "fillcolor": tint(shade, opacity), "mode": "lines"}
+        line = {"color": tint(shade, 2 * opacity), "width": 1}
+        silent = {"hoverinfo": "skip", "showlegend": False}
+        chart.add_scatter(x=x[:-1], y=y[:-1], name=name, line=line, **area, **silent)
 
 
 def add_curve(chart: go.Figure, curve: Curve, *, width: float = 2.4, **trace: Any) -> None:
@@ -257,16 +251,12 @@ def add_curve(chart: go.Figure, curve: Curve, *, width: float = 2.4, **trace: An
         for i, pair in enumerate(zip(*map(numbers, ends), strict=True)):
             low, high = (written(end, curve.form) for end in pair)
             text[i] += f"<br>  {label}: {low} to {high}"
-    chart.add_scatter(
-        x=list(range(len(text))),
-        y=numbers(curve.values),
-        name=wrapped(curve.name, width=40, lines=2),
-        line={"color": curve.style.colour, "dash": curve.style.dash, "width": width},
-        marker=curve.style.marker(5.5),
-        text=text,
-        hovertemplate="%{fullData.name}: %{text}<extra></extra>",
-        **{"legendrank": 900, "mode": "lines+markers" if len(text) <= 40 else "lines"} | trace,
-    )
+    shown = {"legendrank": 900, "mode": "lines+markers" if len(text) <= 40 else "lines"} | trace
+    hover = {"text": text, "hovertemplate": "%{fullData.name}: %{text}<extra></extra>"}
+    line = {"color": curve.style.colour, "dash": curve.style.dash, "width": width}
+    name, marker = wrapped(curve.name, width=40, lines=2), curve.style.marker(5.5)
+    x, y = list(range(len(text))), numbers(curve.values)
+    chart.add_scatter(x=x, y=y, name=name, line=line, marker=marker, **hover, **shown)
 
 
 def draw_curves(chart: go.Figure, curves: Sequence[Curve], quantity: str) -> list[float]:
@@ -282,13 +272,9 @@ def draw_curves(chart: go.Figure, curves: Sequence[Curve], quantity: str) -> lis
 def mark_layer(chart: go.Figure, layer: int, label: str, theme: Theme, **line: Any) -> None:
     """Draw a vertical line at a layer, with a label above the plot."""
     page = palette(theme)
-    chart.add_vline(
-        x=layer,
-        line={"color": tint(page.muted, 0.6), "width": 1.2},
-        layer="below",
-        annotation={"text": label, "font_color": page.muted, "bgcolor": page.background},
-        **{"annotation_position": "top"} | line,
-    )
+    note = {"text": label, "font_color": page.muted, "bgcolor": page.background}
+    options = {"layer": "below", "annotation": note, "annotation_position": "top"} | line
+    chart.add_vline(layer, line={"color": tint(page.muted, 0.6), "width": 1.2}, **options)
 
 
 def mark_highlight(
@@ -308,17 +294,7 @@ def mark_highlight(
         height = max(floor, min(at_curve + 24, ceiling))
         ceiling, floor = height - 28, floor - 28
         # In the units of the axis labels keep their order at any size of the figure.
-        chart.add_annotation(
-            ayref="y",
-            ay=low + height * (high - low) / PLOT_HEIGHT,
-            text=f"<b>{written(value, curve.form)}</b>",
-            x=layer,
-            y=value,
-            ax=34 if layer < 0.85 * depth else -34,
-            arrowhead=6,
-            arrowsize=2,
-            arrowcolor=page.ink,
-            bgcolor=page.background,
-            bordercolor=curve.style.colour,
-            borderpad=2,
-        )
+        text, ax = f"<b>{written(value, curve.form)}</b>", 34 if layer < 0.85 * depth else -34
+        end = {"ax": ax, "ayref": "y", "ay": low + height * (high - low) / PLOT_HEIGHT}
+        box = {"bgcolor": page.background, "bordercolor": curve.style.colour, "borderpad": 2}
+        chart.add_annotation(x=layer, y=value, text=text, **end, **box)

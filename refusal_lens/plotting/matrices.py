@@ -82,9 +82,8 @@ def concept_map(
     text = [[f"{a}, {b}" for b in labels] for a in labels]
     _heatmap(chart, matrix[..., 0], limits, quantity, "%{text}<br><b>%{z}</b>", text)
     axis = {"tickvals": [*range(len(names))], "ticktext": labels}
-    chart.update_xaxes(axis, tickangle=-90, side="top").update_yaxes(
-        axis, range=[len(names) - 0.5, -0.5]
-    )
+    chart.update_xaxes(axis, tickangle=-90, side="top")
+    chart.update_yaxes(axis, range=[len(names) - 0.5, -0.5])
     steps: list[Step] = [({"z": [numbers(each, digits=2)]}, {}) for each in matrix.unbind(-1)]
     add_slider(chart, steps, highlight)
     return chart
@@ -114,8 +113,7 @@ def position_by_layer(
     check_count("positions", positions, n_positions)
     title = title or f"{quantity[:1].upper()}{quantity[1:]} by position and layer"
     subtitle = "positions count from the end of the formatted prompt, \N{MINUS SIGN}1 the last"
-    height = max(300, min(620, 190 + 34 * n_positions))
-    chart = figure(title, subtitle, theme=theme, height=height)
+    chart = figure(title, subtitle, theme=theme, height=max(300, min(620, 190 + 34 * n_positions)))
     if empty(chart, [values], quantity):
         return chart
     if selected and not (0 <= selected[0] < n_positions and 0 <= selected[1] < n_layers):
@@ -124,9 +122,8 @@ def position_by_layer(
         written(float(p), ".0f") if isinstance(p, int) else wrapped(p, width=20) for p in positions
     ]
     hover = "position %{text}, layer %{x}<br><b>%{z:.4~g}</b>"
-    text = [[name] * n_layers for name in names]
     chart.update_xaxes(layer_axis(n_layers))
-    _heatmap(chart, values, _limits(values), quantity, hover, text)
+    _heatmap(chart, values, _limits(values), quantity, hover, [[name] * n_layers for name in names])
     chart.update_yaxes(title_text="position", tickvals=list(range(n_positions)), ticktext=names)
     chart.update_yaxes(range=[n_positions - 0.5, -0.5])
     if selected:
@@ -191,34 +188,29 @@ def cross_effects(
     check_count("interventions", interventions, len(effects))
     check_count("outcomes", outcomes, effects.shape[1])
     subtitle = quantity + (", with its interval" if interval else "")
-    height = 170 + 46 * max(len(interventions), 2)
-    chart = figure(title, subtitle, theme=theme, height=height)
+    chart = figure(title, subtitle, theme=theme, height=170 + 46 * max(len(interventions), 2))
     if empty(chart, [effects], quantity):
         return chart
     largest = max(map(abs, _limits(effects)))
     text = [[f"{wrapped(a)}<br>on {wrapped(b)}" for b in outcomes] for a in interventions]
     _heatmap(chart, effects, (-largest, largest), quantity, "%{text}<br><b>%{z:.3f}</b>", text)
-    _write_cells(chart, effects, [numbers(end) for end in interval or ()], largest)
+    ends = [numbers(end) for end in interval or ()]
+    for i, row in enumerate(numbers(effects)):
+        for j, value in enumerate(row):
+            note: dict[str, Any] = {"text": "not<br>measured", "font_size": 11}
+            if value is not None:
+                dark = value <= (2 * DARK_SHARE - 1) * largest
+                between = " to ".join(written(end[i][j], ".1f") for end in ends)
+                small = f'<br><span style="font-size:11px">{between}</span>' if ends else ""
+                note["text"] = f"<b>{written(value, '.1f')}</b>{small}"
+                note |= {"font_size": 12, "font_color": "#ffffff" if dark else "#000000"}
+            chart.add_annotation(note, x=j, y=i, showarrow=False)
     columns = [wrapped(name, width=max(11, 56 // len(outcomes)), lines=3) for name in outcomes]
     rows = [wrapped(name, width=22, lines=3) for name in interventions]
     plain = {"ticks": "", "ticklabelstandoff": 6, "showline": False}
     chart.update_xaxes(plain, tickvals=list(range(len(columns))), ticktext=columns, tickangle=0)
     chart.update_yaxes(plain, tickvals=list(range(len(rows))), ticktext=rows)
     return chart.update_yaxes(range=[len(rows) - 0.5, -0.5])
-
-
-def _write_cells(chart: go.Figure, effects: Tensor, ends: list[Any], limit: float) -> None:
-    """Write every effect and its interval into its cell, in white where the cell is dark."""
-    for i, row in enumerate(numbers(effects)):
-        for j, value in enumerate(row):
-            note: dict[str, Any] = {"text": "not<br>measured", "font_size": 11}
-            if value is not None:
-                dark = value <= (2 * DARK_SHARE - 1) * limit
-                between = " to ".join(written(end[i][j], ".1f") for end in ends)
-                small = f'<br><span style="font-size:11px">{between}</span>' if ends else ""
-                note["text"] = f"<b>{written(value, '.1f')}</b>{small}"
-                note |= {"font_size": 12, "font_color": "#ffffff" if dark else "#000000"}
-            chart.add_annotation(note, x=j, y=i, showarrow=False)
 
 
 def _heatmap(
@@ -229,15 +221,10 @@ def _heatmap(
     hover: str,
     text: list[list[str]] | None = None,
 ) -> None:
-    chart.add_heatmap(
-        z=numbers(values, digits=3),
-        zmin=limits[0],
-        zmax=limits[1],
-        colorscale=SIGNED if limits[0] < 0 < limits[1] else UNSIGNED,
-        text=text,
-        hovertemplate=hover + "<extra></extra>",
-        colorbar_title_text=wrapped(quantity, width=34, lines=2),
-    )
+    (low, high), title = limits, wrapped(quantity, width=34, lines=2)
+    scale = {"zmin": low, "zmax": high, "colorscale": SIGNED if low < 0 < high else UNSIGNED}
+    hidden = {"text": text, "hovertemplate": hover + "<extra></extra>"}
+    chart.add_heatmap(z=numbers(values, digits=3), colorbar_title_text=title, **scale, **hidden)
     n_rows, n_columns = values.shape
     chart.update_xaxes(showgrid=False, range=[-0.5, n_columns - 0.5])
     chart.update_yaxes(showgrid=False, range=[-0.5, n_rows - 0.5])

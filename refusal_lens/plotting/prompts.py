@@ -50,13 +50,9 @@ def prompts_in_plane(
         ranges = {"xaxis.range": padded(chain(*x), 0.06), "yaxis.range": padded(chain(*y), 0.06)}
         steps.append(({"x": x, "y": y}, ranges))
     for name, style in styles(coordinates, theme).items():
-        chart.add_scatter(
-            mode="markers",
-            name=wrapped(name, width=40, lines=1),
-            text=texts[name],
-            marker=style.marker(8.0) | {"opacity": 0.8},
-            hovertemplate="%{fullData.name}<br>%{text}<br>(%{x}, %{y})<extra></extra>",
-        )
+        points = {"name": wrapped(name, width=40, lines=1), "text": texts[name], "mode": "markers"}
+        points["hovertemplate"] = "%{fullData.name}<br>%{text}<br>(%{x}, %{y})<extra></extra>"
+        chart.add_scatter(**points, marker=style.marker(8.0) | {"opacity": 0.8})
     chart.update_xaxes(title_text=wrapped(axes[0]), zeroline=True, showgrid=True)
     chart.update_yaxes(title_text=wrapped(axes[1]), zeroline=True)
     add_slider(chart, steps, highlight)
@@ -98,29 +94,21 @@ def projections_by_layer(
         small = f"layer {layer}" + (f"; AUROC {', '.join(areas)}" if areas else "")
         layout = {"title.text": headed(title, small, theme), "xaxis.range": padded(chain(*x), 0.06)}
         steps.append(({"x": x}, layout))
-    _add_violins(chart, texts, theme)
+    # A horizontal distribution for each set, the first on top.
+    for name, style in styles(texts, theme).items():
+        label = wrapped(name, width=22, lines=2)
+        fill, line = tint(style.colour, 0.25), {"color": style.colour, "width": 1.6}
+        dots = {"color": style.colour, "symbol": style.symbol, "size": 4.5}
+        template = "%{text}<br>%{x}<extra>%{fullData.name}</extra>"
+        points = {"y": [label] * len(texts[name]), "text": texts[name], "hovertemplate": template}
+        chart.add_violin(**points, name=label, fillcolor=fill, line=line, marker=dots)
+    order = [trace.name for trace in chart.data][::-1]
+    chart.update_yaxes(categoryorder="array", categoryarray=order, showgrid=False)
+    chart.update_yaxes(range=[-0.45, len(order) - 0.2], ticks="", ticklabelstandoff=6)
     chart.update_xaxes(title_text=f"projection on the {wrapped(direction)} direction")
     chart.update_xaxes(zeroline=True, showgrid=True)
     add_slider(chart, steps, highlight)
     return chart
-
-
-def _add_violins(chart: go.Figure, texts: Mapping[str, Sequence[str]], theme: Theme) -> None:
-    """Draw a horizontal distribution for each set, the first on top, with prompts as points."""
-    for name, style in styles(texts, theme).items():
-        label = wrapped(name, width=22, lines=2)
-        chart.add_violin(
-            y=[label] * len(texts[name]),
-            name=label,
-            text=texts[name],
-            hovertemplate="%{text}<br>%{x}<extra>%{fullData.name}</extra>",
-            fillcolor=tint(style.colour, 0.25),
-            line={"color": style.colour, "width": 1.6},
-            marker={"color": style.colour, "symbol": style.symbol, "size": 4.5},
-        )
-    order = [trace.name for trace in chart.data][::-1]
-    chart.update_yaxes(categoryorder="array", categoryarray=order, showgrid=False)
-    chart.update_yaxes(range=[-0.45, len(order) - 0.2], ticks="", ticklabelstandoff=6)
 
 
 def add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
@@ -137,9 +125,8 @@ def add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
         for layer, step in enumerate(steps)
     ]
     above = {"yref": "paper", "y": 1.01, "yanchor": "bottom"}
-    margin = {"t": chart.layout.margin.t + 26, "b": 110}
-    sliders = [{"active": shown, "steps": moves}]
-    chart.update_layout(sliders=sliders, legend=above, margin=margin)
+    chart.update_layout(legend=above, margin={"t": chart.layout.margin.t + 26, "b": 110})
+    chart.update_layout(sliders=[{"active": shown, "steps": moves}])
 
 
 def _check_sets(

@@ -18,17 +18,14 @@ from .text import wrapped
 
 Theme = Literal["light", "dark"]
 
-DARK_JUPYTER = """<style>[data-jp-theme-light="false"] .js-plotly-plot:has([style*="254, 254, 254"]),
-.vscode-dark .js-plotly-plot:has([style*="254, 254, 254"]) { filter: invert(0.9) hue-rotate(180deg); }
-</style>"""
-"""Turns light figures of this package, known by their background, dark on dark Jupyter pages."""
-
 
 def _read(name: str) -> str:
     return files(__package__).joinpath(name).read_text("utf-8")
 
 
 _COLOURS = json.loads(_read("palette.json"))
+# Turns light figures of this package, known by their background, dark on dark Jupyter pages.
+DARK_JUPYTER = _read("dark_jupyter.html").rstrip()
 
 # Both heatmap scales grow lighter from end to end, so they survive grey print.
 SIGNED, UNSIGNED = _COLOURS["signed"], _COLOURS["unsigned"]
@@ -93,16 +90,12 @@ def tint(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity:g})"
 
 
-def template(theme: Theme) -> go.layout.Template:
-    """The plotly template of a theme. Each figure carries it; plotly's registry stays untouched."""
-    filled = Template(_read("template.json")).substitute(palette(theme)._asdict())
-    return go.layout.Template(json.loads(filled))
-
-
 def figure(title: str, subtitle: str, *, theme: Theme, height: int = 400) -> go.Figure:
     """An empty figure of a height in pixels, as wide as its page, with title and subtitle."""
     heading = headed(title, subtitle, theme)
-    layout = {"template": template(theme), "title": {"text": heading}, "height": height}
+    # Each figure carries its template; plotly's registry stays untouched.
+    template = json.loads(Template(_read("template.json")).substitute(palette(theme)._asdict()))
+    layout = {"template": template, "title": {"text": heading}, "height": height}
     return go.Figure(layout=layout | {"margin": {"t": 28 + 19 * (heading.count("<br>") + 1)}})
 
 
@@ -110,9 +103,8 @@ def headed(title: str, subtitle: str, theme: Theme) -> str:
     """A figure's title above its subtitle in small print, both escaped and wrapped."""
     small = f"font-size:12.5px;color:{palette(theme).muted}"
     rows = wrapped(subtitle, width=104, lines=2).split("<br>") if subtitle else []
-    return wrapped(title, width=74, lines=2) + "".join(
-        f'<br><span style="{small}">{row}</span>' for row in rows
-    )
+    below = [f'<br><span style="{small}">{row}</span>' for row in rows]
+    return "".join([wrapped(title, width=74, lines=2), *below])
 
 
 def page(chart: go.Figure) -> str:

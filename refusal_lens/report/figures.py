@@ -66,17 +66,15 @@ def _figure(
     a, b = results.names[:2]
     sets = {"harmful": results.names.harmful, "harmless": results.names.harmless}
     words = {"a": a, "b": b} | sets | words
-    found = json.loads(files(__package__).joinpath("captions.json").read_text("utf-8"))
-    heading, caption = (
-        found[text or name][part].format(**words) for part in ("heading", "caption")
-    )
+    captions = json.loads(files(__package__).joinpath("captions.json").read_text("utf-8"))
+    found = captions[text or name]
+    heading, caption = (found[part].format(**words) for part in ("heading", "caption"))
     return Figure(name, heading, caption, chart, curves or {})
 
 
 def _matrices(results: Results, options: dict[str, Any]) -> list[Figure]:
     found = []
-    parts = (("refusal", "refusal"), ("negativity", "negativity"), ("refusal", "negativity"))
-    for a, b in parts:
+    for a, b in ("refusal", "refusal"), ("negativity", "negativity"), ("refusal", "negativity"):
         names = results.contrasts[a].name, results.contrasts[b].name
         matrix = cosine_matrix(results.directions[a], results.directions[b])
         chart = plotting.cosine_matrix(matrix, names=names, **options)
@@ -95,14 +93,10 @@ def _interventions(results: Results, theme: Theme) -> list[Figure]:
     }
     curves = {name: mean.value for name, mean in swept.items()}
     unmodified = results.causal.sweep["refusal"].unchanged.mean().item()
-    sweep = plotting.log_odds_by_ablated_layer(
-        curves,
-        without=dict.fromkeys(swept, unmodified),
-        interval={name: (mean.lower, mean.upper) for name, mean in swept.items()},
-        confidence=level,
-        highlight=results.layer,
-        theme=theme,
-    )
+    options: Any = {"confidence": level, "highlight": results.layer, "theme": theme}
+    options["interval"] = {name: (mean.lower, mean.upper) for name, mean in swept.items()}
+    without = dict.fromkeys(swept, unmodified)
+    sweep = plotting.log_odds_by_ablated_layer(curves, without=without, **options)
     found, names = [_figure(results, "sweep", sweep, curves)], intervention_names(results)
     for verb, effects in (("ablate", results.causal.ablation), ("add", results.causal.addition)):
         changes, rows = cross_changes(effects)
@@ -162,13 +156,10 @@ def _prompts(results: Results, options: dict[str, Any]) -> list[Figure]:
     prompts = results.prompts()
     a, b = (f"along unit {name} direction" for name in results.names[:2])
     plane = plotting.prompts_in_plane(results.plane, prompts, axes=(a, b), **options)
-    components = plotting.prompts_in_plane(
-        results.components,
-        prompts,
-        axes=("first principal component", "second principal component"),
-        title="Prompts in their first two principal components",
-        **options,
-    )
+    title = "Prompts in their first two principal components"
+    axes = "first principal component", "second principal component"
+    placed: dict[str, Any] = options | {"axes": axes, "title": title}
+    components = plotting.prompts_in_plane(results.components, prompts, **placed)
     found = [_figure(results, "plane", plane), _figure(results, "components", components)]
     for part, sets in results.projections.items():
         prefix, name = f"{part} direction on ", results.contrasts[part].name

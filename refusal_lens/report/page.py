@@ -67,8 +67,7 @@ def _decodable(results: Results) -> list[list[str]]:
         for part in (effects.refusal, effects.negativity):
             area = auroc_interval(part.target_scores[i, -1], part.baseline_scores[i, -1])
             value, low, high = (written(float(each), ".2f") for each in area)
-            known = value != "undefined"
-            cells.append(f"{value} ({low} to {high})" if known else "not measured")
+            cells.append("not measured" if value == "undefined" else f"{value} ({low} to {high})")
         if intervention is not Intervention.RANDOM:
             rows.append(cells)
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refusal_lens.report import write_report
+from refusal_lens.report.page import write_report
 
 BROWSER, DRIVER = (
     shutil.which("chromium") or shutil.which("google-chrome"),

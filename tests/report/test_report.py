@@ -11,9 +11,8 @@ import torch
 import refusal_lens as rl
 from refusal_lens.errors import InputError
 from refusal_lens.plotting.text import with_minus
-from refusal_lens.report import figures, html, write_report
-from refusal_lens.report.figures import cross_changes
-from refusal_lens.report.page import _patch
+from refusal_lens.report.figures import cross_changes, figures
+from refusal_lens.report.page import _patch, html, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
