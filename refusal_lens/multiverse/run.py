@@ -22,8 +22,8 @@ from ..experiment.wording import Names
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
 from ..uncertainty import Gram, estimate_cosine
+from ..uncertainty.cosine import split_half_reliability
 from ..uncertainty.effects import cosine_difference
-from ..uncertainty.reliability import split_half_reliability
 from .activations import read_specifications
 from .results import CURVES, Change, Sensitivity
 from .specifications import Family, Specification, specify

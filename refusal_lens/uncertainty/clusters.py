@@ -43,10 +43,9 @@ def ways(
         return [tuple(_merged(torch.arange(n), most) for n in sizes)]
     groups = [clusters] if len(sizes) == 1 else [*clusters]
     if (counts := tuple(map(len, groups))) != sizes:
-        raise InputError(
-            f"{contrast}_clusters holds {counts} labels for {sizes} prompts: give one label a pair, or"
-            " without pairs the labels of the target and those of the baseline"
-        )
+        problem = f"{contrast}_clusters holds {counts} labels for {sizes} prompts"
+        advice = "give one label a pair, or without pairs the target's labels and the baseline's"
+        raise InputError(f"{problem}: {advice}")
     found = [_by_each_label(contrast, group, most) for group in groups]
     return [*zip(*found, strict=len({*map(len, found)}) == 1)]
 
@@ -107,10 +106,8 @@ def _by_each_label(contrast: str, clusters: Sequence[Hashable] | Tensor, most: i
     labels = clusters.tolist() if isinstance(clusters, Tensor) else clusters
     rows = [tuple(x) if isinstance(x, (tuple, list)) else (x,) for x in labels]
     if {len(row) for row in rows} not in ({1}, {2}):
-        raise InputError(
-            f"{contrast}_clusters has labels of several or more than two parts: give every prompt"
-            " one label, or two such as (topic, frame)"
-        )
+        problem = f"{contrast}_clusters has labels of several or more than two parts"
+        raise InputError(f"{problem}: give every prompt one label, or two such as (topic, frame)")
     columns = [_merged(_numbered(column), most) for column in zip(*rows, strict=True)]
     # Merged cells must not lie together: neighbours may share a cluster.
     return columns if len(columns) == 1 else [*columns, _numbered(rows) % most]

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from .clusters import Clusters
 from .gram import ROUNDING, Gram, Groups, RowProducts, noise_products, unbiased_squared_norm
 from .intervals import Noise, cosine_intervals
 from .permutation import permutation_null
-from .reliability import split_half_reliability
 
 FEWEST_ROWS = 4  # rows per group (pairs, or prompts of one set) that the noise estimate needs
 FEWEST_CLUSTERS = 6  # effective clusters per group (`Gram.n_clusters`) that hold their coverage
@@ -120,10 +120,8 @@ def cosine_statistics(
     >>> sure = cosine_statistics(harmful, harmless, negative, neutral, a_paired=True, b_paired=True)
     """
     if n_resamples < (fewest := fewest_resamples(confidence)):
-        beyond = f"too few beyond the ends of a {confidence:.0%} interval"
-        raise InputError(
-            f"n_resamples = {n_resamples} leaves {beyond}: set it to at least {fewest}"
-        )
+        few = f"{n_resamples} leaves too few beyond the ends of a {confidence:.0%} interval"
+        raise InputError(f"n_resamples = {few}: set it to at least {fewest}")
     kinds: dict[str, Any] = {"a_paired": a_paired, "b_paired": b_paired}
     kinds |= {"a_clusters": a_clusters, "b_clusters": b_clusters}
     gram = Gram.of(a_target, a_baseline, b_target, b_baseline, **kinds)
@@ -168,19 +166,47 @@ def estimate_cosine(
         shown = gram.at(clear)
         squared = shown.unbiased_squared_norms
         noises = [Noise.of(way, squared) for way in (shown, *shown.crossed)]
-        found = (
-            unbiased_cosine(noises),
-            *cosine_intervals(noises, n_resamples, confidence, generator),
-        )
-        bounded = ~(found[1].isnan() | found[2].isnan())
-        values[:, clear] = torch.where(bounded, torch.stack(found), torch.nan)
-        for layer, is_bounded, caution in zip(
-            clear.nonzero()[:, 0].tolist(), bounded, cautions(shown, noises[-1]), strict=True
-        ):
+        ends = cosine_intervals(noises, n_resamples, confidence, generator)
+        bounded = ~(ends[0].isnan() | ends[1].isnan())
+        found = torch.stack([unbiased_cosine(noises), *ends])
+        values[:, clear] = torch.where(bounded, found, torch.nan)
+        layers = clear.nonzero()[:, 0].tolist()
+        each = zip(layers, bounded, cautions(shown, noises[-1]), strict=True)
+        for layer, is_bounded, caution in each:
             warned[layer] = caution
             reasons[layer] = None if is_bounded else Unmeasured(Cause.UNBOUNDED)
     curves = dict(zip(names, values, strict=True))
     return CosineEstimate(**curves, reasons=tuple(reasons), cautions=tuple(warned))
+
+
+def split_half_reliability(
+    gram: RowProducts, groups: Groups, *, n_splits: int = 200, generator: torch.Generator
+) -> Float[Tensor, " layer"]:
+    """Expected cosine between this direction and the same direction from as many new prompts.
+
+    The mean cosine between the directions of two random halves, extrapolated to all prompts by the
+    formula of Spearman (1910, doi:10.1111/j.2044-8295.1910.tb00206.x) and Brown (1910,
+    doi:10.1111/j.2044-8295.1910.tb00207.x): 1 without noise, about 0 and possibly negative without
+    signal. NaN where a group has one row or all activations are equal.
+
+    Args:
+        gram, groups: inner products of a contrast's signed rows (see `Gram`), and their weights.
+        n_splits: number of random splits, of each group's rows (prompts, or clusters) separately.
+        generator: the only source of randomness, on the CPU.
+    """
+    if min(map(len, groups)) < 2:
+        return torch.full(gram.shape[:1], torch.nan, dtype=torch.float64)
+    parts = []
+    for weights in groups:
+        n = len(weights)
+        first = torch.rand(n_splits, n, generator=generator).argsort(-1) < n // 2
+        halves = torch.stack([first, ~first]) * weights
+        parts.append(halves / halves.sum(-1, keepdim=True))
+    halves = torch.cat(parts, -1).to(gram)
+    products = einsum(halves, gram, halves, "h split p, layer p q, k split q -> layer split h k")
+    norms = (products[..., 0, 0] * products[..., 1, 1]).sqrt()
+    half = (products[..., 0, 1] / norms).mean(-1)
+    return 2 * half / (1 + half)
 
 
 def fewest_resamples(confidence: float) -> int:
@@ -228,8 +254,7 @@ def _obstacles(gram: Gram, confidence: float) -> list[Unmeasured | None]:
     reasons: list[Unmeasured | None] = [None] * len(gram.aa)
     by_way = [[norm_undetected(*s, confidence) for s in way.sides] for way in gram.one_way]
     weak = [torch.stack(ways).any(0) for ways in zip(*by_way, strict=True)]
-    constant = [gram.constant_a, gram.constant_b]
-    for cause, found in ((Cause.WEAK, weak), (Cause.CONSTANT, constant)):
+    for cause, found in ((Cause.WEAK, weak), (Cause.CONSTANT, [gram.constant_a, gram.constant_b])):
         for layer in (found[0] | found[1]).nonzero()[:, 0].tolist():
             names = tuple(name for name, at in zip("ab", found, strict=True) if at[layer])
             reasons[layer] = Unmeasured(cause, names)

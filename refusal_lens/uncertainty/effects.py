@@ -33,10 +33,7 @@ class IndependentSample(NamedTuple):
 
 
 def mean_interval(
-    values: Float[Tensor, "*axes prompt"],
-    *,
-    confidence: float = 0.95,
-    clusters: Clusters = None,
+    values: Float[Tensor, "*axes prompt"], *, confidence: float = 0.95, clusters: Clusters = None
 ) -> Interval:
     """Mean of `values` over the last axis, with Student's interval; NaN for one prompt or a NaN."""
     return total_interval([values], confidence=confidence, clusters=[clusters])

@@ -100,8 +100,7 @@ class Gram:
         for way, by_layer in zip(both, zip(*layers, strict=True), strict=True):
             aa, bb, ab = (torch.stack(blocks).cpu() for blocks in zip(*by_layer, strict=True))
             groups_a, groups_b = map(cluster_weights, way)
-            gram = cls(aa, bb, ab, groups_a, groups_b, constant_a, constant_b, clustered)
-            found.append(gram)
+            found.append(cls(aa, bb, ab, groups_a, groups_b, constant_a, constant_b, clustered))
         return replace(found[0], crossed=tuple(found[1:]))
 
     def at(self, layers: Bool[Tensor, " layer"]) -> "Gram":

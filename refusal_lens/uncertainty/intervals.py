@@ -141,12 +141,10 @@ def cosine_intervals(
     of two ways gives ends, stretched to the two-way variance at the estimate; the outermost count.
     """
     variances = [noise.variance(noise.inner) for noise in noises]
-    ends = [
-        _one_way_intervals(
-            noise, (two_way(variances) / own).sqrt(), n_resamples, confidence, generator
-        )
-        for noise, own in zip(noises[:2], variances, strict=False)
-    ]
+    ends = []
+    for noise, own in zip(noises[:2], variances, strict=False):
+        stretch = (two_way(variances) / own).sqrt()
+        ends.append(_one_way_intervals(noise, stretch, n_resamples, confidence, generator))
     lower, upper, band_lower, band_upper = (torch.stack(way) for way in zip(*ends, strict=True))
     return lower.amin(0), upper.amax(0), band_lower.amin(0), band_upper.amax(0)
 

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from refusal_lens.errors import InputError
 from refusal_lens.uncertainty import Cause, Gram, Unmeasured, cosine_statistics
-from refusal_lens.uncertainty.cosine import norm_undetected, unbiased_cosine
+from refusal_lens.uncertainty.cosine import norm_undetected, split_half_reliability, unbiased_cosine
 from refusal_lens.uncertainty.effects import (
     IndependentSample,
     auroc_interval,
@@ -25,7 +25,6 @@ from refusal_lens.uncertainty.effects import (
 from refusal_lens.uncertainty.gram import noise_products, unbiased_squared_norm
 from refusal_lens.uncertainty.intervals import LEAST_SHARE, Noise
 from refusal_lens.uncertainty.permutation import WIDENING, permutation_null
-from refusal_lens.uncertainty.reliability import split_half_reliability
 
 LAYERS, WIDTH = 2, 30
 EIGHT = (torch.full((8,), 1 / 8, dtype=torch.float64),)
