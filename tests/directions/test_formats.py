@@ -249,34 +249,12 @@ def test_one_row_of_a_larger_tensor_is_read_though_all_of_it_was_saved(tmp_path)
     assert torch.equal(read_directions(tmp_path / "row.pt").vectors, rows[1:2])
 
 
-def test_one_file_a_layer_is_stacked_in_the_order_of_the_numbers(tmp_path):
-    rows = draw(12, 8, dtype=torch.float64)
-    for layer in range(12):
-        (tmp_path / f"x_das_layer{layer}.json").write_text(json.dumps(rows[layer].tolist()))
-    (tmp_path / "x_das_layerless.json").write_text("[]")
-    read = read_directions(tmp_path / "x_das_layer{layer}.json")
-    assert torch.equal(read.vectors, rows)
-    assert read.layers == tuple(range(-1, 11))
+def test_a_layer_in_the_name_of_a_file_is_the_layer_as_its_project_counts(tmp_path):
+    row = draw(1, 8, dtype=torch.float64)
+    (tmp_path / "x_das_layer7.json").write_text(json.dumps(row[0].tolist()))
     alone = read_directions(tmp_path / "x_das_layer7.json")
     assert alone.layers == (6,)
-    assert torch.equal(alone.vectors, read.at(6).vectors)
-
-
-def test_one_file_a_layer_must_be_one_direction_a_file(tmp_path):
-    with pytest.raises(InputError, match="no file like"):
-        read_directions(tmp_path / "l{layer}.npy")
-    with pytest.raises(InputError, match="no file like"):
-        read_directions(tmp_path / "absent" / "l{layer}.npy")
-    np.save(tmp_path / "l0.npy", np.ones(8))
-    np.save(tmp_path / "l1.npy", np.ones(9))
-    with pytest.raises(
-        InputError,
-        match=r"one \[d_model\] of a layer of its own, found the shapes \[\(8,\), \(9,\)\]",
-    ):
-        read_directions(tmp_path / "l{layer}.npy")
-    np.save(tmp_path / "l00.npy", np.ones(8))
-    with pytest.raises(InputError, match="3 files of 2 layers"):
-        read_directions(tmp_path / "l{layer}.npy")
+    assert torch.equal(alone.vectors, row)
 
 
 def test_what_the_caller_states_goes_before_what_the_file_says(tmp_path):

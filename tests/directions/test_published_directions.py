@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,9 +33,10 @@ def selected(reference, model) -> Directions:
 
 
 def sentiment(reference) -> Directions:
-    return read_directions(
-        reference / "directions" / "gpt2-small_sentiment_das_layer{layer}.json", model="gpt2"
-    )
+    files = (reference / "directions").glob("gpt2-small_sentiment_das_layer*.json")
+    each = sorted((read_directions(file, model="gpt2") for file in files), key=lambda x: x.layers)
+    layers = tuple(one.layers[0] for one in each)
+    return replace(each[0], vectors=torch.cat([one.vectors for one in each]), layers=layers)
 
 
 @pytest.mark.parametrize("model", SELECTED)

@@ -57,7 +57,7 @@ def read_directions(
     override the file. InputError if the file is missing, damaged, unsafe or without directions.
 
     Args:
-        path: the file. `{layer}` in the name stands for one file per layer.
+        path: the file.
         key: name of the tensor, in a file of several.
         position: which of several positions (default -1); for a file of one, its position.
         layer: number of the layer of a single direction, as the file counts.
@@ -66,7 +66,7 @@ def read_directions(
         model: the model that the directions belong to.
     """
     path = Path(path)
-    tensor, found = (_read_family if "{layer}" in path.name else _read_file)(path, key)
+    tensor, found = _read_file(path, key)
     stated = {"position": position, "hook": hook, "model": model}
     found |= {name: value for name, value in stated.items() if value is not None}
     if tensor.ndim == 3:
@@ -108,25 +108,6 @@ def _translate_layers(found: FileMetadata, path: Path) -> None:
         note = "its layer l is layer l - 1 here, its layer 0 the embedding's output (-1)"
         found["notes"] += (f"read before the block: {note}",)
     found["layers"] = None if hook is None else layers
-
-
-def _read_family(pattern: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
-    """One `[d_model]` per file, stacked in the order of the numbers in the files' names."""
-    before, _, after = map(re.escape, pattern.name.partition("{layer}"))
-    files = pattern.parent.iterdir() if pattern.parent.is_dir() else ()
-    matches = [(re.fullmatch(rf"{before}(\d{{1,4}}){after}", file.name), file) for file in files]
-    numbered = sorted((int(match[1]), file) for match, file in matches if match)
-    if not numbered:
-        raise InputError(f"no file like {pattern} with a number for {{layer}}")
-    layers, paths = zip(*numbered, strict=True)
-    tensors, found = zip(*(_read_file(file, key) for file in paths), strict=True)
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(set(layers)) < len(layers) or len(shapes) > 1 or tensors[0].ndim != 1:
-        found_shapes = f"{sorted(shapes)[:4]} of {len(layers)} files of {len(set(layers))} layers"
-        rule = "every file must hold one [d_model] of a layer of its own"
-        raise InputError(f"{pattern}: {rule}, found the shapes {found_shapes}")
-    notes = (*found[0]["notes"], f"{len(layers)} files, their layers from their names")
-    return torch.stack(tensors), found[0] | {"layers": layers, "notes": notes}
 
 
 def _read_file(path: Path, key: str | None) -> tuple[Tensor, FileMetadata]:
