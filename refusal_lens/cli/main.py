@@ -20,9 +20,8 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
-from .directions import Compare, Convert
+from .commands import Compare, ConceptMap, Convert, Multiverse, Report, Select, StoredWork
 from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
-from .results import ConceptMap, Multiverse, Report, Select, StoredWork
 from .show import findings, show, table, verdict
 
 ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
@@ -154,9 +153,8 @@ class Tokens(ProtocolOptions):
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; the exit status is 0, or 2 for a user's mistake."""
     commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens, "report": Report}
-    commands |= {"compare": Compare, "convert": Convert}
-    commands |= {"sensitivity": Multiverse, "select": Select}
-    commands |= {"atlas": ConceptMap, "cache": StoredWork}
+    commands |= {"compare": Compare, "convert": Convert, "sensitivity": Multiverse}
+    commands |= {"select": Select, "atlas": ConceptMap, "cache": StoredWork}
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         return print(f"refusal-lens {version('refusal_lens')}")
     command = tyro.extras.subcommand_cli_from_dict(

@@ -174,8 +174,7 @@ def compare_concepts(
 
     named = isinstance(model, (str, Path))
     config, contrasts = _chosen(concepts, ({"model": model} if named else {}) | options)
-    store = cache if isinstance(cache, Cache) else Cache(cache)
-    source = CachedModel(config, store, model=None if named else model)  # type: ignore[arg-type]
+    source = CachedModel(config, cache, model=None if named else model)  # type: ignore[arg-type]
     origin, n_layers = source.remember(
         "model", {}, lambda: (model_provenance(source.model), source.model.cfg.n_layers)
     )

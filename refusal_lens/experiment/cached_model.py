@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -37,18 +38,18 @@ class CachedModel:
 
     Args:
         config: model, revision, device, dtype, protocol and batch size.
-        cache: store of activations and other results; unused with `model`.
+        cache: store of activations and other results, or its folder; unused with `model`.
         model: a loaded model to use instead. Its name does not identify it, so nothing is stored.
     """
 
     def __init__(
         self,
         config: Config,
-        cache: Cache,
+        cache: Cache | str | Path | None,
         *,
         model: "HookedTransformer | TransformerBridge | None" = None,
     ):
-        self.config, self.cache = config, cache
+        self.config, self.cache = config, cache if isinstance(cache, Cache) else Cache(cache)
         self.identity: dict[str, Any] = {}
         if model is not None:
             self.model, self.cache = model, Cache(None)

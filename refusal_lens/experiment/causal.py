@@ -94,28 +94,26 @@ def intervene(
     options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
     options["progress"] = progress
     requests = contrasts["refusal"].target, contrasts["refusal"].baseline
-    odds = opening_log_odds(model, sum(requests, ()), score, **options)
-    each_side = odds.split([*map(len, requests)])
-    refuses = bool((each_side[0] > 0).any())
+    odds = opening_log_odds(model, sum(requests, ()), score, **options).split([*map(len, requests)])
+    refuses = bool((odds[0] > 0).any())
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
-    cross = partial(
-        cross_effects, model, (pair[0], pair[1]), sides, layer=layer, score=score, **options
-    )
+    scored = options | {"layer": layer, "score": score}
+    cross = partial(cross_effects, model, (pair[0], pair[1]), sides, **scored)
     classes = [side[:, layer] for both in sides for side in both]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(random_directions, *classes, n=n_random, generator=generator)
     ablate = partial(cross, intervention="ablation", random=draw())
     add = partial(cross, intervention="addition", random=draw())
     quick = options | {"score": score.first_tokens, "last_position": True}
-    sweep = partial(sweep_ablations, model, pair[0].target, hook=config.protocol.hook, **quick)
+    sweep = partial(sweep_ablations, model, pair[0].target, options=quick)
     sweeps = [sweep(mean_difference(*each).float(), sides[0].baseline) for each in sides]
     ablation, addition = divide([ablate, add])
     means = sweeps[0].log_odds.mean(-1)
     return Causal(
         openings=score,
         n_prompts=n_prompts,
-        requests=each_side,
+        requests=odds,
         replies=_replies(model, pair, ablation, options),
         sweep=dict(zip(PARTS, sweeps, strict=True)),
         strongest=-1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin()),
@@ -130,20 +128,18 @@ def sweep_ablations(
     prompts: Sequence[str],
     directions: Float[Tensor, "*cell d_model"],
     baseline: Float[Tensor, "baseline layer d_model"],
-    *,
-    hook: str = "resid_post",
-    **options: Any,
+    options: dict[str, Any],
 ) -> Effects:
     """Return the effect of the affine ablation of each direction; processes divide the directions.
 
-    `baseline` are the activations, at `hook`, that the components are set to; `options` are those of
-    `ablation_effects`.
+    `baseline` are the activations that components are set to; `options` are `ablation_effects`'s.
     """
 
     def effects(some: Tensor, references: Tensor) -> Effects:
         return ablation_effects(model, prompts, some, references=references, **options)
 
-    return divide_sweep(effects, directions, affine_references(directions, baseline, hook=hook))
+    references = affine_references(directions, baseline, hook=options["protocol"].hook)
+    return divide_sweep(effects, directions, references)
 
 
 def _constant_token(
@@ -156,12 +152,11 @@ def _constant_token(
 
     Where there is one, `<think>` for instance, the first token says nothing about refusal.
     """
-    tokenizer: Any = model.tokenizer
     sets = [side for contrast in pair for side in (contrast.target, contrast.baseline)]
     least = first_token_logits(model, sum(sets, ()), **options).float().softmax(-1).amin(0)
     token = int(least.argmax())
     begins = least[token] >= 0.99 and token not in refusal.first_tokens
-    return tokenizer.decode([token]) if begins else ""
+    return tokenizer_of(model).decode([token]) if begins else ""
 
 
 def _replies(

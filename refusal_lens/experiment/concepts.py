@@ -23,7 +23,7 @@ from . import causal
 from .cached_model import CachedModel
 from .causal import FEW_PROMPTS
 from .config import some_prompts
-from .evidence import Earlier, Responses, compute_evidence, design, evidence, labels_of
+from .evidence import Earlier, Responses, compared, compute_evidence, evidence, labels_of
 from .verdict import Evidence
 
 CURVE_RESAMPLES = 2000  # for the interval of a cosine at every layer
@@ -61,7 +61,8 @@ class Concepts:
         for i, a in enumerate(names):
             for j in range(i + 1, n):
                 sampling = self._sampling(self.source.config.confidence, CURVE_RESAMPLES)
-                sure = estimate_cosine(Gram.of(**self._pair(a, self.names[j])), **sampling)
+                pair = compared(self.contrasts, self.activations, a, self.names[j])
+                sure = estimate_cosine(Gram.of(**pair), **sampling)
                 ends = torch.stack([sure.unbiased, sure.lower, sure.upper]).float()
                 found[:, i, j] = found[:, j, i] = ends
         return found
@@ -107,14 +108,14 @@ class Concepts:
             torch.cat([own[None], others]), [self.layer] * (1 + len(others)), None, True
         )
         swept = mean_difference(*sides).float(), self.activations[self.refusal].baseline
-        how = {"hook": self.options["protocol"].hook, "score": first, "last_position": True}
+        how = self.options | {"score": first, "last_position": True}
         return {
             "kl": kl[:, n:].mean(-1),
             "separable": torch.stack(areas).float(),
             "kept": torch.stack(kept).float(),
             "odds": odds,
             "added": self._measured(requests.baseline, added, self.score)[0],
-            "sweep": causal.sweep_ablations(model, requests.target, *swept, **how, **self.options),
+            "sweep": causal.sweep_ablations(model, requests.target, *swept, how),
         }
 
     def scored(self, name: str) -> Contrast:
@@ -157,7 +158,8 @@ class Concepts:
 
     def evidence(self, name: str, runs: dict[str, Runs], confidence: float) -> Evidence:
         """The evidence on refusal and one concept; geometry alone without runs."""
-        rows = self._pair(self.refusal, name, slice(self.layer, self.layer + 1))
+        at, known = slice(self.layer, self.layer + 1), (self.contrasts, self.activations)
+        rows = compared(*known, self.refusal, name, at=at)
         n_resamples = max(self.source.config.n_resamples, fewest_resamples(confidence))
         sure = cosine_statistics(**rows, **self._sampling(confidence, n_resamples))
         pair = {"refusal": self.contrasts[self.refusal], "negativity": self.contrasts[name]}
@@ -180,12 +182,6 @@ class Concepts:
         )
         used = [pair["refusal"], requests, statements]
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
-
-    def _pair(self, a: str, b: str, layers: slice = slice(None)) -> dict[str, Any]:
-        sides = (*self.activations[a], *self.activations[b])
-        names = ("a_target", "a_baseline", "b_target", "b_baseline")
-        found = {name: side[:, layers] for name, side in zip(names, sides, strict=True)}
-        return found | design(self.contrasts[a], self.contrasts[b])
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.source.config.seed)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -108,7 +108,6 @@ class Config:
         loaded = [as_contrast(item) for item in given]
         if self.max_prompts:
             loaded = [some_prompts(contrast, self.max_prompts) for contrast in loaded]
-        loaded = [*map(_clustered, loaded)]
         owner: dict[str, Contrast] = {}
         for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
@@ -120,7 +119,7 @@ class Config:
         parts = ["refusal", "negativity", *(contrast.name for contrast in loaded[2:])]
         if len(set(parts)) < len(parts):
             raise InputError(f"the controls {parts[2:]} need names of their own, each only once")
-        return dict(zip(parts, loaded, strict=True))
+        return dict(zip(parts, map(_clustered, loaded), strict=True))
 
 
 def spread(prompts: Sequence[Any], at_most: int) -> list[Any]:
@@ -155,19 +154,18 @@ def _clustered(contrast: Contrast) -> Contrast:
     return replace(contrast, clusters=clusters[0] if contrast.paired else tuple(clusters))
 
 
-def _with_words(init: Callable[..., None]) -> Callable[..., None]:
+_init = lenient(Config).__init__
+
+
+@wraps(_init)
+def _init_with_words(self: Config, *args: Any, **given: Any) -> None:
     """`Config`'s own `__init__`, which takes the command line's words too."""
-    of_protocol = {field.name for field in fields(Protocol)}
-
-    @wraps(init)
-    def with_words(self: Config, *args: Any, **given: Any) -> None:
-        for word in WORDS.keys() & given.keys():
-            given[WORDS[word]] = given.pop(word)
-        if own := {name: given.pop(name) for name in of_protocol & given.keys()}:
-            given["protocol"] = replace(given.get("protocol", Protocol()), **own)
-        init(self, *args, **given)
-
-    return with_words
+    for word in WORDS.keys() & given.keys():
+        given[WORDS[word]] = given.pop(word)
+    if names := {field.name for field in fields(Protocol)} & given.keys():
+        own = {name: given.pop(name) for name in names}
+        given["protocol"] = replace(given.get("protocol", Protocol()), **own)
+    _init(self, *args, **given)
 
 
-Config.__init__ = _with_words(lenient(Config).__init__)  # type: ignore[method-assign]
+Config.__init__ = _init_with_words  # type: ignore[method-assign]

@@ -87,8 +87,7 @@ def evidence(
     )
     if causal is None:
         return geometry
-    pair = [contrasts["refusal"]]
-    pair += [some_prompts(contrasts[part], causal.n_prompts) for part in PARTS]
+    pair = [contrasts["refusal"], *(some_prompts(contrasts[p], causal.n_prompts) for p in PARTS)]
     covered = sum(causal.replies["harmful"].values())
     geometry = replace(geometry, covered=covered, constant_token=causal.constant_token)
     responses = responses_of(causal, layer)
@@ -106,7 +105,7 @@ def responses_of(causal: Causal, layer: int) -> Responses:
         neutral=causal.ablation.negativity.baseline_log_odds[first],
         added=causal.addition.refusal.baseline_log_odds[rows],
         requests=causal.requests,
-        earlier=Earlier.of(*(causal.sweep[part] for part in PARTS), layer),
+        earlier=Earlier.of(causal.sweep["refusal"], causal.sweep["negativity"], layer),
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
     )
 
@@ -131,7 +130,8 @@ def compute_evidence(
     all_refused = [(side[None] > 0).double() for side in responses.requests]
     whole = _gap(all_refused[0], all_refused[1], every.paired)
 
-    ratio, total = (partial(each, confidence=confidence) for each in (_ratio, total_interval))
+    ratio = partial(_ratio, confidence=confidence)
+    total = partial(total_interval, confidence=confidence)
     earlier, same = responses.earlier, _apart([negative[0] - negative[1]], [dropped])
     lost = earlier.log_odds[0] - earlier.log_odds[1:]
     fewer = (earlier.log_odds[:1] > 0).double() - (earlier.log_odds[1:] > 0).double()
@@ -216,10 +216,16 @@ def _over_gap(top: Tensor, gaps: Sequence[Tensor], of: int) -> list[tuple[Tensor
     return list(zip(tops, gaps, strict=True))
 
 
-def design(a: Contrast, b: Contrast) -> dict[str, Any]:
-    """What the cosine of two contrasts' directions depends on besides activations."""
-    pairs = {"a_paired": a.paired, "b_paired": b.paired}
-    return pairs | {"a_clusters": a.clusters, "b_clusters": b.clusters}
+def compared(
+    contrasts: Mapping[str, Contrast], sides: Mapping[str, Any], *pair: str, at: slice = slice(None)
+) -> dict[str, Any]:
+    """What `cosine_statistics` takes of two contrasts, with their activations at some layers."""
+    found: dict[str, Any] = {}
+    for of, name in zip("ab", pair, strict=True):
+        contrast, (target, baseline) = contrasts[name], sides[name]
+        found |= {f"{of}_target": target[:, at], f"{of}_baseline": baseline[:, at]}
+        found |= {f"{of}_paired": contrast.paired, f"{of}_clusters": contrast.clusters}
+    return found
 
 
 def labels_of(contrast: Contrast) -> tuple[Any, Any]:

@@ -180,7 +180,6 @@ class Results:
 
         refusal, *others = (contrast.name for contrast in self.contrasts.values())
         curves = [self.similarities[f"refusal_vs_{part}"] for part in [*self.contrasts][1:]]
-        strongest = self.causal.strongest if self.causal else -1
         sure = self.statistics["negativity"]
         return plotting.cosine_by_layer(
             {f"{refusal} vs {name}": curve for name, curve in zip(others, curves, strict=True)},
@@ -190,7 +189,7 @@ class Results:
             null=(sure.null_lower, sure.null_upper),
             ceiling=sure.ceiling,
             unbiased=sure.unbiased,
-            strongest=None if strongest < 0 else strongest,
+            strongest=self.causal.strongest if self.causal and self.causal.strongest >= 0 else None,
             confidence=sure.confidence,
             title=f"Refusal vs {others[0]}: {self.model_name}",
             theme=theme,
@@ -255,20 +254,22 @@ class Results:
 
     def summary(self) -> dict[str, Any]:
         """Return the published experiment's summary: tensors by layer, scalars at the layer."""
-        published = [*self.similarities][:4]
         return {
             "model": self.model_name,
             "layer": self.layer,
             "refusal_direction": self.directions["refusal"],
             "negativity_direction": self.directions["negativity"],
             "cosine_similarity": self.similarities["refusal_vs_negativity"],
-            **{name: float(self.similarities[name][self.layer]) for name in published},
+            **{k: float(v[self.layer]) for k, v in [*self.similarities.items()][:4]},
         }
 
     def __str__(self) -> str:
         table, step = self.table(), max(1, round(self.n_layers / 8))
         width = max(len(measure) for measure, _, _ in table)
         layers = sorted({*range(0, self.n_layers, step), self.n_layers - 1, self.layer})
+        curves = {"cosine": self.similarities["refusal_vs_negativity"]}
+        curves["unbiased"] = self.statistics["negativity"].unbiased
+        depth = {name: [f"{x:>+6.2f}" for x in curve[layers]] for name, curve in curves.items()}
         lines = [
             f"{self.model_name}, {self.layer_note}\n",
             wording.verdict_text(self.verdict, self.names),
@@ -277,8 +278,7 @@ class Results:
             "\n" + "\n".join(self.uncertainty()),
             f"\n{table[0][0]}, across depth",
             "layer     " + " ".join(f"{layer:>6}" for layer in layers),
-            "cosine    " + _signed(self.similarities["refusal_vs_negativity"][layers]),
-            "unbiased  " + _signed(self.statistics["negativity"].unbiased[layers]),
+            *(f"{k:<10}" + " ".join(v).replace("+nan", "   ?") for k, v in depth.items()),
         ]
         return "\n".join(lines)
 
@@ -322,8 +322,7 @@ def config_of(path: str | Path) -> Config:
     document = _read_document(path)
     try:
         saved = document["saved"]["fields"]
-        parts = {"config": saved["config"], "contrasts": saved["contrasts"]}
-        config, contrasts = unpack({"dict": parts}, {}, SAVED).values()
+        config, contrasts = (unpack(saved[name], {}, SAVED) for name in ("config", "contrasts"))
         refusal, negativity, *controls = contrasts.values()
         concepts = {"refusal": refusal, "negativity": negativity, "controls": tuple(controls)}
         revision = config.revision or document["provenance"]["model"].get("revision")
@@ -332,11 +331,6 @@ def config_of(path: str | Path) -> Config:
         raise
     except (KeyError, TypeError, AttributeError, ValueError):
         raise InputError(f"{path} lacks the configuration of its run: save it anew") from None
-
-
-def _signed(cosines: Tensor) -> str:
-    """Format cosines with their sign, six characters wide; "?" is NaN."""
-    return " ".join(f"{value:>+6.2f}".replace("+nan", "   ?") for value in cosines.tolist())
 
 
 def _read_document(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .cached_model import PACKAGES, CachedModel
 from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set
 from .config import Config
 from .distributed import is_main
-from .evidence import design, evidence
+from .evidence import compared, evidence
 from .results import SAVED, Results
 from .verdict import judge
 from .wording import Names
@@ -70,7 +70,6 @@ def run_experiment(
     if len(config.protocol.positions) != 1:
         several = config.protocol.positions
         raise InputError(f"the experiment takes one position, not {several}: use `positions=(-1,)`")
-    cache = cache if isinstance(cache, Cache) else Cache(cache)
     source = CachedModel(config, cache, model=model)
     origin, n_layers = source.remember(
         "model", {}, lambda: (model_provenance(source.model), source.model.cfg.n_layers)
@@ -143,8 +142,7 @@ def analyse(
     directions = {part: mean_difference(*pair) for part, pair in sides.items()}
     statistics = {
         part: cosine_statistics(
-            *(*sides["refusal"], *sides[part]),
-            **design(contrasts["refusal"], contrasts[part]),
+            **compared(contrasts, sides, "refusal", part),
             n_resamples=config.n_resamples,
             confidence=config.confidence,
             generator=torch.Generator().manual_seed(config.seed),

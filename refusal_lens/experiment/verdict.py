@@ -231,11 +231,8 @@ def published_rule(cosine: float) -> str:
 
 def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
     """Return the reasons that prevent a conclusion; empty if there are none."""
-    minima = {
-        "n_prompts": float(t.min_prompts),
-        "reliability_refusal": t.min_reliability,
-        "reliability_negativity": t.min_reliability,
-    }
+    minima = {"n_prompts": float(t.min_prompts), "reliability_refusal": t.min_reliability}
+    minima["reliability_negativity"] = t.min_reliability
     low = [name for name, minimum in minima.items() if not getattr(e, name) >= minimum]
     found = [Reason(name, "too low", minima[name]) for name in low]
     if math.isnan(e.refused_harmful):

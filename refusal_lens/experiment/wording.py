@@ -31,8 +31,7 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, refusal: Contrast, negativity: Contrast) -> "Names":
         """Return the names of two contrasts. Equal set names get the contrast's name as a prefix."""
-        contrasts = (refusal, negativity)
-        sets = [name for each in contrasts for name in (each.target_name, each.baseline_name)]
+        sets = [x for each in (refusal, negativity) for x in (each.target_name, each.baseline_name)]
         if len({*sets}) < len(sets):
             owners = PARTS if refusal.name == negativity.name else (refusal.name, negativity.name)
             sets = [f"{owners[i // 2]} {name}" for i, name in enumerate(sets)]

@@ -97,12 +97,12 @@ class Sensitivity:
     def records(self) -> list[dict[str, Any]]:
         """Return one row for every specification and layer; NaN means unknown."""
         directions = {"a": self.names.refusal, "b": self.names.negativity}
-        rows: list[dict[str, Any]] = []
-        for i, specification in enumerate(self.specifications):
+        rows = []
+        for i, each in enumerate(self.specifications):
             for layer, verdict in enumerate(self.verdicts[i]):
                 why, plain = self.reasons[i][layer], float(self.plain[i, layer])
-                row = {"specification": specification.name, "family": specification.family.value}
-                row |= specification.choices() | {"layer": layer}
+                row: dict[str, Any] = {"specification": each.name, "family": each.family.value}
+                row |= each.choices() | {"layer": layer}
                 row |= {name: float(getattr(self, name)[i, layer]) for name in CURVES}
                 row |= {"why not": unmeasured(why, directions) if why else ""}
                 row |= {"verdict": verdict.answer}
@@ -147,10 +147,7 @@ class Sensitivity:
         document = {
             "sentence": self.sentence(),
             "scatter": self.scatter(),
-            "layer": self.layer,
-            "confidence": self.confidence,
-            "changes": self.changes,
-            "skipped": self.skipped,
+            **{name: getattr(self, name) for name in ("layer", "confidence", "changes", "skipped")},
             "specifications": [
                 vars(each) | {"protocol": each.protocol.to_dict(), "bugs": each.protocol.bugs}
                 for each in self.specifications
@@ -164,9 +161,8 @@ class Sensitivity:
             "evidence": [[verdict.evidence for verdict in row] for row in self.verdicts],
         }
         with disk.whole_directory(folder) as staging:
-            pd.DataFrame(table).to_csv(
-                staging / "sensitivity.csv", index=False, lineterminator="\n"
-            )
+            csv = staging / "sensitivity.csv"
+            pd.DataFrame(table).to_csv(csv, index=False, lineterminator="\n")
             disk.write_json(staging / "sensitivity.json", disk.plain(document))
             (staging / "sensitivity.html").write_text(plotting.page(self.figure()), "utf-8")
         return Path(folder)

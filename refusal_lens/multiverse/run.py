@@ -159,8 +159,7 @@ def _fewer_prompts(gram: Gram, n: int, confidence: float, seed: int) -> Change:
         picked = torch.rand(SUBSETS, size, generator=generator).argsort(1)[:, :n]
         return torch.zeros(SUBSETS, size, dtype=torch.float64).scatter(1, picked, 1 / n)
 
-    sides = (map(len, gram.groups_a), map(len, gram.groups_b))
-    a, b = (torch.cat([*map(weights, sizes)], 1) for sizes in sides)
+    a, b = (torch.cat([*map(weights, map(len, x))], 1) for x in (gram.groups_a, gram.groups_b))
     inner = ((a @ gram.ab[0]) * b).sum(-1)
     norms = ((a @ gram.aa[0]) * a).sum(-1) * ((b @ gram.bb[0]) * b).sum(-1)
     cosines = inner / norms.sqrt()

@@ -18,6 +18,7 @@ from ..interventions.cross_ablation import random_directions
 from ..interventions.reply_openings import REFUSAL
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
+from ..prompts.protocol import DEFAULT
 from ..uncertainty import CosineEstimate, Gram
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def measure_responses(
     parts = zip(*(measured[i][2:5] for i in judged), strict=True)
     by_refusal, by_negativity, layers = map(torch.stack, parts)
     options: dict[str, Any] = {"score": score, "last_position": True}
-    options |= {"batch_size": batch_size, "progress": progress}
+    options |= {"protocol": DEFAULT, "batch_size": batch_size, "progress": progress}
 
-    ablated = partial(sweep_ablations, model, **options)
+    ablated = partial(sweep_ablations, model, options=options)
     add = partial(addition_effects, model, harmless, **options)
     both = torch.stack([by_refusal, by_negativity])
     clean = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
@@ -105,12 +106,12 @@ class _Measures(NamedTuple):
     neutral: Float[Tensor, " neutral"]  # scores in the unmodified model
 
 
-def _responses(m: _Measures, row: int, layer: int, at: int, n_harmful: int) -> Responses:
+def _responses(m: _Measures, row: int, layer: int, at: int, n: int) -> Responses:
     """Responses to one specification's directions at one layer; random ones are of layer `at`."""
     odds, kl = m.requests.log_odds[:, row], m.requests.kl[:, row]
     here = torch.cat([m.requests.unchanged[None], odds[:, layer]])
-    harmful, harmless = here[:, :n_harmful], here[:, n_harmful:]
-    sweeps = (Effects(harmful[0], odds[i, :, :n_harmful], kl[i, :, :n_harmful]) for i in (0, 1))
+    harmful, harmless = here[:, :n], here[:, n:]  # the first n requests are harmful
+    of_refusal, of_negativity = (Effects(harmful[0], odds[i, :, :n], kl[i, :, :n]) for i in (0, 1))
     statements = [m.statements.unchanged[None], m.statements.log_odds[:, row, layer]]
     # Adding refusal decides nothing, so it is not run.
     added = [harmless[:1], torch.nan * harmless[:1], m.added.log_odds[row, layer][None]]
@@ -121,8 +122,8 @@ def _responses(m: _Measures, row: int, layer: int, at: int, n_harmful: int) -> R
         neutral=m.neutral[None],
         added=torch.cat([*added, m.chance_added.log_odds[at]]),
         requests=(harmful[0], harmless[0]),
-        earlier=Earlier.of(*sweeps, layer),
-        kl=tuple(kl[:, layer, n_harmful:].mean(-1).tolist()),
+        earlier=Earlier.of(of_refusal, of_negativity, layer),
+        kl=tuple(kl[:, layer, n:].mean(-1).tolist()),
     )
 
 
