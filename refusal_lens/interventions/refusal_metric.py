@@ -13,21 +13,14 @@ from torch import Tensor
 from ..errors import InputError, check_tensors
 from ..prompts.protocol import Protocol
 from .batched_runs import first_token_logits
+from .reply_openings import OPENINGS
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
 EPSILON = 1e-8
-
-# First words of refusals in Llama 3, Gemma, Qwen and Llama 2, by a marker in the chat template.
-# Token ids in Arditi et al.: 40; 235285; 40 and 2121; 306.
-FIRST_WORDS: dict[str, tuple[str, ...]] = {
-    "<|start_header_id|>": ("I",),
-    "<start_of_turn>": ("I",),
-    "<|im_start|>": ("I", "As"),
-    "[INST]": ("I",),
-}
+FIRST_WORDS: dict[str, list[str]] = OPENINGS["first_words"]  # by a marker in the chat template
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ def find_refusal_tokens(
     tokenizer: Any = model.tokenizer
     ids: list[int] = []
     template = protocol.chat_template or getattr(tokenizer, "chat_template", None) or ""
-    if marker := next((marker for marker in FIRST_WORDS if marker in template), None):
+    if marker := next((mark for mark in FIRST_WORDS if mark in template), None):
         words = [tokenizer.encode(word, add_special_tokens=False) for word in FIRST_WORDS[marker]]
         ids = [word[0] for word in words if len(word) == 1]
         how = f"first words of refusals under chat templates with {marker} (Arditi et al. 2024)"

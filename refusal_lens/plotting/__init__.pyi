@@ -1,6 +1,5 @@
 from .depth import cosine_by_layer as cosine_by_layer
 from .depth import log_odds_by_ablated_layer as log_odds_by_ablated_layer
-from .depth import metric_panel as metric_panel
 from .depth import norms_by_layer as norms_by_layer
 from .matrices import concept_map as concept_map
 from .matrices import cosine_matrix as cosine_matrix

@@ -167,24 +167,6 @@ def norms_by_layer(
     return chart
 
 
-def metric_panel(
-    metrics: Mapping[str, Values],
-    *,
-    highlight: int | None = 20,
-    title: str = "Similarity of the two directions across depth, by metric",
-    theme: Theme = "light",
-) -> go.Figure:
-    """Similarity under several metrics, a curve for each, on the axes of `cosine_by_layer`.
-
-    Args:
-        metrics: `[layer]` in [-1, 1] by name ("plain", "whitened", ...), all of one depth.
-        highlight: the layer marked on every curve, with the curve's value.
-        title, theme: the figure's title; "light" or "dark".
-    """
-    check_tensors(**{f"metric {name!r}": (curve, "layer") for name, curve in metrics.items()})
-    return cosine_by_layer(metrics, highlight=highlight, title=title, theme=theme)
-
-
 def cosine_limits(values: list[float]) -> tuple[float, float]:
     """Axis limits in whole quarters, so that figures of different runs compare by eye."""
     low = min([-0.25, *((v - 0.02) // 0.25 / 4 for v in values)])

@@ -38,9 +38,10 @@ def figures(results: Results, *, theme: Theme = "light") -> list[Figure]:
     curves = results.similarities | {"corrected for noise": sure.unbiased}
     curves |= {"interval, lower": sure.lower, "interval, upper": sure.upper}
     options: dict[str, Any] = {"highlight": results.layer, "theme": theme}
+    by_measure = "Similarity of the two directions across depth, by measure"
     by_estimator = "Cosine of the two directions across depth, by estimator"
-    metrics = plotting.metric_panel(results.metrics, **options)
-    estimators = plotting.metric_panel(results.estimators, title=by_estimator, **options)
+    metrics = plotting.cosine_by_layer(results.metrics, title=by_measure, **options)
+    estimators = plotting.cosine_by_layer(results.estimators, title=by_estimator, **options)
     norms = plotting.norms_by_layer(results.norms, **options)
     return [
         _figure(results, "cosine", results.figure(theme=theme), curves),

@@ -241,10 +241,6 @@ PLOT_CASES = {
         "differ in layer",
     ),
     "cosine_by_layer: a theme": (lambda w: plotting.cosine_by_layer(CURVE, theme="x"), "theme"),
-    "metric_panel: two depths": (
-        lambda w: plotting.metric_panel({"a": CURVE, "b": CURVE[1:]}),
-        "differ in layer",
-    ),
     "norms_by_layer: negative": (lambda w: plotting.norms_by_layer({"a": -CURVE}), "below 0"),
     "log_odds_by_ablated_layer: a number": (
         lambda w: plotting.log_odds_by_ablated_layer({"a": 1.0}),

@@ -61,9 +61,6 @@ def every_figure(n_layers: int = 32, *, value: float | None = None, theme: str =
             {"harmful": data(n_layers)}, without={"harmful": 8.0}, theme=theme
         ),
         "norms_by_layer": plotting.norms_by_layer({"refusal": data(n_layers)}, theme=theme),
-        "metric_panel": plotting.metric_panel(
-            {"plain": data(n_layers), "whitened": data(n_layers)}, theme=theme
-        ),
         "cosine_matrix": plotting.cosine_matrix(data(n_layers, n_layers), theme=theme),
         "position_by_layer": plotting.position_by_layer(data(5, n_layers), theme=theme),
         "concept_map": plotting.concept_map(data(3, 3, n_layers), ["a", "b", "c"], theme=theme),
@@ -287,7 +284,7 @@ def test_norms_are_on_a_log_axis_which_leaves_zero_out():
 
 def test_every_metric_has_a_curve_and_its_value_at_the_marked_layer():
     metrics = {name: torch.rand(8) for name in ("plain", "whitened", "causal")}
-    figure = plotting.metric_panel(metrics, highlight=3)
+    figure = plotting.cosine_by_layer(metrics, highlight=3)
     for name, values in metrics.items():
         assert trace(figure, name).y == pytest.approx(values.tolist(), abs=1e-4)
         assert any(written(values[3].item()) in note for note in notes(figure))
@@ -444,7 +441,7 @@ def test_text_from_outside_is_shown_and_not_read():
         plotting.cosine_by_layer({HOSTILE: curve}, title=HOSTILE, highlight=1),
         plotting.log_odds_by_ablated_layer({HOSTILE: curve}, without={HOSTILE: 1.0}),
         plotting.norms_by_layer({HOSTILE: curve}),
-        plotting.metric_panel({HOSTILE: curve, "b": curve}),
+        plotting.cosine_by_layer({HOSTILE: curve, "b": curve}),
         plotting.cosine_matrix(torch.rand(3, 3), names=(HOSTILE, HOSTILE), highlight=1),
         plotting.position_by_layer(
             torch.rand(1, 3), positions=[HOSTILE], quantity=HOSTILE, title=HOSTILE
