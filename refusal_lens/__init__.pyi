@@ -27,6 +27,7 @@ from .errors import InputError as InputError
 from .experiment.atlas import Atlas as Atlas
 from .experiment.atlas import compare_concepts as compare_concepts
 from .experiment.config import Config as Config
+from .experiment.harmfulness import harm_and_refusal as harm_and_refusal
 from .experiment.results import Results as Results
 from .experiment.results import config_of as config_of
 from .experiment.results import load_results as load_results

@@ -55,12 +55,14 @@ class Wired:
         knows: value of each feature behind a prompt, from the kind of the prompt and its number.
         neurons: all but those of the replies.
         spread: standard deviation of a feature's value from prompt to prompt, where not `SPREAD`.
+        judges: a feature that makes "Yes" likelier as a reply.
     """
 
     answer: str
     knows: Mapping[str, Callable[[str, int], float]]
     neurons: tuple[Neuron, ...]
     spread: Mapping[str, float] = field(default_factory=dict)
+    judges: str = ""
 
 
 def _of(*kinds: str) -> Callable[[str, int], float]:
@@ -144,6 +146,7 @@ WIRED: Mapping[str, Wired] = {
             **NEGATIVE,
         },
         (*_manner("refuse", {"rule": 1}, layer=6), *SYMPATHISES),
+        judges="harm",
     ),
 }
 
@@ -158,7 +161,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build(name: str, *, seed: int = 0) -> LlamaForCausalLM:
     """The wired model of a name in `WIRED`; `seed` draws noise and spread."""
     wired = WIRED[name]
-    neurons = (*wired.neurons, *_reply_neurons())
+    neurons = (*wired.neurons, *_reply_neurons(), *_judging(wired.judges))
     values = _token_values(wired, torch.Generator().manual_seed(seed))
     dims = {"1": 0}
     for feature in (*(f"token's {x}" for x in values), *values, *_written_features(neurons)):
@@ -185,6 +188,15 @@ def _reply_neurons() -> list[Neuron]:
                 read = {f"now {now}": 1.0}
             found[str(read), str(write)] = Neuron(last, read, write)
     return list(found.values())
+
+
+def _judging(feature: str) -> list[Neuron]:
+    """Neurons of the last layer by which a feature raises the logits of "Yes"."""
+    start = tokenizer().encode("\n\n", add_special_tokens=False)[0]
+    ids, last = tokenizer().encode("Yes", add_special_tokens=False), N_LAYERS - 1
+    read = {feature: 1.0, f"now {start}": 9.0, "1": -9.0}
+    then = [Neuron(last, {f"now {a}": 1.0}, {f"next {b}": 12.0}) for a, b in pairwise(ids)]
+    return [Neuron(last, read, {f"next {ids[0]}": 4.0}), *then] if feature else []
 
 
 def _token_values(wired: Wired, generator: torch.Generator) -> dict[str, Tensor]:

@@ -338,6 +338,10 @@ TEXT_CASES = {
         lambda w: rl.Atlas.load(w.file("x/atlas.json", "[]").parent),
         "no file .*atlas.safetensors",
     ),
+    "harm_and_refusal: replies of one kind": (
+        lambda w: rl.harm_and_refusal(w.model, CONTRAST, progress=False),
+        "replies are .*: give more prompts",
+    ),
     "run_experiment: a dtype": (
         lambda w: rl.run_experiment(rl.Config(model="organism:specific", dtype="int8")),
         "dtype is int8",
