@@ -106,5 +106,9 @@ def test_modules_and_functions_can_be_followed(file):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+def test_the_package_can_be_read_in_a_day():
+    assert sum(file.read_text().count("\n") for file in PACKAGE.rglob("*.py")) <= 14_000
+
+
 def test_the_version_is_the_installed_one():
     assert version("refusal_lens")

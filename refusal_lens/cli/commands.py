@@ -13,14 +13,11 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
+from ..experiment.wording import WORDS
 from ..prompts.contrast import as_contrast
 from .options import ContrastOptions, Folder, ModelOptions, Number, RefusalOptions, Text
 from .show import show, table
 
-TIME = (
-    "About 30 specifications are read and intervened with: about 2 minutes on two cores for a bundled "
-    "model, longer for a larger one; --causal-prompts 0 is quicker, without verdicts."
-)
 ENDINGS = (".safetensors", ".npy", ".gguf")  # formats that `convert` writes
 
 Hook = Annotated[
@@ -61,7 +58,7 @@ class Multiverse(ContrastOptions, ModelOptions):
         refusal, against = config.contrasts().values()
         out = self.start("-sensitivity")
         if not self.quiet:
-            print(TIME, file=sys.stderr)
+            print(WORDS["sensitivity_time"], file=sys.stderr)
 
         def save(found: rl.Sensitivity) -> None:
             if distributed.is_main():

@@ -20,16 +20,13 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
+from ..experiment.wording import WORDS
 from .commands import Compare, ConceptMap, Convert, Multiverse, Report, Select, StoredWork
 from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
 from .show import findings, show, table, verdict
 
 ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
 ADAPTERS = ("refuses", "refuses_negativity_too")  # of a real chat model
-EXPLANATION = (
-    "Two directions can point the same way in a model that never refuses ({never}). So ask what they "
-    "do: take negativity away, and see whether the model still refuses."
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Demo:
         head = ["model", "verdict", "cosine", "the published rule would say"]
         path = self.out / "cosine_by_layer.html"
         written = f"Written to {self.out}: open {path} and the report.html of each model"
-        told = EXPLANATION.format(never="untaught" if self.real else "oblivious")
+        told = WORDS["demo"].format(never="untaught" if self.real else "oblivious")
         show(*map(verdict, found.values()), table(head, rows), told, written)
 
     def _run(self, name: str, model: str, progress: bool) -> "rl.Results":

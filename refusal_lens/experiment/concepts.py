@@ -17,7 +17,8 @@ from ..interventions.batched_runs import Interventions, opening_log_odds
 from ..interventions.reply_openings import REFUSAL
 from ..interventions.sweep import affine_references, measured
 from ..prompts.contrast import Contrast
-from ..uncertainty import Gram, cosine_statistics, estimate_cosine, fewest_resamples
+from ..uncertainty import Gram, cosine_statistics
+from ..uncertainty.cosine import estimate_cosine, fewest_resamples
 from ..uncertainty.effects import IndependentSample, auroc_interval, ratio_interval
 from . import causal
 from .cached_model import CachedModel

@@ -14,7 +14,8 @@ from ..errors import InputError, lenient
 from ..models.load import DEFAULT_MODEL
 from ..prompts.contrast import Contrast, as_contrast
 from ..prompts.protocol import Protocol
-from ..uncertainty import fewest_resamples, near_duplicates
+from ..uncertainty import near_duplicates
+from ..uncertainty.cosine import fewest_resamples
 from .verdict import Thresholds
 
 logger = logging.getLogger(__name__)

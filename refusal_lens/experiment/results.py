@@ -264,21 +264,14 @@ class Results:
         }
 
     def __str__(self) -> str:
-        table, step = self.table(), max(1, round(self.n_layers / 8))
+        table = self.table()
         width = max(len(measure) for measure, _, _ in table)
-        layers = sorted({*range(0, self.n_layers, step), self.n_layers - 1, self.layer})
-        curves = {"cosine": self.similarities["refusal_vs_negativity"]}
-        curves["unbiased"] = self.statistics["negativity"].unbiased
-        depth = {name: [f"{x:>+6.2f}" for x in curve[layers]] for name, curve in curves.items()}
         lines = [
             f"{self.model_name}, {self.layer_note}\n",
             wording.verdict_text(self.verdict, self.names),
             f"\n{'measure':<{width}}   cosine  the published rule would say",
             *(f"{measure:<{width}}  {value:+.4f}  {rule}" for measure, value, rule in table),
             "\n" + "\n".join(self.uncertainty()),
-            f"\n{table[0][0]}, across depth",
-            "layer     " + " ".join(f"{layer:>6}" for layer in layers),
-            *(f"{k:<10}" + " ".join(v).replace("+nan", "   ?") for k, v in depth.items()),
         ]
         return "\n".join(lines)
 

@@ -186,7 +186,7 @@ class Verdict:
         reasons: the numbers behind the answer, the deciding numbers first.
         geometry: the cosine: "too high" or "too low" for the answer, or "reported". Never decides.
         evidence, thresholds: all numbers, and the thresholds of the rule.
-    >>> answer, rule = results.verdict.answer, results.verdict.rule
+    >>> answer, reasons = results.verdict.answer, results.verdict.reasons
     """
 
     answer: Answer
@@ -194,13 +194,6 @@ class Verdict:
     geometry: Reason
     evidence: Evidence
     thresholds: Thresholds
-
-    @property
-    def rule(self) -> str:
-        """The rule in words, with its thresholds."""
-        from .wording import rule
-
-        return rule(self.thresholds)
 
     def __str__(self) -> str:
         from .wording import verdict_text

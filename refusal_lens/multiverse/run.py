@@ -21,8 +21,8 @@ from ..experiment.verdict import Estimate, Evidence, Thresholds
 from ..experiment.wording import Names
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
-from ..uncertainty import Gram, estimate_cosine
-from ..uncertainty.cosine import split_half_reliability
+from ..uncertainty import Gram
+from ..uncertainty.cosine import estimate_cosine, split_half_reliability
 from ..uncertainty.effects import cosine_difference
 from .activations import read_specifications
 from .results import CURVES, Change, Sensitivity

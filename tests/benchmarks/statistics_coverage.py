@@ -57,7 +57,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refusal_lens.uncertainty import Gram, estimate_cosine, permutation_null
+from refusal_lens.uncertainty import Gram, permutation_null
+from refusal_lens.uncertainty.cosine import estimate_cosine
 
 COSINES = (-0.5, 0.0, 0.1, 0.5, 0.9)
 RELIABILITIES = (0.3, 0.6, 0.9)

@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal_lens.uncertainty import Gram, estimate_cosine, permutation_null
+from refusal_lens.uncertainty import Gram, permutation_null
+from refusal_lens.uncertainty.cosine import estimate_cosine
 
 D_MODEL, LAYERS, BAND_WIDTH = 512, 32, 200
 RESAMPLES = 1000

@@ -267,9 +267,9 @@ def test_every_threshold_is_an_argument():
 
 
 def test_the_rule_is_printed_with_its_own_thresholds():
-    rule = judge(DISTINCT, Thresholds(margin=0.31, shared_from=0.77)).rule
-    assert "+-31 %" in rule
-    assert "77 %" in rule
+    words = rule(Thresholds(margin=0.31, shared_from=0.77))
+    assert "+-31 %" in words
+    assert "77 %" in words
 
 
 def test_reasons_give_number_interval_and_threshold():
