@@ -21,7 +21,7 @@ from ..errors import InputError, InterventionError, check_tensors
 from ..interventions.reply_openings import REFUSAL
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
-from ..uncertainty import cosine_statistics
+from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
 from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set
@@ -82,26 +82,15 @@ def run_experiment(
     prompts["protocol"] = config.protocol.to_dict()
     if config.interventions and smallest_set(contrasts) >= FEWEST_PROMPTS:
         logger.info("ablating and adding the directions of %s", " and ".join(PARTS))
-        openings = {"openings": config.refusal_openings or REFUSAL}
-        chosen: dict[str, Any] = {"layer": layer, "seed": config.seed} | openings
-        how: Any = {"layer": layer, "config": config, "progress": progress and is_main()}
+        how = {"layer": layer, "progress": progress and is_main()}
         try:
-            causal = source.remember(
-                "interventions",
-                prompts | chosen,
-                lambda: intervene(source.model, contrasts, activations, **how),
-                SAVED,
-            )
+            causal = _interventions(source, prompts, contrasts, activations, how)
         except InterventionError as error:
             logger.warning("there are no interventions: %s", error)
             missing = {"interventions": f"none: {error}"}
-    results = analyse(
-        activations,
-        config=config,
-        contrasts=contrasts,
-        causal=causal,
-        provenance=provenance(origin, contrasts, config) | missing,
-    )
+    known = provenance(origin, contrasts, config) | missing
+    given: Any = {"config": config, "contrasts": contrasts, "causal": causal, "provenance": known}
+    results = analyse(activations, **given)
     a, b = (results.directions[part] for part in PARTS)
     metric = source.remember(
         "causal inner product",
@@ -109,6 +98,19 @@ def run_experiment(
         lambda: causal_cosine(a, b, measures.effective_unembedding(source.model)),
     )
     return replace(results, metrics=results.metrics | {"causal inner product": metric})
+
+
+def _interventions(
+    source: CachedModel, prompts: Any, contrasts: Any, sides: Any, how: Any
+) -> Causal:
+    config = source.config
+    key = prompts | {"layer": how["layer"], "seed": config.seed}
+    key["openings"] = config.refusal_openings or REFUSAL
+
+    def run() -> Causal:
+        return intervene(source.model, contrasts, sides, config=config, **how)
+
+    return source.remember("interventions", key, run, SAVED)
 
 
 def analyse(
@@ -140,15 +142,7 @@ def analyse(
     contrasts = _matching(contrasts, sides)
     layer, note = highlighted_layer(config.layer, sides["refusal"].target.shape[1])
     directions = {part: mean_difference(*pair) for part, pair in sides.items()}
-    statistics = {
-        part: cosine_statistics(
-            **compared(contrasts, sides, "refusal", part),
-            n_resamples=config.n_resamples,
-            confidence=config.confidence,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        for part in [*sides][1:]
-    }
+    statistics = {p: _statistics(sides, contrasts, p, config) for p in [*sides][1:]}
     names = Names.of(contrasts["refusal"], contrasts["negativity"]).sets()
     projections = measures.projections(sides, names)
     sets = {n: rows for part in PARTS for n, rows in zip(names[part], sides[part], strict=True)}
@@ -174,6 +168,15 @@ def analyse(
         causal=causal,
         verdict=judge(measured, config.thresholds),
         provenance=dict(provenance or {"model": {"model": "activations handed over"}}),
+    )
+
+
+def _statistics(sides: Any, contrasts: Any, part: str, config: Config) -> CosineStatistics:
+    return cosine_statistics(
+        **compared(contrasts, sides, "refusal", part),
+        n_resamples=config.n_resamples,
+        confidence=config.confidence,
+        generator=torch.Generator().manual_seed(config.seed),
     )
 
 

@@ -82,8 +82,6 @@ def run_sensitivity(
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
     rest = contrasts, causal_prompts, confidence, thresholds
-    curves = {k: torch.stack([getattr(m.estimate, k) for m in measured]) for k in CURVES[1:]}
-    origin = {"model": model_provenance(model), "contrasts": {c.name: c.sha256 for c in contrasts}}
     settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
     found = Sensitivity(
         specifications=tuple(specifications),
@@ -92,11 +90,7 @@ def run_sensitivity(
         changes=_changes(specifications, measured, at, confidence, seed),
         layer=at,
         confidence=confidence,
-        plain=torch.stack([each.gram.plain for each in measured]),
-        **curves,
-        reasons=tuple(each.estimate.reasons for each in measured),
-        names=Names.of(*contrasts),
-        provenance=origin | settings,
+        **_described(model, contrasts, measured, settings),
     )
     if on_cosines:
         on_cosines(found)
@@ -104,6 +98,17 @@ def run_sensitivity(
     options |= {"n_prompts": causal_prompts, "least": (thresholds or Thresholds()).min_prompts}
     responses = measure_responses(model, contrasts, measured, **options)
     return replace(found, verdicts=judge_all(measured, responses, *rest))
+
+
+def _described(model: Any, contrasts: Any, measured: Any, settings: Any) -> dict[str, Any]:
+    """Return the curves of a `Sensitivity`, its names and its provenance."""
+    known = {k: torch.stack([getattr(m.estimate, k) for m in measured]) for k in CURVES[1:]}
+    known["plain"] = torch.stack([each.gram.plain for each in measured])
+    reasons = tuple(each.estimate.reasons for each in measured)
+    hashes = {contrast.name: contrast.sha256 for contrast in contrasts}
+    provenance = {"model": model_provenance(model), "contrasts": hashes, **settings}
+    words = {"names": Names.of(*contrasts), "provenance": provenance}
+    return {**known, "reasons": reasons, **words}
 
 
 def _measure(
