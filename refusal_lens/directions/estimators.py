@@ -4,6 +4,7 @@ A direction points from baseline to target. Its dtype is float64 if the target i
 float32. InputError if a set is empty, too small or not finite, or if shapes or devices differ.
 """
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,9 @@ def logistic_probe(
     options: Any = {"l1_ratios": (0,), "tol": 1e-8, "max_iter": 10_000, "scoring": _log_likelihood}
     options |= {"cv": PredefinedSplit(fold.numpy()), "use_legacy_attributes": False}
     probe = LogisticRegressionCV(Cs=inverse_penalties, **options)
-    with threadpool_limits(1):  # the faster on problems this small
+    # One thread is faster on problems this small; rounding may end a fit before `tol`.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for layer in range(len(weights)):
             rows = torch.cat([target[:, layer], baseline[:, layer]]).double()
             rows = rows - rows.mean(0)

@@ -235,5 +235,6 @@ def _chosen(
         raise InputError(f"there is nothing to compare {refusal.name!r} with: name another concept")
     if len(names := {each.name for each in others}) < len(others):
         raise InputError(f"two concepts share a name, of {sorted(names)}: rename one")
+    others.sort(key=lambda each: each.name != "negativity")  # a control can't have that name
     config = replace(config, refusal=refusal, negativity=others[0], controls=tuple(others[1:]))
     return config, {each.name: each for each in config.contrasts().values()}

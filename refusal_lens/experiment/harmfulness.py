@@ -83,7 +83,8 @@ def harm_and_refusal(
     Raises:
         InputError: if too few harmful prompts are refused or harmless ones accepted.
     """
-    prompts, both = (*contrast.target, *contrast.baseline), (LAST_PROMPT_TOKEN, -1)
+    prompts = (*contrast.target, *contrast.baseline)
+    both = replace(protocol, positions=(LAST_PROMPT_TOKEN, -1))
     options: dict[str, Any] = {"protocol": protocol, "progress": progress}
     score = openings_of(tokenizer_of(model), REFUSAL)
     odds = opening_log_odds(model, prompts, score, **options).tolist()
@@ -93,12 +94,8 @@ def harm_and_refusal(
     counts = {cell: len(rows) for cell, rows in rows_of.items()}
     small = tuple(cell for cell in CELLS if counts[cell] < FEWEST)
     if {*DIAGONAL} & {*small}:
-        raise InputError(
-            f"replies are {counts}: give more prompts, {FEWEST} {' and '.join(DIAGONAL)}"
-        )
-    read = get_prompt_activations(
-        model, prompts, **options | {"protocol": replace(protocol, positions=both)}
-    )
+        raise InputError(f"replies are {counts}: add prompts, {FEWEST} {' and '.join(DIAGONAL)}")
+    read = get_prompt_activations(model, prompts, **options | {"protocol": both})
     means = {cell: read[rows].double().mean(0) for cell, rows in rows_of.items()}
     known = {k: [pair for pair in v if not {*pair} & {*small}] for k, v in HELD.items()}
     harm, refusal = (

@@ -59,14 +59,10 @@ def norms(activations: Activations, directions: Directions) -> Curves:
     return found | {"residual stream": rows.mean(0)}
 
 
-def by_metric(
-    activations: Activations,
-    directions: Directions,
-    unembedding: Float[Tensor, "d_model d_vocab"] | None = None,
-) -> Curves:
+def by_metric(activations: Activations, directions: Directions) -> Curves:
     """Return refusal against negativity under every similarity of `directions.similarity`.
 
-    The causal inner product needs `unembedding`; the covariance needs two prompts in every set.
+    The covariance needs two prompts in every set; the causal inner product, a model (`run.py`).
     The covariance and the massive dimensions are of at most `MOST_PROMPTS` prompts of each set,
     which the names then say.
     """
@@ -89,8 +85,6 @@ def by_metric(
             whitened[at] = similarity.whitened_cosine(units[0][at], units[1][at], covariance)
         found[f"standardised{note}"] = similarity.standardised_cosine(a, b, variance)
         found[f"whitened{note}"] = whitened
-    if unembedding is not None:
-        found["causal inner product"] = similarity.causal_cosine(a, b, unembedding)
     return found
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..activations.extract import ContrastActivations, by_contrast
@@ -119,7 +118,6 @@ def analyse(
     config: Config | None = None,
     contrasts: Mapping[str, Contrast] | None = None,
     causal: Causal | None = None,
-    unembedding: Float[Tensor, "d_model d_vocab"] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Results:
     """Return the results for given activations, without running a model.
@@ -131,7 +129,6 @@ def analyse(
         config: layer, resamples, confidence, seed and thresholds; None takes the defaults.
         contrasts: the prompts behind the activations; None is unpaired, numbered prompts.
         causal: effects of the interventions; without them the verdict is inconclusive.
-        unembedding: for the causal inner product, from `measures.effective_unembedding`.
         provenance: the origin of the activations, in JSON values.
 
     Raises:
@@ -159,7 +156,7 @@ def analyse(
         similarities=measures.depth_profile(sides, directions),
         norms=measures.norms(sides, directions),
         statistics=statistics,
-        metrics=measures.by_metric(sides, directions, unembedding),
+        metrics=measures.by_metric(sides, directions),
         estimators=measures.by_estimator(sides, paired=paired),
         auroc=measures.aurocs(projections, names),
         projections=projections,

@@ -139,6 +139,12 @@ def test_an_interrupted_run_resumes_with_the_concepts_that_are_left(tmp_path, mo
     assert ran == ["refusal", "negativity", "arousal", "arousal", "alarm"]
 
 
+def test_negativity_may_stand_anywhere_among_the_concepts():
+    quick = {"max_prompts": 8, "interventions": False, "progress": False}
+    atlas = rl.compare_concepts("organism:specific", ["joy", "negativity"], **quick)
+    assert set(atlas.directions) == {"refusal", "negativity", "joy"}
+
+
 def test_one_bar_names_every_step(capsys):
     options = {"max_prompts": 4, "n_resamples": 500, "interventions": False}
     rl.compare_concepts("organism:specific", ["alarm", "joy"], **options)

@@ -1,5 +1,7 @@
 """Results as tables: layers by measures, prompts by projections and refusal score."""
 
+from inspect import unwrap
+
 import pandas as pd
 import pytest
 import torch
@@ -47,4 +49,4 @@ def test_saved_results_load_by_a_function_of_that_name(results, tmp_path):
 
 def test_other_rows_are_refused_by_the_names_there_are(results):
     with pytest.raises(InputError, match="choose 'layers' or 'prompts'"):
-        type(results).to_pandas.__wrapped__(results, "tokens")
+        unwrap(type(results).to_pandas)(results, "tokens")
