@@ -8,8 +8,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import InputError, lenient
 from ..models.load import DEFAULT_MODEL
 from ..prompts.contrast import Contrast, as_contrast
@@ -107,8 +105,8 @@ class Config:
         """
         given = (self.refusal, self.negativity, *self.controls)
         loaded = [as_contrast(item) for item in given]
-        if self.max_prompts:
-            loaded = [some_prompts(contrast, self.max_prompts) for contrast in loaded]
+        if most := self.max_prompts:  # rounded down, which keeps the bundled sets balanced
+            loaded = [some_prompts(contrast, most, down=True) for contrast in loaded]
         owner: dict[str, Contrast] = {}
         for contrast in loaded:
             for prompt in (*contrast.target, *contrast.baseline):
@@ -123,16 +121,17 @@ class Config:
         return dict(zip(parts, map(_clustered, loaded), strict=True))
 
 
-def spread(prompts: Sequence[Any], at_most: int) -> list[Any]:
-    """Return `at_most` prompts, spread evenly from first to last."""
-    rows = torch.linspace(0, len(prompts) - 1, min(at_most, len(prompts))).round().long()
-    return [prompts[i] for i in rows]
+def spread(prompts: Sequence[Any], at_most: int, *, down: bool = False) -> list[Any]:
+    """Return `at_most` prompts, spread evenly from first to last; places are rounded."""
+    n, last = min(at_most, len(prompts)), len(prompts) - 1
+    places = [i * last / max(1, n - 1) for i in range(n)]
+    return [prompts[int(place + 1e-9) if down else round(place)] for place in places]
 
 
-def some_prompts(contrast: Contrast, at_most: int) -> Contrast:
+def some_prompts(contrast: Contrast, at_most: int, **rounding: bool) -> Contrast:
     """Return the contrast with at most so many prompts a side, spread evenly, in whole pairs."""
     sides = contrast.target, contrast.baseline
-    return contrast.subset(*(spread(range(len(side)), at_most) for side in sides))
+    return contrast.subset(*(spread(range(len(side)), at_most, **rounding) for side in sides))
 
 
 def _clustered(contrast: Contrast) -> Contrast:
@@ -146,11 +145,8 @@ def _clustered(contrast: Contrast) -> Contrast:
     alike = sum(len(side) - len({*side}) for side in labels)
     if contrast.clusters or not alike:
         return contrast
-    what = "pairs" if contrast.paired else "prompts"
-    logger.warning(
-        f"{alike} {what} of {contrast.name!r} nearly repeat others: they count as one cluster with "
-        "them, which widens the intervals; a column `cluster` says otherwise"
-    )
+    counted = "they count as one cluster, which widens intervals; a column `cluster` says otherwise"
+    logger.warning(f"{alike} prompts of {contrast.name!r} nearly repeat others: {counted}")
     clusters = [tuple(map(str, side)) for side in labels]
     return replace(contrast, clusters=clusters[0] if contrast.paired else tuple(clusters))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _keeps_keys: "weakref.WeakKeyDictionary[TransformerBridge, bool]" = weakref.WeakKeyDictionary()
+_renamed: "weakref.WeakSet[TransformerBridge]" = weakref.WeakSet()  # need `keeping_keys`
 
 
 def from_hugging_face(
@@ -50,7 +51,9 @@ def window(model: "TransformerBridge") -> int | None:
 
 def keeps_keys(model: "TransformerBridge") -> bool:
     """Whether one token leaves its keys in every layer of a cache, measured once for each model."""
-    if model not in _keeps_keys:
+    # transformers 5.24 renamed the attention's `past_key_values` to `cache`, and TransformerLens 4.3
+    # takes the former name alone in most models: a second try hands the cache on under that name.
+    while model not in _keeps_keys:
         config: Any = model.original_model.config
         cache: Any = DynamicCache(config=config.get_text_config())
         token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
@@ -59,17 +62,17 @@ def keeps_keys(model: "TransformerBridge") -> bool:
             model(token, **filling)
         known = (DynamicLayer, DynamicSlidingWindowLayer)
         lengths = [layer.get_seq_length() for layer in cache.layers if type(layer) in known]
-        _keeps_keys[model] = lengths == [1] * model.cfg.n_layers
+        fills = lengths == [1] * model.cfg.n_layers
+        if fills or model in _renamed:
+            _keeps_keys[model] = fills
+        else:
+            _renamed.add(model)
     return _keeps_keys[model]
 
 
 @contextmanager
 def keeping_keys(model: "TransformerBridge") -> Iterator[None]:
-    """Give each attention the cache under its former name too.
-
-    transformers 5.24 renamed the attention's `past_key_values` to `cache`, and TransformerLens 4.3
-    takes the former name alone, so that its cache stays empty.
-    """
+    """Give each attention the cache under its former name, where the model needs that name."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     def rename(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -78,7 +81,7 @@ def keeping_keys(model: "TransformerBridge") -> Iterator[None]:
         return args, kwargs
 
     with ExitStack() as hooks:
-        for module in model.modules():
+        for module in model.modules() if model in _renamed else ():
             if isinstance(module, AttentionBridge):
                 hooks.enter_context(module.register_forward_pre_hook(rename, with_kwargs=True))
         yield
