@@ -223,6 +223,7 @@ DIRECTION_CASES = {
         lambda w: rl.analyse({"refusal": (A, B), "negativity": (A, B)}, config=rl.Config(layer=3)),
         "layer 3 is out of range",
     ),
+    "panel: no results": (lambda w: rl.panel(1, w.model), "hand over Results"),
     "judge: thresholds upside down": (
         lambda w: rl.judge(None, Thresholds(margin=0.5, shared_from=0.25)),
         "0 < margin < shared_from",
@@ -340,7 +341,7 @@ TEXT_CASES = {
     ),
     "harm_and_refusal: replies of one kind": (
         lambda w: rl.harm_and_refusal(w.model, CONTRAST, progress=False),
-        "replies are .*: give more prompts",
+        "replies are .*: add prompts",
     ),
     "run_experiment: a dtype": (
         lambda w: rl.run_experiment(rl.Config(model="organism:specific", dtype="int8")),
@@ -566,7 +567,7 @@ IN_HAND_CASES = {
     ),
     "Direction: a protocol's name": (
         lambda w: rl.Direction(ONE, protocol="arditi"),
-        "hand over a Protocol",
+        "hand over Protocol",
     ),
     "Direction: of, an estimator's name": (
         lambda w: rl.Direction.of(w.model, CONTRAST, estimator="mean", progress=False),
@@ -610,7 +611,7 @@ IN_HAND_CASES = {
     ),
     "Direction: add the model": (
         lambda w: rl.Direction(ONE, 1).add(w.model),
-        r"as in .add\(2.0, model\)",
+        "hand over float",
     ),
     "Direction: top tokens of another width": (
         lambda w: rl.Direction(R[0]).top_tokens(3, w.model),
@@ -643,7 +644,7 @@ IN_HAND_CASES = {
     "component_writes: an unknown option": (lambda w: writes(w, batch=3), "mean 'batch_size'"),
     "same_writers: two layers": (
         lambda w: rl.same_writers(writes(w, layer=1), writes(w, layer=3), k=2),
-        "not the same",
+        "components differ",
     ),
     "same_writers: the top none": (
         lambda w: rl.same_writers(writes(w), writes(w), k=0),
