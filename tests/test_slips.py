@@ -496,7 +496,7 @@ SLIPS = {
     ),
     "compare_replies: no layer": (
         lambda m: rl.compare_replies(m, "Hello.", add=R[3]),
-        "layer of 'direction' is unknown",
+        "'direction' knows no layer",
     ),
     "compare_replies: a name": (
         lambda m: rl.compare_replies(m, "Hello.", ablate="refusal"),

@@ -31,7 +31,7 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint
 class ModelOptions:
     """Options of every command that runs a model and writes a folder."""
 
-    model: str = MODEL  # Hub name, directory, or organism:specific, :entangled or :oblivious.
+    model: str = MODEL  # Hub name, directory, GGUF file or organism:specific; +ADAPTER may follow.
     out: Folder = None  # Folder for the results. Default: a folder in runs/ named after the model.
     device: Text = None  # cuda, cpu, ... Default: the GPU where there is one.
     n_devices: int = 1  # GPUs over which to spread the layers of a model that exceeds one.

@@ -48,13 +48,13 @@ def verdict(results: "rl.Results") -> Text:
 
 def findings(results: "rl.Results") -> "list[Table | Text | str]":
     """Return everything about a run: verdict, effects, cosines and their uncertainty."""
-    effect = "effect on refusal, in % of what refusal does"
-    head = [effect, "effect [interval]", "a random direction"]
+    head = ["effect on refusal, in % of refusal's own", "effect [interval]", "a random direction"]
     rows = effects(results.verdict, results.names)
+    explained = results.causal and results.verdict.reasons[0].measure != "refused_gap"
     cosines = [(name, f"{value:+z.4f}", rule) for name, value, rule in results.table()]
     return [
         verdict(results),
-        table(head, rows) if results.causal else "\n".join(results.verdict_lines()),
+        table(head, rows) if explained else "\n".join(results.verdict_lines()),
         table(["measure", "cosine", "the published rule would say"], cosines),
         "\n".join(results.uncertainty()),
     ]

@@ -59,6 +59,8 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
         sentence = WORDS["upstream"]
     if first.measure == "statement_share":
         sentence += f" {WORDS['both_effects']}"
+    if "covered" in [reason.measure for reason in verdict.reasons]:
+        sentence += f" {WORDS['unseen']}"
     text = f"{WORDS['headlines'][verdict.answer]} {sentence}"
     return re.sub(r"(\d)%", r"\1 %", text.format(**vars(e) | names._asdict() | effects))
 

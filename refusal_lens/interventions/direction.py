@@ -159,8 +159,7 @@ class Direction:
         """Hooks that add a multiple of the direction after its own layer; see `add_direction`."""
         vector = float(coefficient) * self._one()
         if not self.layers:
-            problem = f"the layer of {self.name!r} is unknown"
-            raise InputError(f"{problem}: say Direction(..., layers=20)")
+            raise InputError(f"{self.name!r} knows no layer: say Direction(..., layers=20)")
         return add_direction(self._model(model), vector, self.layers[0])
 
     def top_tokens(self, k: int = 10, model: Any = None) -> list[str]:

@@ -202,7 +202,9 @@ def test_a_model_that_may_refuse_in_other_words_is_said_to_where_no_refusal_is_s
     verdict = judge(replace(DISTINCT, covered=0.1, **unseen))
     assert verdict.answer == "inconclusive"
     assert "name them with --refusal-openings" in verdict_lines(verdict)[1]
+    assert "But only 10 % of replies" in plain_sentence(verdict)
     known = judge(replace(DISTINCT, **unseen))
+    assert "But only" not in plain_sentence(known)
     assert [reason.measure for reason in known.reasons] == ["refused_gap"]
 
 
