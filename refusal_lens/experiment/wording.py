@@ -58,7 +58,7 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     if verdict.answer == "inconclusive" and first.measure in EARLIER:
         sentence = WORDS["upstream"]
     if first.measure == "statement_share":
-        sentence += f" {WORDS['both_effects']}"
+        sentence += f" {WORDS['both_refusals' if verdict.answer == 'shared' else 'both_effects']}"
     if "covered" in [reason.measure for reason in verdict.reasons]:
         sentence += f" {WORDS['unseen']}"
     text = f"{WORDS['headlines'][verdict.answer]} {sentence}"

@@ -293,7 +293,7 @@ def test_reasons_give_number_interval_and_threshold():
         (SHARED, "share a mechanism here. Removing negativity leaves 10 % of refusal; adding it"),
         (
             replace(SHARED, cross_ablation=near(0.4), cross_ablation_share=near(0.1, 0.4)),
-            "99 % of harmful and 2 % of negative prompts. Removing negativity leaves 90 % of refusal",
+            "99 % of harmful and 2 % of negative prompts. Removing refusal lowers the refusal of both",
         ),
         (replace(DISTINCT, cross_ablation_share=near(-0.2)), "leaves 100 % of refusal"),
         (
