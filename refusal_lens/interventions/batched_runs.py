@@ -131,12 +131,11 @@ def run_interventions(
                 n_rows = min(most, budget // (length - n_shared))
                 for group in _even_parts(list(alike), n_rows // (1 + len(part))):
                     tokens, mask = padded([ids[i][n_shared:] for i in group], device)
-                    found = _forward(model, tokens, mask, these, read_layers, prefix)
-                    logits, residual, whole = found
+                    logits, stream, keys = _forward(model, tokens, mask, these, read_layers, prefix)
                     refusal = logits.new_empty(0, 0)
                     if openings:
-                        refusal = opening_scores(model, openings, tokens, these, whole, logits)
-                    yield Outcome(group, part, logits, residual, refusal)
+                        refusal = opening_scores(model, openings, tokens, these, keys, logits)
+                    yield Outcome(group, part, logits, stream, refusal)
                     bar.update(len(group) * max(1, len(part)))
 
 

@@ -85,8 +85,8 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Return the directory that a name stands for, as in `load_model`.
 
-    `+ADAPTER` may follow, a bundled adapter's name, a folder of peft's, or one of several that add up.
-    Only of a hub name, or a short one of `SHORT_NAMES`, the `files` of these patterns are downloaded.
+    `+ADAPTER` may follow: a bundled adapter, a folder that peft wrote, or a folder of several, which
+    add up. A hub name, or one of `SHORT_NAMES`, is downloaded: only files of the patterns `files`.
     InputError if the name or revision does not exist, can't be fetched, or is gated.
     """
     model, _, adapter = name.rpartition("+")

@@ -66,8 +66,8 @@ def check_parity(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as failure:
         why = f"can't run {name}, {str(failure).strip().splitlines()[0]}"
         raise InputError(_complaint(why, theirs.has_adapter)) from failure
-    ours = torch.stack([cache[point][0].cpu() for point in points])
-    errors = _relative(ours, theirs.layers).median(dim=1).values.tolist()
+    hooked = torch.stack([cache[point][0].cpu() for point in points])
+    errors = _relative(hooked, theirs.layers).median(dim=1).values.tolist()
     errors.append(_relative(logits[0, -1].cpu(), theirs.logits).item())
     for layer, error in enumerate(errors):
         depth = min(layer + 1, len(points))
@@ -101,10 +101,10 @@ def _blocks(hf_model: "PreTrainedModel") -> nn.ModuleList:
 
 
 def _relative(
-    ours: Float[Tensor, "*axes d"], theirs: Float[Tensor, "*axes d"]
+    hooked: Float[Tensor, "*axes d"], theirs: Float[Tensor, "*axes d"]
 ) -> Float[Tensor, "*axes"]:
-    ours, theirs = ours.float(), theirs.float()
-    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    hooked, theirs = hooked.float(), theirs.float()
+    return (hooked - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
 def _complaint(why: str, has_adapter: bool) -> str:
