@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from .prompts import Step, add_slider
+from .prompts import add_slider
 from .text import escaped, numbers, wrapped, written
 from .theme import SIGNED, UNSIGNED, Theme, check_count, empty, figure, is_layer, layer_axis
 
@@ -84,8 +84,8 @@ def concept_map(
     axis = {"tickvals": [*range(len(names))], "ticktext": labels}
     chart.update_xaxes(axis, tickangle=-90, side="top")
     chart.update_yaxes(axis, range=[len(names) - 0.5, -0.5])
-    steps: list[Step] = [({"z": [numbers(each, digits=2)]}, {}) for each in matrix.unbind(-1)]
-    add_slider(chart, steps, highlight)
+    chart.update_layout(margin_t=chart.layout.margin.t + 70)  # for the names above
+    add_slider(chart, [({"z": [numbers(x, digits=2)]}, {}) for x in matrix.unbind(-1)], highlight)
     return chart
 
 
