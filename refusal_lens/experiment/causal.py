@@ -19,10 +19,11 @@ from ..interventions import (
     cross_effects,
     openings_of,
 )
-from ..interventions.batched_runs import first_token_logits, opening_log_odds
-from ..interventions.cross_ablation import random_directions
+from ..interventions.batched_runs import Interventions, first_token_logits, opening_log_odds
+from ..interventions.cross_ablation import outside, random_directions
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
-from ..interventions.sweep import affine_references
+from ..interventions.sweep import affine_references, measured
+from ..models.forward import effective_unembedding
 from ..models.load import tokenizer_of
 from ..prompts.contrast import Contrast
 from .config import Config, some_prompts, spread
@@ -36,7 +37,12 @@ EFFECT_PROMPTS = 32  # prompts of each set on which directions are ablated and a
 FEW_PROMPTS = 8  # the same where nothing is refused, and for scores of sympathy and answers
 FEWEST_PROMPTS = 4  # smallest set on which interventions run
 N_RANDOM = 20  # random directions, ablated and added for comparison
+MOST_DIRECTIONS = 3  # of refusal, ablated together where one does not let requests through
+DEEPEST = (
+    0.8  # depth up to which a layer is chosen, as Arditi et al. do; later ones write the reply
+)
 PARTS = ("refusal", "negativity")
+NUISANCES = ("arousal", "alarm")  # concepts that are taken out of negativity
 SETS = ("harmful", "harmless", "negative", "neutral")
 
 
@@ -52,9 +58,12 @@ class Causal:
         replies: prompt set ("harmful", "harmless", "negative", "neutral") -> kind of reply
             ("refusal", "sympathy", "answer") -> mean probability in the unmodified model.
         sweep: part -> scores of harmful prompts under affine ablation of each layer's direction, by
-            the openings' first tokens alone.
-        strongest: layer whose refusal direction lowers refusal most when ablated; -1 if unknown.
-        ablation, addition: effects of ablating and adding the directions of the highlighted layer.
+            the openings' first tokens alone. These prompts are others than those of `ablation` and
+            `addition`, as far as there are others.
+        strongest: layer, of the first 80 %, whose refusal direction lowers these scores most; -1 if
+            unknown.
+        several: orthogonal directions of `ablation.layer`, ablated together as refusal.
+        ablation, addition: effects of ablating and adding the directions of the judged layer.
         constant_token: text of a token, no refusal's first, with which every reply begins; or "".
     """
 
@@ -64,6 +73,7 @@ class Causal:
     replies: dict[str, dict[str, float]]
     sweep: dict[str, Effects]
     strongest: int
+    several: Float[Tensor, "several d_model"]
     ablation: CrossEffects
     addition: CrossEffects
     constant_token: str = ""
@@ -80,12 +90,12 @@ def intervene(
 ) -> Causal:
     """Measure refusal scores while the refusal and negativity directions are ablated and added.
 
-    Processes divide the layers of the sweeps, and the two cross-effects.
+    The layer is `judged_layer`'s. Processes divide the layers of the sweeps, and the cross-effects.
 
     Args:
         model: the model.
         contrasts, activations: the prompts and activations of refusal and negativity.
-        layer: the layer whose directions are cross-ablated and added.
+        layer: the highlighted layer.
         config: the seed of the random directions, the refusals' openings, protocol and batch size.
         progress: whether to show progress bars.
     """
@@ -98,18 +108,22 @@ def intervene(
     refuses = bool((odds[0] > 0).any())
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
-    scored = options | {"layer": layer, "score": score}
-    cross = partial(cross_effects, model, (pair[0], pair[1]), sides, **scored)
+    others = other_prompts(contrasts["refusal"], n_prompts)
+    quick = options | {"score": score.first_tokens, "last_position": True}
+    sweep = partial(sweep_ablations, model, others.target, options=quick)
+    sweeps = [sweep(mean_difference(*each).float(), sides[0].baseline) for each in sides]
+    layer = judged_layer(sweeps[0], layer)
+    several = refusal_directions(model, others, sides[0], layer, score, options)
+    directions = {name: mean_difference(*each)[layer] for name, each in activations.items()}
+    given = {"layer": layer, "score": score, "taken_out": taken_out(model, directions, score)}
+    cross = partial(cross_effects, model, (pair[0], pair[1]), sides, **options, **given)
     classes = [side[:, layer] for both in sides for side in both]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(random_directions, *classes, n=n_random, generator=generator)
-    ablate = partial(cross, intervention="ablation", random=draw())
+    ablate = partial(cross, intervention="ablation", several=several, random=draw())
     add = partial(cross, intervention="addition", random=draw())
-    quick = options | {"score": score.first_tokens, "last_position": True}
-    sweep = partial(sweep_ablations, model, pair[0].target, options=quick)
-    sweeps = [sweep(mean_difference(*each).float(), sides[0].baseline) for each in sides]
     ablation, addition = divide([ablate, add])
-    means = sweeps[0].log_odds.mean(-1)
+    means = sweeps[0].log_odds[: deepest(len(sweeps[0].log_odds))].mean(-1)
     return Causal(
         openings=score,
         n_prompts=n_prompts,
@@ -117,10 +131,83 @@ def intervene(
         replies=_replies(model, pair, ablation, options),
         sweep=dict(zip(PARTS, sweeps, strict=True)),
         strongest=-1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin()),
+        several=several,
         ablation=ablation,
         addition=addition,
         constant_token=_constant_token(model, pair, score, options),
     )
+
+
+def other_prompts(contrast: Contrast, n: int) -> Contrast:
+    """Up to `n` prompts a side that `some_prompts` leaves out; its own where it leaves out too few."""
+    rows = [range(len(side)) for side in (contrast.target, contrast.baseline)]
+    left = [sorted({*each} - {*spread(each, n)}) for each in rows]
+    few = min(map(len, left)) < FEW_PROMPTS
+    return some_prompts(contrast if few else contrast.subset(*left), n)
+
+
+def deepest(n_layers: int) -> int:
+    """How many layers, from the first on, one is chosen among."""
+    return max(1, int(DEEPEST * n_layers))
+
+
+def judged_layer(sweep: Effects, layer: int) -> int:
+    """The layer whose directions are judged: `layer`, if ablating refusal there lets requests through.
+
+    Else it is the layer of the first 80 % at which ablating refusal does most. The prompts of the
+    sweep are not those on which the effects are measured (cross-fitting).
+    """
+    refused = (sweep.log_odds > 0).double().mean(-1)
+    enough = (sweep.unchanged > 0).double().mean() / 2
+    if refused[layer] <= enough:
+        return layer
+    means = sweep.log_odds[: deepest(len(refused))].mean(-1)
+    best = int(means.nan_to_num(nan=torch.inf).argmin())
+    return best if refused[best] < refused[layer] else layer
+
+
+def refusal_directions(
+    model: "HookedTransformer | TransformerBridge",
+    requests: Contrast,
+    sides: ContrastActivations,
+    layer: int,
+    score: ReplyOpenings,
+    options: dict[str, Any],
+) -> Float[Tensor, "several d_model"]:
+    """Orthogonal directions of one layer, each of what still refuses while those before are ablated.
+
+    The first is the mean difference. Another is the mean of the harmful prompts that are still
+    refused less that of harmless ones, while over half of the refusal is left.
+    """
+    found = mean_difference(*sides)[layer, None].float()
+    prompts, n = requests.target + requests.baseline, len(requests.target)
+    read = options | {"read_layers": [layer]}
+    while len(found) < MOST_DIRECTIONS and found.isfinite().all():
+        references = affine_references(found, sides.baseline, hook=options["protocol"].hook)
+        these = Interventions(found[None], None, references[None], last_position=True)
+        run = [(these, [0], range(len(prompts)))]
+        log_odds, _, stream = measured(model, prompts, run, 2, score, read)
+        before, after = log_odds[:, :n] > 0
+        if after.sum() < FEWEST_PROMPTS or after.sum() <= before.sum() / 2:
+            break
+        left = stream[1, :n, 0][after].mean(0) - stream[1, n:, 0].mean(0)
+        found = torch.cat([found, outside(left, found)[None]])
+    return found
+
+
+def taken_out(
+    model: "HookedTransformer | TransformerBridge",
+    directions: Mapping[str, Float[Tensor, " d_model"]],
+    score: ReplyOpenings,
+) -> list[Float[Tensor, "_ d_model"]]:
+    """What controls take out of negativity: `cross_effects`'s `taken_out`, of one layer's directions.
+
+    Without a direction of arousal or alarm there are only the refusals' first tokens.
+    """
+    unembedding = effective_unembedding(model).T
+    first = unembedding[[*score.first_tokens]] - unembedding.mean(0)
+    controls = [directions[name][None] for name in NUISANCES if name in directions]
+    return [first, torch.cat([first, *controls])] if controls else [first]
 
 
 def sweep_ablations(

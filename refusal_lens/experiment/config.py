@@ -53,7 +53,7 @@ class Config:
     layer: int | None = None
     refusal: str | Contrast = "refusal"
     negativity: str | Contrast = "negativity"
-    controls: tuple[str | Contrast, ...] = ("positivity", "alarm")
+    controls: tuple[str | Contrast, ...] = ("positivity", "alarm", "arousal")
     protocol: Protocol = field(default_factory=Protocol)
     revision: str | None = None
     device: str | None = None

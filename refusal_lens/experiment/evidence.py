@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,11 @@ from ..interventions import Effects, Intervention
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics
 from ..uncertainty.effects import IndependentSample, ratio_interval, total_interval
-from .causal import PARTS, Causal, smallest_set
+from .causal import PARTS, Causal, deepest, other_prompts, smallest_set
 from .config import some_prompts
 from .verdict import Estimate, Evidence
+
+CONTROLLED = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
 
 
 class Earlier(NamedTuple):
@@ -55,6 +58,10 @@ class Responses(NamedTuple):
         requests: all harmful and all harmless prompts, unmodified.
         earlier: the most effective negativity direction of an earlier layer.
         kl: mean KL on harmless prompts of the two ablations, in nats.
+        controlled: harmful prompts while negativity without controls is ablated, and harmless ones
+            while it is added.
+        everywhere: harmful prompts while refusal is ablated at every token.
+        strongest: `lowered_most` of the sweeps.
     """
 
     harmful: Float[Tensor, "intervention harmful"]
@@ -65,6 +72,23 @@ class Responses(NamedTuple):
     requests: tuple[Float[Tensor, " all_harmful"], Float[Tensor, " all_harmless"]]
     earlier: Earlier
     kl: tuple[float, float] = (math.nan, math.nan)
+    controlled: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]] | None = None
+    everywhere: Float[Tensor, " harmful"] | None = None
+    strongest: Float[Tensor, "2 harmful"] | None = None
+
+
+def lowered_most(refusal: Effects, negativity: Effects) -> Float[Tensor, "2 harmful"]:
+    """Drops of scores under ablating negativity and refusal, where ablating refusal does most.
+
+    Each half of the prompts has the layer that is best on the other half (cross-fitting).
+    """
+    n = deepest(len(refusal.log_odds))
+    drops = torch.stack([each.unchanged - each.log_odds[:n] for each in (negativity, refusal)])
+    found = torch.full_like(drops[:, 0], torch.nan)
+    for here, there in permutations((slice(0, None, 2), slice(1, None, 2))):
+        best = drops[1, :, there].mean(-1).nan_to_num(nan=-torch.inf).argmax()
+        found[:, here] = drops[:, best, here]
+    return found
 
 
 def evidence(
@@ -88,16 +112,26 @@ def evidence(
     if causal is None:
         return geometry
     pair = [contrasts["refusal"], *(some_prompts(contrasts[p], causal.n_prompts) for p in PARTS)]
-    covered = sum(causal.replies["harmful"].values())
-    geometry = replace(geometry, covered=covered, constant_token=causal.constant_token)
-    responses = responses_of(causal, layer)
+    pair.append(other_prompts(contrasts["refusal"], causal.n_prompts))
+    norms = [causal.addition.norms[causal.addition.rows(part)[0]] for part in CONTROLLED]
+    geometry = replace(
+        geometry,
+        covered=sum(causal.replies["harmful"].values()),
+        constant_token=causal.constant_token,
+        strongest_layer=causal.strongest,
+        n_directions=len(causal.several),
+        controlled_norm=float(norms[0] / norms[1]),
+    )
+    responses = responses_of(causal)
     return compute_evidence(geometry, responses, contrasts=pair, confidence=cosine.confidence)
 
 
-def responses_of(causal: Causal, layer: int) -> Responses:
-    """Return the scores on which the evidence at a layer rests."""
+def responses_of(causal: Causal) -> Responses:
+    """Return the scores on which the evidence rests."""
     first = [causal.ablation.rows(Intervention(kind))[0] for kind in ("none", *PARTS)]
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
+    layer, here = causal.ablation.layer, causal.ablation.rows(CONTROLLED[0])[0]
+    everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
     return Responses(
         harmful=causal.ablation.refusal.target_log_odds[rows],
         harmless=causal.ablation.refusal.baseline_log_odds[first],
@@ -107,6 +141,12 @@ def responses_of(causal: Causal, layer: int) -> Responses:
         requests=causal.requests,
         earlier=Earlier.of(causal.sweep["refusal"], causal.sweep["negativity"], layer),
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
+        controlled=(
+            causal.ablation.refusal.target_log_odds[here],
+            causal.addition.refusal.baseline_log_odds[here],
+        ),
+        everywhere=causal.ablation.refusal.target_log_odds[everywhere],
+        strongest=lowered_most(causal.sweep["refusal"], causal.sweep["negativity"]),
     )
 
 
@@ -115,13 +155,12 @@ def compute_evidence(
 ) -> Evidence:
     """Return `geometry` with the evidence from interventions.
 
-    `contrasts` hold all requests, then the requests and statements that the responses are of; their
-    clusters are the units that are sampled.
+    `contrasts` hold all requests, then the requests and statements that the responses are of, then
+    the requests of `earlier` if these are others; their clusters are the units that are sampled.
     """
-    every, requests, statements = contrasts
+    every, requests, statements, *swept = contrasts
     harmful, harmless, negative, _, added = scores = responses[:5]
-    # Where a direction did not run there is no score, and so no share either.
-    refused = [(rows > 0).double().masked_fill(rows.isnan(), torch.nan) for rows in scores]
+    refused = [*map(_refused, scores)]
     (labels, other_labels), all_labels = map(labels_of, (requests, statements)), labels_of(every)
     gaps, shares = (_gap(each[0], each[1], requests.paired) for each in (scores, refused))
     of_negative, apart = (_gap(each[2], each[3], statements.paired) for each in (scores, refused))
@@ -135,6 +174,19 @@ def compute_evidence(
     earlier, same = responses.earlier, _apart([negative[0] - negative[1]], [dropped])
     lost = earlier.log_odds[0] - earlier.log_odds[1:]
     fewer = (earlier.log_odds[:1] > 0).double() - (earlier.log_odds[1:] > 0).double()
+    swept_labels, further = labels_of(*swept or [requests])[:1], {}
+    if responses.controlled is not None:
+        (ablated, raised), (still, new) = responses.controlled, map(_refused, responses.controlled)
+        further = {
+            "controlled_ablation": ratio([(harmful[0] - ablated, dropped)], labels[:1]),
+            "controlled_ablation_share": ratio([(refused[0][0] - still, left)], labels[:1]),
+            "controlled_addition": ratio(_over_gap(raised - harmless[0], gaps, 1), of_gap),
+            "controlled_addition_share": ratio(_over_gap(new - refused[1][0], shares, 1), of_gap),
+        }
+    if responses.strongest is not None:
+        strongest = [(responses.strongest[0], responses.strongest[1])]
+        further["strongest_ablation"] = ratio(strongest, swept_labels)
+    everywhere = harmful[1] if responses.everywhere is None else responses.everywhere
     return replace(
         geometry,
         refused_harmful=float(refused[0][0].mean()),
@@ -142,6 +194,7 @@ def compute_evidence(
         refused_negative=float(refused[2][0].mean()),
         ablated_harmful=float(refused[0][1].mean()),
         ablated_harmless=float(refused[1][1].mean()),
+        everywhere_harmful=float(_refused(everywhere).mean()),
         refused_gap=Estimate(*map(float, total(whole, clusters=all_labels[: len(whole)]))),
         gap=Estimate(*map(float, total(gaps, clusters=of_gap))),
         refusal_ablation=ratio(_over_gap(dropped, gaps, 0), of_gap),
@@ -163,10 +216,16 @@ def compute_evidence(
             _over_gap(negative[0] - negative[2], of_negative, 0), of_statements
         ),
         earlier_layer=earlier.layer,
-        earlier_ablation=ratio([(lost[1], lost[0])], labels[:1]),
-        earlier_ablation_share=ratio([(fewer[1], fewer[0])], labels[:1]),
+        earlier_ablation=ratio([(lost[1], lost[0])], swept_labels),
+        earlier_ablation_share=ratio([(fewer[1], fewer[0])], swept_labels),
         earlier_damage=earlier.damage,
+        **further,
     )
+
+
+def _refused(scores: Tensor) -> Tensor:
+    """Which prompts are refused; NaN where nothing ran and there is no score."""
+    return (scores > 0).double().masked_fill(scores.isnan(), torch.nan)
 
 
 def _ratio(

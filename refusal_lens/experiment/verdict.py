@@ -10,7 +10,7 @@ from ..errors import InputError
 Answer = Literal["distinct", "shared", "partly shared", "inconclusive"]
 Finding = (
     Literal["too low", "too high", "not measured", "not shown above", "chance", "damage"]
-    | Literal["above", "below", "within", "undecided", "reported"]
+    | Literal["above", "below", "within", "undecided", "reported", "disagrees"]
 )
 """How a number compares with its threshold; "reported" means without a comparison."""
 
@@ -19,6 +19,9 @@ ADDITION = ("cross_addition", "cross_addition_share")
 EARLIER = ("earlier_ablation", "earlier_ablation_share")
 STATEMENTS = ("statement_share", "statement_ablation", "statement_own_ablation")
 RATIOS = (*ABLATION, *ADDITION)  # the ratios that decide, beside the statements and earlier layers
+CONTROLLED = {
+    name: name.replace("cross", "controlled") for name in RATIOS
+}  # without what controls have
 CHANCE = {  # ratio -> the same of the most effective random direction
     **dict(zip(ABLATION, ("chance_ablation", "chance_ablation_share"), strict=True)),
     **dict(zip(ADDITION, ("chance_addition", "chance_addition_share"), strict=True)),
@@ -53,6 +56,8 @@ class Evidence:
 
     Attributes:
         layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
+        highlighted: the highlighted layer: `layer`, unless ablating refusal lets no requests through
+            there; then `layer` is the one at which it does most, on other prompts.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
         constant_token: a token with which the reply to every prompt of the four sets begins, and no
@@ -62,7 +67,9 @@ class Evidence:
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
         refused_gap, gap: share of harmful minus share of harmless prompts refused, of all prompts; the
             same of scores, of the prompts that interventions run on.
+        n_directions: directions that are ablated together as refusal.
         ablated_harmful, ablated_harmless: shares refused while refusal is ablated.
+        everywhere_harmful: share of harmful prompts refused while it is ablated at every token.
         refusal_ablation: drop of harmful scores under ablating refusal, over the gap of scores.
         typical_ablation: drop of harmful scores under ablating the median random direction, over the
             drop under ablating refusal.
@@ -73,6 +80,10 @@ class Evidence:
             refused, under ablating negativity, over the drop under ablating refusal.
         cross_addition, cross_addition_share: rise of harmless prompts' scores, and of the share
             refused, under adding negativity, over the differences between harmful and harmless ones.
+        controlled_norm: share of the norm of the negativity direction that is left without the parts
+            along the refusals' first tokens and the directions of arousal and alarm.
+        controlled_ablation, controlled_ablation_share, controlled_addition, controlled_addition_share:
+            the four ratios above for what is left; NaN without a control of these names.
         statement_share: share of negative minus share of neutral prompts refused, over that of
             harmful minus that of harmless ones.
         statement_ablation: ratio of the drops of negative and harmful scores under ablating refusal.
@@ -82,6 +93,8 @@ class Evidence:
         earlier_ablation, earlier_ablation_share: `cross_ablation` and its share for that direction,
             scored by the first tokens of openings alone.
         earlier_damage: KL that its ablation causes on harmful prompts, over that of refusal's.
+        strongest_layer, strongest_ablation: the layer at which ablating refusal lowers scores most, and
+            `cross_ablation` there, chosen on one half of the prompts and measured on the other.
     """
 
     layer: int
@@ -89,6 +102,7 @@ class Evidence:
     reliability_refusal: float
     reliability_negativity: float
     cosine: Estimate
+    highlighted: int = -1
     constant_token: str = ""
     covered: float = math.nan
     refused_harmful: float = math.nan
@@ -96,7 +110,9 @@ class Evidence:
     refused_negative: float = math.nan
     refused_gap: Estimate = Estimate()
     gap: Estimate = Estimate()
+    n_directions: int = 1
     ablated_harmful: float = math.nan
+    everywhere_harmful: float = math.nan
     ablated_harmless: float = math.nan
     refusal_ablation: Estimate = Estimate()
     typical_ablation: float = math.nan
@@ -111,6 +127,11 @@ class Evidence:
     cross_ablation_share: Estimate = Estimate()
     cross_addition: Estimate = Estimate()
     cross_addition_share: Estimate = Estimate()
+    controlled_norm: float = math.nan
+    controlled_ablation: Estimate = Estimate()
+    controlled_ablation_share: Estimate = Estimate()
+    controlled_addition: Estimate = Estimate()
+    controlled_addition_share: Estimate = Estimate()
     statement_share: Estimate = Estimate()
     statement_ablation: Estimate = Estimate()
     statement_own_ablation: Estimate = Estimate()
@@ -118,6 +139,8 @@ class Evidence:
     earlier_ablation: Estimate = Estimate()
     earlier_ablation_share: Estimate = Estimate()
     earlier_damage: float = math.nan
+    strongest_layer: int = -1
+    strongest_ablation: Estimate = Estimate()
 
     @property
     def bypassed(self) -> float:
@@ -142,6 +165,8 @@ class Thresholds:
         max_typical: how much of the drop under ablating refusal a median random direction may reach.
         max_damage: largest KL of ablating negativity, in multiples of that of ablating refusal, at
             which its effect still counts as shared.
+        min_controlled_norm: least share of negativity's norm without the controls at which its effects
+            tell what negativity does.
         margin: equivalence margin; a ratio whose interval lies within +-margin is no effect.
         shared_from: a ratio whose interval lies above this shows a shared mechanism.
     """
@@ -154,6 +179,7 @@ class Thresholds:
     max_over_refusal: float = 0.1
     max_typical: float = 0.75
     max_damage: float = 3.0
+    min_controlled_norm: float = 0.5
     margin: float = 0.25
     shared_from: float = 0.5
 
@@ -210,6 +236,11 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
     answer: Answer = "inconclusive"
     if not (reasons := _obstacles(evidence, t)):
         answer, reasons = _decide(evidence, t)
+        strongest = evidence.strongest_ablation
+        apart = {"distinct": strongest.lower > t.margin, "shared": strongest.upper < t.margin}
+        finding: Finding = "disagrees" if apart.get(answer) else "reported"
+        if answer != "inconclusive" and not math.isnan(strongest.value):
+            reasons = [*reasons, Reason("strongest_ablation", finding)]
     return Verdict(answer, tuple(reasons), _geometry(answer, evidence.cosine), evidence, t)
 
 
@@ -289,13 +320,17 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
     found: list[Reason] = []
     for name in RATIOS:
         ratio, chance, both_ways = getattr(e, name), getattr(e, CHANCE[name]), name in ABLATION
-        small = ratio.upper < t.margin and (not both_ways or ratio.lower > -t.margin)
+        small = _small(ratio, t.margin, both_ways)
+        controlled = e.controlled_norm >= t.min_controlled_norm
+        controlled &= _small(getattr(e, CONTROLLED[name]), t.margin, both_ways)
         # A share must be small as well, for random directions may move it, too.
         by_chance = ratio.lower <= chance and ratio.upper < chance + t.margin
         by_chance &= ratio.value < t.margin or not name.endswith("share")
         by_chance &= ratio.lower > -t.margin or not both_ways
         if small:
             found.append(Reason(name, "within" if both_ways else "below", t.margin))
+        elif controlled:
+            found.append(Reason(CONTROLLED[name], "within" if both_ways else "below", t.margin))
         elif by_chance:
             found.append(Reason(name, "chance", chance))
         else:
@@ -312,10 +347,19 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
     return "distinct", [*found, Reason("statement_share", "reported")]
 
 
+def _small(ratio: Estimate, margin: float, both_ways: bool) -> bool:
+    return ratio.upper < margin and (not both_ways or ratio.lower > -margin)
+
+
 def _beyond(e: Evidence, name: str, margin: float) -> bool:
-    """Whether a ratio is shown to be above the margin, and is above that of every random direction."""
+    """Whether a ratio is above the margin and above that of every random direction.
+
+    Where controls were measured, it must be above the margin without what they have, too.
+    """
     ratio: Estimate = getattr(e, name)
-    return ratio.lower > margin and ratio.value > getattr(e, CHANCE[name])
+    controlled: Estimate = getattr(e, CONTROLLED.get(name, name))
+    large = math.isnan(controlled.value) or controlled.lower > margin
+    return large and ratio.lower > margin and ratio.value > getattr(e, CHANCE[name])
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

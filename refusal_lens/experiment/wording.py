@@ -12,7 +12,7 @@ from torch import Tensor
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, Unmeasured
 from .causal import PARTS
-from .verdict import CHANCE, EARLIER, Estimate, Reason, Thresholds, Verdict
+from .verdict import CHANCE, CONTROLLED, EARLIER, Estimate, Reason, Thresholds, Verdict
 
 WORDS: dict[str, Any] = tomllib.loads(files(__package__).joinpath("words.toml").read_text("utf-8"))
 NO_SHARES = ("n_prompts", "reliability_refusal", "reliability_negativity", "kl_negativity")
@@ -59,8 +59,11 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
         sentence = WORDS["upstream"]
     if first.measure == "statement_share":
         sentence += f" {WORDS['both_refusals' if verdict.answer == 'shared' else 'both_effects']}"
-    if "covered" in [reason.measure for reason in verdict.reasons]:
-        sentence += f" {WORDS['unseen']}"
+    measures = [reason.measure for reason in verdict.reasons]
+    controlled = verdict.answer == "distinct" and not {*measures}.isdisjoint(CONTROLLED.values())
+    said = {"covered": "covered" in measures, "controlled": controlled}
+    said |= {"several": e.n_directions > 1, "other_layer": e.layer != e.highlighted >= 0}
+    sentence = " ".join([sentence, *(WORDS[each] for each, holds in said.items() if holds)])
     text = f"{WORDS['headlines'][verdict.answer]} {sentence}"
     return re.sub(r"(\d)%", r"\1 %", text.format(**vars(e) | names._asdict() | effects))
 

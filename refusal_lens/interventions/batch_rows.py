@@ -1,7 +1,6 @@
 """Batches whose rows are prompts under interventions, each row under its own."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,13 +22,14 @@ ROOM_ON_CPU, ROOM_ON_GPU = 2**28, 2**33  # bytes of the keys, values and logits 
 class Interventions(NamedTuple):
     """Directions and the layers after which each is added; without layers they are ablated.
 
-    An ablation sets the component to `references` (0 without them). `last_position` changes the
-    prompt's last token alone, and neither the tokens before it nor those of the reply.
+    An ablation sets the component to `references` (0 without them); it may be of several orthogonal
+    directions, some of them zero. `last_position` changes the prompt's last token alone, and neither
+    the tokens before it nor those of the reply.
     """
 
-    directions: Float[Tensor, "intervention d_model"]
+    directions: Float[Tensor, "intervention *several d_model"]
     layers: list[int] | None = None
-    references: Float[Tensor, "intervention layer"] | None = None
+    references: Float[Tensor, "intervention *several layer"] | None = None
     last_position: bool = False
 
     def at(self, rows: Sequence[int], device: torch.device | str) -> "Interventions":
@@ -114,18 +114,24 @@ def hooks_by_row(
 
         return hook_fn
 
-    after_none = partial(functional.pad, pad=(0, 0, 1, 0))  # a zero row for the unmodified model
+    def by_row_of(values: Tensor) -> Tensor:
+        """The values of each row, zero for the unmodified model."""
+        return torch.cat([values.new_zeros(1, *values.shape[1:]), values])[rows]
 
     def adding(layer: int) -> Hook:
         here = torch.tensor([each == layer for each in these.layers or ()], device=rows.device)
-        added = after_none(these.directions * here[:, None])[rows, None]
+        added = by_row_of(these.directions * here[:, None])[:, None]
         return stream_after(model, layer), lambda x, hook: (x + added.to(x.device)).to(x.dtype)
 
     rows, references = rows.to(these.directions.device), these.references
     if these.layers is None:
-        references = None if references is None else after_none(references)[rows]
-        units = after_none(functional.normalize(these.directions, dim=-1))[rows]
-        hooks = projection_hooks(model, units, references)
+        units = by_row_of(functional.normalize(these.directions, dim=-1))
+        several = units.view(len(rows), -1, units.shape[-1]).unbind(1)
+        constants: Sequence[Tensor | None] = [None] * len(several)
+        if references is not None:
+            constants = by_row_of(references).view(len(rows), len(several), -1).unbind(1)
+        pairs = zip(several, constants, strict=True)
+        hooks = [each for unit, at in pairs for each in projection_hooks(model, unit, at)]
     else:
         hooks = [adding(layer) for layer in sorted(set(these.layers))]
     return [(name, by_row(change)) for name, change in hooks]

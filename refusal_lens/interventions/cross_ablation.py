@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
 N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
+N_PARTS = 6  # the directions of an addition, but for random ones
 CHANCE_PROMPTS = 10  # at least so many prompts, if there are, under random directions
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
@@ -41,7 +42,10 @@ class Intervention(StrEnum):
 
     An ablation sets the component, at every layer, to the mean of the baseline prompts of the
     prompts' own contrast: harmless for requests. It acts at the prompt's last token, where the
-    directions were read. The two `..._TO_ZERO` remove the component at every token.
+    directions were read; the two `..._EVERYWHERE` act at every token, and the two `..._TO_ZERO`
+    remove the component there. What is taken out of negativity is the part along the unembeddings of
+    the refusals' first tokens (its direct effect on them) and, in `..._CONTROLLED`, along the
+    directions of controls as well.
     """
 
     NONE = "none"
@@ -49,8 +53,12 @@ class Intervention(StrEnum):
     NEGATIVITY = "negativity"
     REFUSAL_ALONE = "refusal without negativity"
     NEGATIVITY_ALONE = "negativity without refusal"
+    NEGATIVITY_INDIRECT = "negativity without the refusals' first tokens"
+    NEGATIVITY_CONTROLLED = "negativity without controls"
     REFUSAL_TO_ZERO = "refusal, to zero"
     NEGATIVITY_TO_ZERO = "negativity, to zero"
+    REFUSAL_EVERYWHERE = "refusal, at every token"
+    NEGATIVITY_EVERYWHERE = "negativity, at every token"
     RANDOM = "random"
 
 
@@ -115,6 +123,8 @@ def cross_effects(
     layer: int,
     random: Float[Tensor, "random d_model"],
     score: RefusalTokens | ReplyOpenings,
+    several: Float[Tensor, "several d_model"] | None = None,
+    taken_out: Sequence[Float[Tensor, "_ d_model"]] = (),
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     **options: Any,
 ) -> CrossEffects:
@@ -129,15 +139,22 @@ def cross_effects(
         layer: the layer of the directions; InputError if the model has no such layer.
         random: directions to compare with (`random_directions`), added with negativity's norm.
         score: the openings, or the first tokens, that count as a refusal.
+        several: orthogonal directions that are ablated together as refusal; None is its direction.
+        taken_out: rows that span what `NEGATIVITY_INDIRECT` lacks, and `NEGATIVITY_CONTROLLED` too.
         protocol: how prompts are formatted.
         **options: `batch_size` and `progress` of `run_interventions`.
     """
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
     _check(sides, layer, model.cfg.n_layers)
-    directions = _directions(activations, layer)
+    directions = _directions(activations, layer, taken_out)
     if intervention == "addition":
         random = functional.normalize(random, dim=-1) * directions[1].norm()
-    directions = torch.cat([directions, directions[:2], random])
+    directions = torch.cat([directions, directions[:2], directions[:2], random])
+    norms = functional.pad(directions.norm(dim=-1), (1, 0))
+    if intervention == "ablation" and several is not None:
+        # The refusal's directions in its three rows, and zeros behind the others.
+        directions = functional.pad(directions[:, None], (0, 0, 0, len(several) - 1))
+        directions[[0, N_PARTS, N_PARTS + 2]] = several
     read_layers, sizes = later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
     baselines = [baseline for _, baseline in activations]
     added_after = layer if intervention == "addition" else None
@@ -150,7 +167,7 @@ def cross_effects(
         kind=intervention,
         layer=layer,
         interventions=(*named, *[Intervention.RANDOM] * len(random)),
-        norms=functional.pad(directions.norm(dim=-1), (1, 0)),
+        norms=norms,
         read_layers=tuple(read_layers),
         refusal=_contrast_effects(*(each[:2] for each in by_side)),
         negativity=_contrast_effects(*(each[2:] for each in by_side)),
@@ -158,7 +175,7 @@ def cross_effects(
 
 
 def _runs(
-    directions: Float[Tensor, "intervention d_model"],
+    directions: Float[Tensor, "intervention *several d_model"],
     added_after: int | None,  # None for an ablation
     baselines: Sequence[Float[Tensor, "_ layer d_model"]],
     sizes: Sequence[int],
@@ -167,12 +184,13 @@ def _runs(
     """Interventions, which of them, on which prompts: all on requests, two on statements."""
     n_harmful, n_harmless, n_negative, _ = sizes
     requests, statements = range(n_harmful + n_harmless), range(n_harmful + n_harmless, sum(sizes))
-    known = [i for i in range(4) if not directions[i].isnan().any()]
-    random, of = [*range(6, len(directions))], requests[:n_harmful]
+    known = [i for i in range(N_PARTS) if not directions[i].isnan().any()]
+    random, of = [*range(N_PARTS + 4, len(directions))], requests[:n_harmful]
     these = Interventions(directions, last_position=True)
     if added_after is None:
-        yield Interventions(directions), [4, 5], requests
         own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
+        yield Interventions(directions), [N_PARTS, N_PARTS + 1], requests
+        yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], requests
         on_statements, negative = these._replace(references=others), statements[:n_negative]
         yield on_statements, [0, 1], statements
         yield on_statements, random, negative[:: max(1, n_negative // CHANCE_PROMPTS)]
@@ -235,13 +253,29 @@ def _check(sides: Sequence[Sequence[str]], layer: int, n_layers: int) -> None:
         raise InputError(f"{problem}: give every side at least {FEWEST_PROMPTS}")
 
 
-def _directions(activations: tuple[Sides, Sides], layer: int) -> Float[Tensor, "4 d_model"]:
-    """The refusal and negativity directions, then each without the other's component."""
+def _directions(
+    activations: tuple[Sides, Sides], layer: int, taken_out: Sequence[Float[Tensor, "_ d_model"]]
+) -> Float[Tensor, "6 d_model"]:
+    """Refusal, negativity, each without the other's component, negativity without `taken_out`."""
     at_layer = [[side[:, layer : layer + 1] for side in sides] for sides in activations]
     whole = torch.cat([mean_difference(*sides) for sides in at_layer]).float()
-    alone = torch.stack([orthogonal_part(*whole), orthogonal_part(*whole.flip(0))])
-    alone[alone.norm(dim=-1) <= ROUNDING * whole.norm(dim=-1)] = torch.nan
-    return torch.cat([whole, alone])
+    alone = [orthogonal_part(*whole), orthogonal_part(*whole.flip(0))]
+    controlled = [outside(whole[1], rows) for rows in taken_out]
+    controlled += [torch.full_like(whole[1], torch.nan)] * (2 - len(controlled))
+    parts = torch.stack([*alone, *controlled])
+    parts[parts.norm(dim=-1) <= ROUNDING * whole.norm(dim=-1).max()] = torch.nan
+    return torch.cat([whole, parts])
+
+
+def outside(
+    direction: Float[Tensor, " d_model"], rows: Float[Tensor, "_ d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The part of a direction that is orthogonal to all rows."""
+    _, sizes, axes = torch.linalg.svd(
+        functional.normalize(rows.double(), dim=-1), full_matrices=False
+    )
+    axes = axes[sizes > ROUNDING]
+    return (direction.double() - axes.T @ (axes @ direction.double())).float()
 
 
 def later_layers(layer: int, n_layers: int) -> list[int]:

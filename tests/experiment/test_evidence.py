@@ -2,8 +2,17 @@
 
 import torch
 
-from refusal_lens.experiment.evidence import Earlier, Evidence, Responses, compute_evidence
+from refusal_lens.experiment.causal import judged_layer, other_prompts
+from refusal_lens.experiment.config import some_prompts
+from refusal_lens.experiment.evidence import (
+    Earlier,
+    Evidence,
+    Responses,
+    compute_evidence,
+    lowered_most,
+)
 from refusal_lens.experiment.verdict import Estimate
+from refusal_lens.interventions import Effects
 from refusal_lens.prompts.contrast import Contrast
 
 N, RANDOM = 32, range(3, 23)
@@ -56,11 +65,51 @@ def test_random_directions_are_compared_where_they_ran_and_nowhere_else():
 
 
 def test_the_layer_whose_negativity_lowers_refusal_most_is_found_among_the_earlier_ones():
-    from refusal_lens.interventions import Effects
-
     unchanged, fall = torch.full((4,), 3.0), torch.tensor([0.0, 2.0, 1.0, 5.0])
     sweep = Effects(unchanged, unchanged - fall[:, None], torch.ones(4, 4))
     earlier = Earlier.of(sweep, sweep, 2)
     assert earlier.layer == 1  # layer 3 lowers it more, and comes later
     assert earlier.log_odds.tolist() == [[3.0] * 4, [2.0] * 4, [1.0] * 4]
     assert earlier.damage == 1
+
+
+def sweep_of(*log_odds):
+    """Scores of four prompts, unmodified 3, that each layer's ablation lowers to a number."""
+    lowered = torch.tensor(log_odds)[:, None].expand(-1, 4)
+    return Effects(torch.full((4,), 3.0), lowered, torch.zeros(len(log_odds), 4))
+
+
+def test_another_layer_is_judged_only_where_the_highlighted_one_lets_no_requests_through():
+    works, fails = -2.0, 1.0
+    assert judged_layer(sweep_of(fails, works, -5.0, works, fails), 1) == 1
+    assert judged_layer(sweep_of(fails, works, -5.0, works, fails), 0) == 2
+    assert judged_layer(sweep_of(fails, fails, fails, fails, -5.0), 3) == 3  # 4 is too deep
+    assert judged_layer(sweep_of(fails, 0.5, fails, fails, fails), 3) == 3  # 1 does no better
+
+
+def test_the_strongest_layer_of_each_half_is_chosen_on_the_other_half():
+    log_odds = torch.zeros(10, 4)
+    log_odds[2, ::2], log_odds[5, 1::2] = -9.0, -8.0  # best on even prompts, on odd ones
+    log_odds[9] = -20.0  # too deep to be chosen
+    refusal = Effects(torch.full((4,), 3.0), log_odds, torch.zeros(10, 4))
+    negativity = Effects(refusal.unchanged, torch.arange(10.0)[:, None].expand(-1, 4), refusal.kl)
+    found = lowered_most(refusal, negativity)
+    assert found[0].tolist() == [3 - 5, 3 - 2, 3 - 5, 3 - 2]
+    assert found[1].tolist() == [3.0] * 4  # what the other half's layer does here
+
+
+def test_the_prompts_that_choose_a_layer_are_others_than_those_that_measure_effects():
+    every = contrast("refusal")
+    chosen, others = some_prompts(every, 16), other_prompts(every, 16)
+    assert not {*chosen.target} & {*others.target}
+    assert len(others.target) == len(others.baseline) == 16
+    assert other_prompts(every, 30).target == some_prompts(every, 30).target  # two are too few
+
+
+def test_what_controls_leave_of_negativity_has_ratios_of_its_own():
+    answered, refused = torch.full((N,), -6.0), torch.full((N,), 4.0)
+    e = found(controlled=(answered, refused), everywhere=answered)
+    assert e.controlled_ablation_share.value == e.controlled_addition_share.value == 1
+    assert e.cross_ablation_share.value == e.cross_addition_share.value == 0
+    assert e.everywhere_harmful == 0
+    assert found().controlled_ablation.value != found().controlled_ablation.value  # NaN

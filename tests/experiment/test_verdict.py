@@ -144,6 +144,57 @@ def test_a_changed_share_of_refused_prompts_vetoes_distinct(change):
     assert judge(replace(DISTINCT, **change)).answer == "partly shared"
 
 
+def controlled(ablation, addition, norm=0.8):
+    ratios = {"ablation": ablation, "addition": addition}
+    shares = {f"controlled_{name}_share": near(value) for name, value in ratios.items()}
+    return (
+        {f"controlled_{k}": near(v) for k, v in ratios.items()} | shares | {"controlled_norm": norm}
+    )
+
+
+def test_what_negativity_does_by_arousal_alarm_or_words_is_no_obstacle_to_distinct():
+    moving = replace(DISTINCT, cross_addition=near(0.35), cross_addition_share=near(0.33))
+    assert judge(moving).answer == "partly shared"
+    verdict = judge(replace(moving, **controlled(0.05, 0.1)))
+    assert verdict.answer == "distinct"
+    assert ("controlled_addition", "below") in [(r.measure, r.finding) for r in verdict.reasons]
+    assert "by what it shares with arousal, alarm" in plain_sentence(verdict)
+    # The control: what is left of negativity moves refusal as well, or little of it is left.
+    assert judge(replace(moving, **controlled(0.05, 0.4))).answer == "partly shared"
+    assert judge(replace(moving, **controlled(0.05, 0.1, norm=0.4))).answer == "inconclusive"
+
+
+def test_refusal_that_only_the_controls_part_of_negativity_removes_is_not_shared():
+    kept = {name: getattr(DISTINCT, name) for name in vars(DISTINCT) if name.startswith("earlier")}
+    by_ablation = replace(SHARED, statement_share=near(0), **kept)
+    assert judge(by_ablation).answer == "shared"
+    assert judge(replace(by_ablation, **controlled(0.8, 0.8))).answer == "shared"
+    assert judge(replace(by_ablation, **controlled(0.1, 0.1))).answer == "distinct"
+    assert judge(replace(by_ablation, **controlled(0.1, 0.1, norm=0.4))).answer == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("evidence", "ratio", "disagrees"),
+    [
+        (DISTINCT, 0.6, True),
+        (DISTINCT, 0.1, False),
+        (SHARED, 0.05, True),
+        (SHARED, 0.9, False),
+    ],
+)
+def test_a_verdict_says_where_the_strongest_layer_disagrees(evidence, ratio, disagrees):
+    verdict = judge(replace(evidence, strongest_layer=11, strongest_ablation=near(ratio)))
+    assert ("this layer disagrees" in verdict_text(verdict)) == disagrees
+    assert "At layer 11, where ablating refusal does most" in verdict_text(verdict)
+
+
+def test_a_verdict_names_a_layer_other_than_the_highlighted_one_and_several_directions():
+    assert "highlighted" not in plain_sentence(judge(replace(DISTINCT, highlighted=20)))
+    other = judge(replace(DISTINCT, highlighted=17, n_directions=2))
+    assert "layer 17 is not judged" in plain_sentence(other)
+    assert "Refusal is 2 directions of layer 20" in plain_sentence(other)
+
+
 def test_scores_that_fall_while_prompts_stay_refused_are_not_shared():
     still_refused = replace(
         SHARED,
@@ -315,9 +366,10 @@ def test_every_verdict_has_a_plain_sentence_with_the_effects_behind_it(evidence,
 
 
 def test_the_rule_in_words_has_every_threshold():
-    own = Thresholds(17, 0.55, 0.11, 0.62, 0.58, 0.13, 0.77, 3.5, 0.27, 0.52)
-    assert len({*vars(own).values()}) == 10
-    for written in ("17 ", "0.55", "11 %", "62 %", "58 %", "13 %", "77 %", "3.5 ", "27 %", "52 %"):
+    own = Thresholds(17, 0.55, 0.11, 0.62, 0.58, 0.13, 0.77, 3.5, 0.46, 0.27, 0.52)
+    assert len({*vars(own).values()}) == 11
+    percents = ("11 %", "62 %", "58 %", "13 %", "77 %", "46 %", "27 %", "52 %")
+    for written in ("17 ", "0.55", "3.5 ", *percents):
         assert written in rule(own), written
 
 

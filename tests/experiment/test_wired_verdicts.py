@@ -11,8 +11,8 @@ VERDICTS = {
     "wrong_end": ("distinct", "adding it brings 0 %"),
     "saturated": ("distinct", "adding it brings 0 %"),
     "upstream": ("shared", "Refusal rests on what layer 0 holds of negativity"),
-    # Not one direction: ablating it leaves half of the refusal, and no verdict rests on it.
-    "two_directions": ("inconclusive", "Removing refusal leaves most harmful prompts refused"),
+    # Ablating one direction leaves the refusal of both kinds; three remove more than half of it.
+    "two_directions": ("inconclusive", "Refusal is 3 directions of layer 5 here"),
     # Any direction, added, makes a refusal likelier by nearly the gap; the interval is too wide.
     "weak": ("inconclusive", "adding it brings 0 %"),
 }

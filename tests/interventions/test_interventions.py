@@ -23,7 +23,7 @@ from refusal_lens.interventions import (
     openings_of,
     refusal_log_odds,
 )
-from refusal_lens.interventions.cross_ablation import held_out_scores, random_directions
+from refusal_lens.interventions.cross_ablation import held_out_scores, outside, random_directions
 from refusal_lens.interventions.hooks import stream_points
 from refusal_lens.models.load import load_model
 from refusal_lens.prompts.contrast import Contrast
@@ -599,16 +599,66 @@ def test_cross_additions_add_at_the_last_token_of_requests_and_nothing_to_zero(p
             as_alone(planted, hooks, prompts, tokens, found[row])
 
 
+def test_ablations_at_every_token_are_affine_and_of_requests_alone(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
+    effects, tokens, random = planted_effects(planted, pair, activations, **options)
+    directions = every_direction(activations, random)
+    for name in ("REFUSAL", "NEGATIVITY"):
+        [row] = effects.rows(Intervention[f"{name}_EVERYWHERE"])
+        direction = directions[Intervention[name]]
+        references = activations[0][1].mean(0) @ direction / direction.norm()
+        hooks = ablate_direction(planted, direction, references)
+        for prompts, found, contrast in every_side(effects):
+            if contrast:  # statements
+                assert found[row].isnan().all()
+            else:
+                as_alone(planted, hooks, prompts, tokens, found[row])
+
+
+def test_negativity_is_ablated_and_added_without_what_is_taken_out(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    spans = [drawn(1, 32, seed=5), drawn(3, 32, seed=6)]
+    negativity = (activations[1][0].mean(0) - activations[1][1].mean(0))[1]
+    options = {"intervention": "addition", "layer": 1, "taken_out": spans}
+    effects, tokens, _ = planted_effects(planted, (REFUSAL, NEGATIVITY), activations, **options)
+    for part, span in zip(("INDIRECT", "CONTROLLED"), spans, strict=True):
+        [row] = effects.rows(Intervention[f"NEGATIVITY_{part}"])
+        left = negativity - span.T @ torch.linalg.lstsq(span.T, negativity[:, None]).solution[:, 0]
+        torch.testing.assert_close(effects.norms[row], left.norm())
+        hooks = at_the_last_token(add_direction(planted, left, 1))
+        as_alone(planted, hooks, HARMLESS, tokens, effects.refusal.baseline_log_odds[row])
+
+
+def test_several_orthogonal_directions_are_ablated_together_as_refusal(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    refusal = (activations[0][0].mean(0) - activations[0][1].mean(0))[1]
+    other = outside(drawn(1, 32, seed=7)[0], refusal[None])
+    options = {"intervention": "ablation", "layer": 1, "several": torch.stack([refusal, other])}
+    effects, tokens, _ = planted_effects(planted, (REFUSAL, NEGATIVITY), activations, **options)
+    one, *_ = planted_effects(
+        planted, (REFUSAL, NEGATIVITY), activations, intervention="ablation", layer=1
+    )
+    hooks = []
+    for direction in (refusal, other):
+        references = activations[0][1].mean(0) @ direction / direction.norm()
+        hooks += at_the_last_token(ablate_direction(planted, direction, references))
+    found = effects.refusal.target_log_odds
+    as_alone(planted, hooks, HARMFUL, tokens, found[1])
+    assert (found[1] - one.refusal.target_log_odds[1]).abs().max() > 0.01  # the control
+    torch.testing.assert_close(found[2], one.refusal.target_log_odds[2])  # negativity is as before
+
+
 def test_cross_effects_score_the_classes_at_later_layers(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
     effects, *_ = planted_effects(planted, pair, activations, **options)
     assert effects.rows(Intervention.NONE) == [0]
-    assert effects.rows(Intervention.RANDOM) == [7, 8]
+    assert effects.rows(Intervention.RANDOM) == [11, 12]
     assert effects.read_layers == (2, 3)
     expected = held_out_scores(*(side[:, [2, 3]] for side in activations[0]))
     torch.testing.assert_close(effects.refusal.target_scores[0], expected[0], atol=1e-3, rtol=1e-3)
-    assert effects.negativity.baseline_scores.shape == (9, 2, 4)
+    assert effects.negativity.baseline_scores.shape == (13, 2, 4)
 
 
 def test_random_directions_are_added_with_the_norm_of_negativity(planted):
