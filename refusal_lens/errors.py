@@ -42,17 +42,11 @@ def _printable(character: str) -> str:
 
 
 def check_tensors(**tensors: tuple[object, str]) -> None:
-    """Check that arguments are dense floating-point tensors with the expected axes.
+    """Raise an InputError unless each is a floating-point tensor with these axes, on one device.
 
         check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
 
-    Args:
-        **tensors: for each argument, under its name, its value and its axes. Axes of one name must
-            have one length in all tensors. A leading `*axis` stands for any number of axes.
-
-    Raises:
-        InputError: on a value that is no such tensor, a wrong number of axes, axes of one name that
-            differ in length, tensors on several devices or on the meta device.
+    Axes of one name must have one length. A leading `*axis` stands for any number of axes.
     """
     known: dict[str, tuple[str, object]] = {}
     for name, (tensor, axes) in tensors.items():
@@ -74,10 +68,6 @@ def _facts(name: str, tensor: object, axes: str) -> dict[str, object]:
     if not tensor.is_floating_point():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{name} holds {kind}: hand over floating-point numbers, {name}.float()")
-    if tensor.is_meta:
-        raise InputError(f"{name} is on the meta device, which holds no numbers: load it first")
-    if tensor.is_sparse:
-        raise InputError(f"{name} is sparse: hand over {name}.to_dense()")
     named = [axis for axis in axes.split() if not axis.startswith("*")]
     shape = list(tensor.shape)
     if len(shape) < len(named) or (len(shape) > len(named) and "*" not in axes):

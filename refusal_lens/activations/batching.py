@@ -75,8 +75,7 @@ def plan_batches(
 
     Long rows come first, so a batch too large shows at once. A batch's size depends on its longest
     row alone: passing a subset of these batches as `only` reproduces them exactly, and a resumed
-    run gives identical bits. A `batch_size` of None is derived from length and free memory. For the
-    arguments, see `read_residual_stream`.
+    run gives identical bits. A `batch_size` of None is derived from length and free memory.
     """
     rows = checked_rows(model, inputs, labels)
     if batch_size is not None and batch_size < 1:

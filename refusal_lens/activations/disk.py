@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,22 +28,18 @@ def whole_directory(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise _unwritable(folder, error) from error
-    try:
-        yield staging
-        for file in sorted(staging.iterdir()):
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        for file in sorted(staging.iterdir()):
-            file.replace(folder / file.name)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+            yield (staging := Path(name))
+            for file in sorted(staging.iterdir()):
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+            for file in sorted(staging.iterdir()):
+                file.replace(folder / file.name)
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "null" not in str(error):
+        if isinstance(error, ValueError) and "null" not in str(error):  # a null byte in the name
             raise
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"can't write to {folder}: {reason}; choose another folder") from error
 
 
 def check_writable(folder: str | Path) -> None:
@@ -112,8 +107,3 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return value
-
-
-def _unwritable(folder: Path, error: OSError | ValueError) -> InputError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return InputError(f"can't write to {folder}: {reason}; choose another folder")

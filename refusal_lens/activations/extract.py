@@ -154,15 +154,9 @@ def read_residual_stream(
 ) -> Iterator[tuple[Int[Tensor, " batch"], Float[Tensor, "batch pos layer d_model"]]]:
     """Run tokens through the model and yield the rows and activations of each finished batch.
 
-    Activations are on the CPU, in the model's dtype. Each row comes once, long rows first. Between
-    batches the model is unchanged, so the iteration can stop at any point.
-
-    Args:
-        model, batch_size, progress, labels: as in `get_prompt_activations`, whose errors it raises.
-        inputs: rows of tokens, padded on the left, and the positions to read.
-        only: the rows to run; `None` runs all.
-        points, combine: hook points to read instead of the protocol's at every layer, and what
-            makes one tensor of their values `[batch pos ...]`.
+    Activations are on the CPU, in the model's dtype. Each row, or each of `only`, comes once, long
+    rows first. The model is unchanged between batches, so the iteration can stop at any point.
+    `points` are read instead of the protocol's; `combine` makes one tensor of their values.
     """
     from tqdm.auto import tqdm
 

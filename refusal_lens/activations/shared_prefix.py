@@ -56,10 +56,9 @@ class SharedPrefix:
         return self._arguments(self._mask.new_ones(1, n_tokens), records=True, rows=1)
 
     def following(self, mask: Int[Tensor, "rows pos"], *, repeat: int = 1) -> dict[str, Any]:
-        """Arguments of any pass over the tokens after the prefix, or over prompts without one.
+        """Arguments of any pass over tokens of this mask, after the prefix or without one.
 
-        `mask` is 1 on these tokens and 0 on padding. Every recorded row serves `repeat` consecutive
-        rows of the batch.
+        Every recorded row serves `repeat` consecutive rows of the batch.
         """
         return self._arguments(mask, records=False, rows=repeat)
 

@@ -23,11 +23,10 @@ _INSTEAD = "load the model's Hugging Face directory or hub name instead"
 
 
 class Reader(gguf.GGUFReader):
-    """The header and the tensors of a file, all of them inside it, without the words of a vocabulary.
+    """The header and the tensors of a file, without lists of words and other long lists.
 
-    gguf cuts off what a file claims beyond its end, keeps four arrays for every word (150 MB for
-    98,000 words), and follows a list's stated length. This reader raises ValueError beyond the end,
-    and skips lists of words and long lists.
+    gguf cuts off what a file claims beyond its end, and keeps four arrays for every word (150 MB
+    for 98,000 words). This reader raises ValueError beyond the end, and skips those lists.
     """
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
@@ -111,20 +110,15 @@ def complete_config(config: "PretrainedConfig", header: Reader) -> None:
 
 @contextmanager
 def without_words() -> Iterator[None]:
-    """Let transformers read a file's configuration and weights by `Reader`.
-
-    The table of tensor names, which transformers makes anew for every module, is made once.
-    """
+    """Let transformers read a file's configuration and weights by `Reader`."""
+    # transformers makes the table of tensor names anew for every module.
     names = cache(gguf.get_tensor_name_map)
     with patch.multiple(gguf, GGUFReader=Reader, get_tensor_name_map=names):
         yield
 
 
 def complete_model(hf_model: "PreTrainedModel", header: Reader) -> None:
-    """Apply the tensor by which Llama 3.1 and later stretch positions, which transformers leaves out.
-
-    InputError if transformers left out any other tensor.
-    """
+    """Apply Llama 3.1's stretching of positions; InputError if transformers left out another tensor."""
     tensors = {tensor.name: tensor for tensor in header.tensors}
     factors = tensors.pop("rope_freqs.weight", None)
     if hf_model.config.tie_word_embeddings:

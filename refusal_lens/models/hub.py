@@ -85,9 +85,8 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Return the directory that a name stands for, as in `load_model`.
 
-    `+ADAPTER` may follow: a bundled adapter, a folder that peft wrote, or a folder of several, which
-    add up. A hub name, or one of `SHORT_NAMES`, is downloaded: only files of the patterns `files`.
-    InputError if the name or revision does not exist, can't be fetched, or is gated.
+    A folder of several adapters adds them up. Of a hub name, only files of the patterns `files` are
+    downloaded. InputError if the name or revision does not exist, can't be fetched, or is gated.
     """
     model, _, adapter = name.rpartition("+")
     for folder in (ORGANISMS_DIRECTORY / "adapters" / adapter, Path(adapter).expanduser()):

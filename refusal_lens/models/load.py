@@ -141,10 +141,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) ->
 
 
 def model_provenance(model: "HookedTransformer | TransformerBridge") -> dict[str, str | None]:
-    """Return where a model came from, in JSON's types; unknown values are `None`.
-
-    `revision` is the hub's commit, `weights_sha256` a local fingerprint, `lens` the model's class.
-    """
+    """Return where a model came from, in JSON's types; unknown values are `None`."""
     name = getattr(model.cfg, "model_name", None)
     unknown = {"model": name, "revision": None, "weights_sha256": None}
     return _origins.get(model, unknown) | {

@@ -30,14 +30,9 @@ def ways(
     """The cluster of each prompt in each group of a contrast, by every way of clustering.
 
     One way, or three for pairs of labels: by the first label, by the second, by both at once. Of
-    more than `most` clusters, neighbours are merged. InputError if labels don't fit.
-
-    Args:
-        contrast: its name in messages.
-        clusters: a label for each pair of a paired contrast; for an unpaired one, the labels of the
-            target and those of the baseline, where a label on both sides counts as two clusters.
-            None or empty: all prompts are independent.
-        sizes: number of prompts in each group.
+    more than `most` clusters, neighbours are merged. A paired contrast has a label for each pair; an
+    unpaired one, the target's labels and the baseline's, which share no cluster. Without labels all
+    prompts are independent. InputError if labels don't fit the `sizes` of the groups.
     """
     if clusters is None or len(clusters) == 0:
         return [tuple(_merged(torch.arange(n), most) for n in sizes)]
@@ -86,9 +81,6 @@ def near_duplicates(tokens: Sequence[Sequence[Hashable]]) -> tuple[int, ...]:
     Prompts are near-duplicates from a similarity of `SIMILAR` on: the weight of the tokens that both
     have over the weight of those that either has (Jaccard). A token weighs the less the more prompts
     have it, so a common sentence frame counts little. Clusters are connected components.
-
-    Args:
-        tokens: token numbers, or words, of each prompt; of a pair, those of both sides.
     """
     from scipy.sparse.csgraph import connected_components
 

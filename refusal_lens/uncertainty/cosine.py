@@ -112,8 +112,9 @@ def cosine_statistics(
     in a paired contrast) must be exchangeable within a set.
 
     Args:
-        a_target, a_baseline, b_target, b_baseline, a_paired, b_paired, a_clusters, b_clusters: see
-            `Gram.of`.
+        a_target, a_baseline, b_target, b_baseline: activations of any floating dtype.
+        a_paired, b_paired: whether row i of the target belongs to row i of the baseline.
+        a_clusters, b_clusters: labels of the prompts, see `clusters.ways`.
         n_resamples: resamples and relabellings; InputError below `fewest_resamples(confidence)`.
         confidence: of every interval, between 0 and 1.
         generator: the only source of randomness, on the CPU.
@@ -152,11 +153,7 @@ def cosine_statistics(
 def estimate_cosine(
     gram: Gram, *, n_resamples: int, confidence: float, generator: torch.Generator
 ) -> CosineEstimate:
-    """The true cosine at each layer, with its interval and band.
-
-    A layer with a reason has only NaN. An unbounded band edge is NaN too. For the arguments, see
-    `Gram` and `cosine_statistics`.
-    """
+    """The true cosine at each layer, with its interval and band; NaN where there is a reason."""
     reasons = _obstacles(gram, confidence)
     names = ("unbiased", "lower", "upper", "band_lower", "band_upper")
     values = torch.full((len(names), len(gram.aa)), torch.nan, dtype=torch.float64)
@@ -188,11 +185,6 @@ def split_half_reliability(
     formula of Spearman (1910, doi:10.1111/j.2044-8295.1910.tb00206.x) and Brown (1910,
     doi:10.1111/j.2044-8295.1910.tb00207.x): 1 without noise, about 0 and possibly negative without
     signal. NaN where a group has one row or all activations are equal.
-
-    Args:
-        gram, groups: inner products of a contrast's signed rows (see `Gram`), and their weights.
-        n_splits: number of random splits, of each group's rows (prompts, or clusters) separately.
-        generator: the only source of randomness, on the CPU.
     """
     if min(map(len, groups)) < 2:
         return torch.full(gram.shape[:1], torch.nan, dtype=torch.float64)
@@ -217,10 +209,7 @@ def fewest_resamples(confidence: float) -> int:
 
 
 def unbiased_cosine(noises: Sequence[Noise]) -> Float[Tensor, " layer"]:
-    """Unbiased inner product over unbiased norms, minus the ratio's bias to first order.
-
-    For `noises`, see `cosine_intervals`.
-    """
+    """Unbiased inner product over unbiased norms, minus the ratio's bias to first order."""
     spread, covariance = torch.zeros(2, len(noises[0].inner), dtype=torch.float64)
     for sign, noise in zip((1, 1, -1), noises, strict=False):
         for half, block in zip(noise.split(noise.linear_norm), (noise.aa, noise.bb), strict=True):

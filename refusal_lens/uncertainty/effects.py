@@ -112,13 +112,11 @@ def auroc_interval(
 
 
 def cosine_difference(first: Gram, second: Gram, *, confidence: float = 0.95) -> Interval:
-    """The plain cosine of `second` minus that of `first`, per layer, on the same prompts.
+    """The plain cosine of `second` minus that of `first`, per layer, on the same prompts in order.
 
-    `first` and `second` are Gram matrices under two specifications; row i must belong to the same
-    prompt or pair. A jackknife over the rows of both contrasts, with Student's t, cancels a
-    prompt's common influence on the two cosines (Efron and Stein 1981, doi:10.1214/aos/1176345462).
-    The ends are NaN with fewer than two rows in a group. Of crossed clusters, the first way counts.
-    InputError if the groups differ.
+    A jackknife over the rows of both contrasts, with Student's t, cancels a prompt's common
+    influence on the two cosines (Efron and Stein 1981, doi:10.1214/aos/1176345462). NaN ends with
+    fewer than two rows in a group. Of crossed clusters, the first way counts.
     """
     one, other = ([len(w) for w in (*gram.groups_a, *gram.groups_b)] for gram in (first, second))
     if one != other:

@@ -73,11 +73,7 @@ class Gram:
 
         InputError if a set is empty or not finite, if the sets of a paired contrast differ in
         length, if sets differ in layers, `d_model` or device, or if clusters don't fit the prompts.
-
-        Args:
-            a_target, a_baseline, b_target, b_baseline: activations of any floating dtype.
-            a_paired, b_paired: whether row i of the target belongs to row i of the baseline.
-            a_clusters, b_clusters: the cluster of each prompt, see `clusters.ways`.
+        Row i of a paired contrast's target belongs to row i of its baseline; for clusters, see `ways`.
         """
         named = {"a_target": a_target, "a_baseline": a_baseline}
         named |= {"b_target": b_target, "b_baseline": b_baseline}

@@ -25,7 +25,7 @@ WIDENING = 1.05
 
 
 class PermutationNull(NamedTuple):
-    """Two-sided p-values, and the plain cosine's central range if the true cosine is 0."""
+    """Two-sided p-values, and a central range of the plain cosine, if the true cosine is 0."""
 
     p_value: Float[Tensor, " layer"]
     p_adjusted: Float[Tensor, " layer"]
@@ -43,11 +43,6 @@ def permutation_null(
     p-value, with the two-way standard error in the ratios; the larger counts. The adjusted p-value
     uses the largest ratio over layers, so it is valid for a layer chosen after seeing all. No p-value
     is below `1 / (n_resamples + 1)`.
-
-    Args:
-        gram, n_resamples: Gram matrices of the two contrasts, and number of relabellings.
-        confidence: of the central range.
-        generator: the only source of randomness, on the CPU.
     """
     found = [_ratios_by_layer(way, n_resamples, generator) for way in gram.one_way]
     variances = [error.square() for _, error in found]

@@ -22,13 +22,8 @@ from .directions_file import GGUF_PREFIX, Directions, FileMetadata, parse_metada
 
 MOST_POSITIONS = 32  # a longer first axis of three is an axis of prompts
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PLAIN = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-}  # names in a tensor's pickle
-_PLAIN |= {
-    f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int")
-}
+_PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}  # in a tensor's pickle
+_PLAIN |= {f"torch {k}Storage" for k in ("Double", "Float", "Half", "BFloat16", "Long", "Int")}
 Contents = tuple[Mapping[str, Tensor], FileMetadata]  # tensors by name ("" if nameless), metadata
 
 
