@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from types import FunctionType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -39,6 +39,12 @@ def _printable(character: str) -> str:
     if character.isprintable():
         return character
     return " " if character in "\r\n\t" else ascii(character)[1:-1]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return "did you mean ...? " for the closest of the names; empty if none is close."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def check_tensors(**tensors: tuple[object, str]) -> None:
@@ -92,9 +98,6 @@ def lenient(function: F) -> F:
     Where the signature has tensors, it takes arrays, lists and `Direction`s; where it has models or
     contrasts, their names (`READERS`); for an integer, digits; for a generator, a seed, by default
     0. A class's public methods are lenient too; its own arguments of several types it reads itself.
-
-    Raises:
-        InputError: when called, for a missing, unknown or surplus argument, or a wrong type.
     """
     if isinstance(function, type):
         for name, each in [*vars(function).items()]:
@@ -108,10 +111,7 @@ def lenient(function: F) -> F:
 
 
 def lenient_package(package: str, file: str) -> tuple[Callable[[str], Any], Any, list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package: the names of its stub, functions lenient.
-
-    `package` and `file` are its `__name__` and `__file__`. A name is imported when it is first used.
-    """
+    """`__getattr__`, `__dir__`, `__all__` of a package from its stub; names are imported when used."""
     import lazy_loader
 
     strict, names, public = lazy_loader.attach_stub(package, file)
@@ -141,16 +141,13 @@ def _lenient(function: Any) -> Any:
         try:
             bound = signature.bind(*args, **seeds | given)
         except TypeError as error:
-            why = str(error)
+            why = f"{error}; "
             for typed in [key for key in given if key not in known][:1]:
-                near = difflib.get_close_matches(typed, known, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                why = f"no argument is named {typed!r}{hint}"
-            raise InputError(f"{name}: {why}; it takes {', '.join(known)}") from None
+                why = f"no argument is named {typed!r}; {did_you_mean(typed, known)}"
+            raise InputError(f"{name}: {why}it takes {', '.join(known)}") from None
+        of_class = name != function.__qualname__
         for key, value in bound.arguments.items():
-            bound.arguments[key] = _read(
-                value, parameters[key], of_class=name != function.__qualname__
-            )
+            bound.arguments[key] = _read(value, parameters[key], of_class=of_class)
         return function(*bound.args, **bound.kwargs)
 
     return read

@@ -15,12 +15,9 @@ if TYPE_CHECKING:
 
 
 def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: int) -> bool:
-    """Whether prompts of up to `longest` tokens keep their activations when a prefix runs once.
-
-    Batches are padded behind the prefix, so positions must be rotary (taken from the mask) and a
-    sliding window must hold every prompt. A hook may address a token by its index, so there may be
-    none. The model must be measured to keep its keys.
-    """
+    """Whether prompts of up to `longest` tokens keep their activations when a prefix runs once."""
+    # Batches are padded behind the prefix, so positions must be rotary, taken from the mask. A hook
+    # may address a token by its index.
     return (
         model.cfg.positional_embedding_type == "rotary"
         and longest <= (generation(model).window(model) or longest)
@@ -31,11 +28,6 @@ def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: in
 
 class SharedPrefix:
     """Keys and values of the tokens that every prompt begins with, one set for each recorded row.
-
-        prefix = SharedPrefix(model)
-        with undisturbed(model):
-            model(tokens[:1, :8], **prefix.recording(8))
-            logits = model(tokens[:, 8:], **prefix.following(mask[:, 8:], repeat=len(tokens)))
 
     Record only where `can_share_prefix` holds; run every pass inside `models.forward.undisturbed`.
     Hooks may add rows from layer to layer, so each layer keeps its own number of recorded rows.

@@ -35,7 +35,6 @@ class Report:
     out: Folder = None  # File to write. Default: report.html in that folder.
 
     def __call__(self) -> None:
-        """Run the command."""
         path = self.out or self.folder / "report.html"
         print(rl.write_report(rl.Results.load(self.folder), path))
 
@@ -53,7 +52,6 @@ class Multiverse(ContrastOptions, ModelOptions):
     seed: int = 0  # Seed of subsets and resamples.
 
     def __call__(self) -> None:
-        """Run the command."""
         config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
         refusal, against = config.contrasts().values()
         out = self.start("-sensitivity")
@@ -93,7 +91,6 @@ class Select(RefusalOptions, ModelOptions):
     """
 
     def __call__(self) -> None:
-        """Run the command."""
         contrast = as_contrast(self.own())
         out, writes = self.start("-select"), distributed.is_main()
         found = rl.select_direction(
@@ -161,7 +158,6 @@ class StoredWork:
     cache: Folder = None  # Default: $REFUSAL_LENS_CACHE, or a folder among the user's caches.
 
     def __call__(self) -> None:
-        """Run the command."""
         cache = rl.Cache(self.cache or default_folder())
         if self.action == "clear":
             print(f"removed {cache.clear() / 1e6:.1f} MB from {cache.folder}")
@@ -204,7 +200,6 @@ class Compare:
     b: FileOptions = FileOptions()
 
     def __call__(self) -> None:
-        """Run the command."""
         print(rl.formats.compare(self.a.read(self.first), self.b.read(self.second)))
 
 
@@ -224,7 +219,6 @@ class Convert:
     layers: Numbers = ()  # Layers to keep, in this package's count. Default: all.
 
     def __call__(self) -> None:
-        """Run the command."""
         suffix = self.out.suffix.lower()
         if suffix not in ENDINGS:
             raise rl.InputError(f"{self.out}: choose {', '.join(ENDINGS)}, not this ending")

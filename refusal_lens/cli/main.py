@@ -48,7 +48,6 @@ class Demo:
     verbose: Flag = False  # Log progress and problems on stderr.
 
     def __call__(self) -> None:
-        """Run the command."""
         if distributed.is_main():
             disk.check_writable(self.out)
         progress = distributed.is_main() and not self.quiet
@@ -107,7 +106,6 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     explain: Flag = False  # Print every reason, and the rule with its thresholds.
 
     def __call__(self) -> None:
-        """Run the command."""
         config = rl.config_of(self.repeat) if self.repeat else self._config()
         config.contrasts()
         out = replace(self, model=config.model).start()
@@ -139,7 +137,6 @@ class Tokens(ProtocolOptions):
     revision: Text = None  # Branch, tag or commit on the hub.
 
     def __call__(self) -> None:
-        """Run the command."""
         from ..models.load import load_tokenizer
 
         protocol = self.protocol(*self.position, generation_prompt=self.generation_prompt)

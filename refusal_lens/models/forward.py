@@ -112,14 +112,10 @@ def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
 
 
 def of_rows(recorded: Tensor, rows: int | tuple[Int[Tensor, " row"], int]) -> Tensor:
-    """What a prefix recorded for each row of a batch.
-
-    `rows` is a number of repetitions of each recorded row, or the recorded rows to take and the
-    number of prompts. Rows beyond the recorded ones have not joined the batch at this layer: they
-    are still the unmodified model's, `row % n_prompts`.
-    """
+    """What a prefix recorded for each row of a batch: for each repeated, or for some and n prompts."""
     if isinstance(rows, int):
         return einops.repeat(recorded, "row ... -> (row n) ...", n=rows)
+    # Rows beyond the recorded ones are still the unmodified model's at this layer.
     wanted, n_prompts = rows[0].to(recorded.device), rows[1]
     wanted = torch.where(wanted < len(recorded), wanted, wanted % n_prompts)
     return recorded.index_select(0, wanted)

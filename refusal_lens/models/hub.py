@@ -96,8 +96,7 @@ def find_checkpoint(
     if name.startswith(ORGANISM):
         bundled = sorted(path.parent.name for path in ORGANISMS_DIRECTORY.glob("*/config.json"))
         if (organism := name.removeprefix(ORGANISM)) not in bundled:
-            known = ", ".join(bundled) or "none"
-            raise InputError(f"there is no organism {organism!r}: there are {known}")
+            raise InputError(f"there is no organism {organism!r}: there are {', '.join(bundled)}")
         return Checkpoint(name, ORGANISMS_DIRECTORY / organism)
     directory = Path(name).expanduser()
     if directory.is_file() or directory.suffix == ".gguf":

@@ -276,8 +276,7 @@ def _hf_model(
         try:
             from peft import PeftModel
         except ImportError as error:
-            how = "pip install 'refusal_lens[lora]'"
-            raise InputError(f"the adapter of {checkpoint.name} needs peft: {how}") from error
+            raise InputError("an adapter needs peft: pip install 'refusal_lens[lora]'") from error
         hf_model.config.__dict__.pop("quantization_config", None)  # by now weights are ordinary
         with _reading("adapter", checkpoint):
             hf_model = PeftModel.from_pretrained(hf_model, str(folder)).merge_and_unload()

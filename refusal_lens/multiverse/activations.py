@@ -49,9 +49,8 @@ def read_specifications(
 ) -> tuple[Callable[[Specification], list[Float[Tensor, "prompt layer d_model"]]], dict[str, str]]:
     """Run all prompts of every specification that the model's chat template allows.
 
-    Returns a function from a specification to its four sets of activations, and the names of the
-    specifications that the template refuses (a system prompt, for instance) with the reasons.
-    InputError if the default is one of them.
+    Returns a function from a specification to its four sets of activations, and the reasons of the
+    specifications that the template refuses, by name. InputError if the default is one of them.
     """
     sides = [side for each in contrasts for side in (each.target, each.baseline)]
     places: dict[str, list[list[Context]]] = {}
@@ -81,8 +80,6 @@ def contexts(
     model: "HookedTransformer | TransformerBridge", prompts: Sequence[str], protocol: Protocol
 ) -> list[Context]:
     """Return the context of each prompt under a protocol of one position."""
-    if len(protocol.positions) != 1:
-        raise InputError(f"{protocol.name!r}, positions {protocol.positions}: take one at a time")
     tokenizer: Any = model.tokenizer
     inputs = build_inputs_with_chat_template(tokenizer, prompts, protocol=protocol)
     found = []

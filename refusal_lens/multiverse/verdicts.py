@@ -52,12 +52,11 @@ def measure_responses(
     batch_size: int | None,
     progress: bool,
 ) -> dict[int, list[Responses]]:
-    """Return the responses to the directions at each layer, by specification.
+    """Return the responses to the directions at each layer, by specifications of `least` prompts.
 
-    Uses `n_prompts` of each set under the default protocol. `activations` are the four sides' under
-    that protocol: for the references of affine ablations and the covariance of random directions.
+    `n_prompts` of each set run under the default protocol, which gave the four sides' `activations`.
     Replies are scored by the refusal openings' first tokens alone, which is fast and counts sympathy
-    that begins alike. Specifications of less than `least` prompts, without a verdict, are left out.
+    that begins alike.
     """
     judged = [i for i, each in enumerate(measured) if each.evidence[0].n_prompts >= least]
     if not n_prompts or not judged:

@@ -1,7 +1,6 @@
 """Contrasts of a target and a baseline prompt set, and the bundled contrasts."""
 
 import csv
-import difflib
 import hashlib
 import html
 import json
@@ -11,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import READERS, InputError, lenient
+from ..errors import READERS, InputError, did_you_mean, lenient
 
 _DATA = Path(__file__).with_name("data")
 BUNDLED = tuple((_DATA / "names.txt").read_text("utf-8").split())
@@ -102,8 +101,8 @@ class Contrast:
             try:
                 return tuple(cells[row] for row in which) if cells else ()
             except (IndexError, TypeError):
-                problem = f"rows are {which!s:.60}"
-                raise InputError(f"{problem}: give numbers from 0 to {len(cells) - 1}") from None
+                end = len(cells) - 1
+                raise InputError(f"rows are {which!s:.60}: give numbers from 0 to {end}") from None
 
         target, baseline = some(self.target, rows[0]), some(self.baseline, rows[1])
         if self.paired:
@@ -177,8 +176,7 @@ def as_contrast(value: Any) -> Any:
     if hasattr(value, "columns") and hasattr(value, "dropna"):
         if len(value.columns) != 2:
             names = ", ".join(map(quoted, value.columns))
-            advice = "give table[[TARGET, BASELINE]]"
-            raise InputError(f"a contrast has two columns, not {names}: {advice}")
+            raise InputError(f"a contrast has two columns, not {names}: give table[[A, B]]")
         sides = {str(column): tuple(value[column].dropna()) for column in value.columns}
         return Contrast("contrast", *sides.values(), *sides)  # type: ignore[arg-type]
     if isinstance(value, Contrast):
@@ -237,9 +235,3 @@ def brief(text: str) -> str:
 def quoted(value: object) -> str:
     """Return the value as a message shows it: on one line, a string in quotation marks."""
     return f'"{brief(value)}"' if isinstance(value, str) else brief(repr(value))
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "did you mean ...? " for the closest of the names; empty if none is close."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""

@@ -9,8 +9,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
-from .contrast import Cells, Contrast, check_filled, checked_sides, did_you_mean
+from ..errors import InputError, did_you_mean
+from .contrast import Cells, Contrast, check_filled, checked_sides
 from .tables import Table, listed, load_dataset, read_table, table_of_dataset
 
 logger = logging.getLogger(__name__)

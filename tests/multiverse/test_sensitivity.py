@@ -181,11 +181,6 @@ def test_protocols_that_share_tokens_share_their_runs(model, monkeypatch):
     assert ran == [len(PROMPTS), 2 * len(PROMPTS)]
 
 
-def test_several_positions_at_once_are_refused(model):
-    with pytest.raises(InputError, match="one at a time"):
-        contexts(model, PROMPTS, replace(DEFAULT, positions=(-1, -2)))
-
-
 # The whole
 
 
