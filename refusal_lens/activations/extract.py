@@ -65,13 +65,12 @@ def extract(
 ) -> dict[str, ContrastActivations]:
     """Return the activations of several contrasts by name; small sets share batches.
 
+    InputError for equal names, several positions, or errors of `get_prompt_activations`.
+
     Args:
         model, contrasts: the model, which stays unchanged, and contrasts of different names.
         protocol: how a prompt becomes tokens, and the hook and position to read.
         batch_size, progress: prompts in a batch, or `None` for automatic; show a progress bar.
-
-    Raises:
-        InputError: for equal names, several positions, or errors of `get_prompt_activations`.
     >>> target, baseline = extract(model, [load_contrast("alarm")])["alarm"]
     """
     names = [contrast.name for contrast in contrasts]
@@ -112,6 +111,7 @@ def get_prompt_activations(
 
     float32, on the CPU, in the given order. Every batch size gives the numbers of single prompts,
     within 1e-5 relative in float32 and within rounding in bfloat16. Hooks on the model stay active.
+    InputError without prompts, or if one exceeds context or memory or overflows the dtype.
 
     Args:
         model: the model, whose hooks, training mode and random state stay unchanged.
@@ -120,9 +120,6 @@ def get_prompt_activations(
         batch_size: prompts in a batch, halved where memory runs out; `None` derives it.
         progress: show a progress bar over the prompts.
         labels: a name for each prompt in error messages; `None` numbers them.
-
-    Raises:
-        InputError: without prompts, or if one exceeds context or memory or overflows the dtype.
     >>> activations = get_prompt_activations(model, ["How do I bake bread?", "Hello."])
     """
     refuse_padding(protocol)

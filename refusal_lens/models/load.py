@@ -49,6 +49,8 @@ def load_model(
     The result is a HookedTransformer with TransformerLens 3 and a TransformerBridge with
     TransformerLens 4. Its `tokenizer` is `None` where a directory holds none. A gated model's token
     comes from `HF_TOKEN`, the hub's stored login, or the user. No code from a checkpoint is run.
+    InputError if the model or device is not found, the weights exceed the free memory,
+    TransformerLens does not run the architecture, or computes it unlike Hugging Face.
 
     Args:
         name: `organism:NAME`, `smollm2`, a local Hugging Face directory or GGUF file, or a hub name.
@@ -59,10 +61,6 @@ def load_model(
             for organisms.
         revision: the hub's branch, tag or commit; `None` takes the newest.
         n_devices: number of GPUs over which the blocks are spread, beginning with `device`.
-
-    Raises:
-        InputError: if the model or device is not found, the weights exceed the free memory,
-            TransformerLens does not run the architecture, or computes it unlike Hugging Face.
     """
     place, dtype = placement(name, device, dtype, n_devices)
     devices = [place, *(torch.device("cuda", place.index + i) for i in range(1, n_devices))]
@@ -92,16 +90,13 @@ def from_hugging_face(
 
     A later change of the caller's weights shows in the result too, except in Gemma's embedding and
     norms, which TransformerLens 3 copies. The caller's model and tokenizer stay unchanged.
+    InputError for an unmerged adapter, quantised weights (TransformerLens 3), or an architecture
+    that TransformerLens does not run, or computes unlike Hugging Face.
 
     Args:
         hf_model: a causal language model on one device.
         tokenizer: the model's tokenizer; `None` gives a model that runs on token ids.
         name: the model's name in results; `None` takes the name that the model was loaded by.
-
-    Raises:
-        InputError: if `hf_model` is no causal language model, does not lie on one device, is
-            quantised (TransformerLens 3), has an unmerged adapter or an architecture that
-            TransformerLens does not run, or computes unlike Hugging Face.
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

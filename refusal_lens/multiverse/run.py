@@ -56,6 +56,9 @@ def run_sensitivity(
 ) -> Sensitivity:
     """Return the cosine and the verdict of two contrasts under every specification.
 
+    A specification that the chat template refuses is skipped. InputError if the default is one of
+    them, there are too few prompts, or the layer does not exist.
+
     Args:
         model, contrasts: the model; refusal and negativity.
         layer: layer to report, from 0; None is layer 20 of 32, or the same relative depth.
@@ -65,10 +68,6 @@ def run_sensitivity(
         thresholds, seed: of the verdicts, None for the defaults; of subsets, resamples and chance.
         batch_size, progress: prompts in a forward pass, None derives it; whether to show progress.
         on_cosines: called with the cosines, without verdicts, before the interventions begin.
-
-    Raises:
-        InputError: if there are too few prompts, the layer does not exist, or the default protocol
-            can't be read. Another specification that the chat template refuses is skipped.
     >>> sensitivity = run_sensitivity(model, contrasts, n_resamples=400, causal_prompts=0)
     """
     if causal_prompts and causal_prompts < FEWEST_PROMPTS:

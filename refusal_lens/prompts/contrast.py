@@ -26,6 +26,9 @@ class Contrast:
     >>> load_contrast("refusal").subset(range(8), range(8)).sha256[:8]
     'f6049e19'
 
+    InputError, which names the row, if a set is empty; if a prompt or cluster is blank or no string;
+    if a prompt is repeated up to white space; if paired sets or clusters differ in length or form.
+
     Args:
         name: name of the concept.
         target, baseline: prompts with and without the concept; iterables, stored as tuples.
@@ -35,11 +38,6 @@ class Contrast:
             each pair, or a tuple of labels where pairs are clustered in several ways; if unpaired,
             two lists, the labels of the targets and those of the baselines. Empty if unknown.
         keep_duplicates: whether a prompt may be repeated within its side.
-
-    Raises:
-        InputError: if a set is empty; if a prompt or cluster is blank or no string; if a prompt is
-            repeated up to white space; if paired sets or clusters differ in length; if clusters
-            differ in form. The message names the row.
     """
 
     name: str

@@ -39,7 +39,8 @@ def contrast_from_file(
     <Contrast 'my': 1 unsafe / 1 safe>
 
     A repeated prompt is used once and a prompt on both sides not at all; the log counts both. In
-    a paired contrast the whole pair is dropped.
+    a paired contrast the whole pair is dropped. InputError, which names file, row and column, if the
+    file can't be read as its suffix says, lacks a column, or holds prompts that `Contrast` refuses.
 
     Args:
         path: a .csv (commas, semicolons or tabs), .tsv, .json, .jsonl or .parquet file, or a folder
@@ -53,10 +54,6 @@ def contrast_from_file(
         paired: whether the two prompts of a row belong together.
         split: split of a folder, or several, "train+test"; may be None if there is only one.
         keep_duplicates: whether a prompt counts as often as it stands on its side.
-
-    Raises:
-        InputError: if the file can't be read as its suffix says, lacks a column, or holds prompts
-            that `Contrast` refuses. The message names file, row and column.
     """
     table = read_table(str(path), split)
     sides = _sides(table, (str(target), str(baseline)), prompt, label, paired)
@@ -77,7 +74,7 @@ def contrast_from_dataset(
     revision: str | None = None,
     keep_duplicates: bool = False,
 ) -> Contrast:
-    """Take a contrast from a Hugging Face dataset.
+    """Take a contrast from a Hugging Face dataset, or raise as `contrast_from_file` does.
 
     >>> contrast_from_dataset(dataset, target="harmful", baseline="harmless", name="mine")
     <Contrast 'mine': 2 harmful / 2 harmless>
@@ -87,10 +84,6 @@ def contrast_from_dataset(
         subset, revision: configuration, and commit, tag or branch, of a dataset given by name.
         target, baseline, prompt, label, name, paired, split, keep_duplicates: as in
             `contrast_from_file`; the name of the contrast is the dataset's if None.
-
-    Raises:
-        InputError: if the dataset can't be loaded, lacks the split or a column, or holds prompts
-            that `Contrast` refuses. The message names row (the first is row 0) and column.
     """
     source = dataset if isinstance(dataset, str) else "dataset"
     loaded = load_dataset(dataset, subset, revision) if isinstance(dataset, str) else dataset
@@ -128,7 +121,7 @@ def contrast_from_prompts(
 
 
 def load_prompts(source: FilePath) -> tuple[str, ...]:
-    """Read the prompts in one column of a file or dataset, each once.
+    """Read the prompts in one column of a file or dataset, each once; InputError if it can't.
 
     >>> load_prompts("my.csv:text:kind=safe")
     ('How do I bake bread?',)
@@ -138,9 +131,6 @@ def load_prompts(source: FilePath) -> tuple[str, ...]:
             is a list: .txt with one prompt a line, JSON of strings. Or a folder of `save_to_disk`
             or a dataset of the hub, with its split, and a column. `:LABEL=VALUE` after the column
             takes only the rows with this value. See also `contrast_from_file`.
-
-    Raises:
-        InputError: if the source can't be read, lacks the column, or has blank prompts.
     """
     [side] = _distinct([_read_source(source)], paired=False, keep=False)
     return checked_sides({side.name: side.prompts})[0]

@@ -25,6 +25,8 @@ _CHOICES |= {"padding": ("left", "right_in_twos")}
 class Protocol:
     """Every choice about how a prompt becomes a vector; stored with results.
 
+    InputError for a wrong type, an impossible value, or a known bug without `allow_bugs`.
+
     >>> protocol = Protocol(system_prompt="You are helpful.", positions="last_prompt_token")
     >>> known = protocol.to_dict(), protocol.bugs
 
@@ -47,9 +49,6 @@ class Protocol:
             has a switch (`enable_thinking`), and else ends the prompt with an empty, closed block.
         date: today for templates that read the clock, as YYYY-MM-DD. By default the date that Llama
             3.1's and 3.2's templates fall back to.
-
-    Raises:
-        InputError: for a wrong type, an impossible value, or a known bug without `allow_bugs`.
     """
 
     name: str = "default"

@@ -51,16 +51,14 @@ def build_inputs_with_chat_template(
     Text of special tokens inside a prompt or system prompt stays text. A template that reads the
     clock reads the protocol's date.
     Llama-3-Instruct's template trims each message; otherwise its tokens are Meta's `ChatFormat`'s.
+    InputError for no prompts, or one that is not text; for a chat template that is missing,
+    refuses or rewrites a text; for a position before a prompt's start.
 
     Args:
         tokenizer: a fast tokenizer, which is left unchanged; its padding settings do not matter.
         prompts: texts of the user's turn.
         protocol: system prompt, template, date, thinking and positions.
         device: device of the tensors.
-
-    Raises:
-        InputError: for no prompts, or one that is not text; for a chat template that is missing,
-            refuses or rewrites a text; for a position before a prompt's start.
     >>> inputs = build_inputs_with_chat_template(model.tokenizer, ["How do I bake bread?"])
     """
     rows = list(_padded(tokenizer, prompts, protocol))
