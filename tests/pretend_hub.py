@@ -9,21 +9,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-USER_CODE = "WXYZ-1234"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class PretendHub(ThreadingHTTPServer):
-    """Serves `models`, a directory for each hub name, at `main` and at `COMMIT`.
-
-    Someone who logs in is given the token, unless `logs_in` is False.
-    """
+    """Serves `models`, a directory for each hub name, at `main` and at `COMMIT`."""
 
     def __init__(self, models: dict[str, Path], *, gated: set[str], token: str):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models, self.gated, self.token = models, gated, token
         self.asked: list[str] = []
-        self.logs_in = True
 
     @property
     def url(self) -> str:
@@ -48,34 +43,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._answer()
 
-    def do_POST(self):
-        """Log in from a notebook, as the hub has it: show a code, wait, hand over a token."""
-        self.server.asked.append(self.path)
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if not self.server.logs_in:
-            return self._send_json({"error": "access_denied"})
-        if self.path == "/oauth/device":
-            return self._send_json(
-                {
-                    "device_code": "a device",
-                    "user_code": USER_CODE,
-                    "verification_uri": f"{self.server.url}/device",
-                    "interval": 0,
-                    "expires_in": 60,
-                }
-            )
-        return self._send_json({"access_token": self.server.token})
-
     def log_message(self, *arguments):
         pass
 
     def _answer(self):
         self.server.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
-        if parts == ["api", "whoami-v2"]:
-            token = {"displayName": "from a notebook", "role": "read"}
-            self._send_json({"name": "someone", "auth": {"accessToken": token}})
-        elif parts[:2] == ["api", "models"]:
+        if parts[:2] == ["api", "models"]:
             self._list("/".join(parts[2:4]))
         else:
             self._serve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,6 @@ PROBLEMS = json.loads(Path(__file__).with_name("hub_errors.json").read_text("utf
 
 SAMPLE_BYTES = 65_536
 SAMPLES_PER_FILE = 64
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,31 +102,11 @@ def find_checkpoint(
         return Checkpoint(name, directory)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise InputError(f"there is no directory {name}: check the path")
-    return _fetched(SHORT_NAMES.get(name, name), files, revision)
-
-
-def _fetched(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
-    """The checkpoint in the hub's cache; a gated model asks a user who is there to log in."""
-    from huggingface_hub import errors, login
-    from huggingface_hub.utils import is_notebook
-
-    try:
-        return _download(name, files, revision)
-    except errors.GatedRepoError:
-        gate = PROBLEMS["GatedRepoError"].format(name=name)
-    if is_notebook() or (sys.stdin is not None and sys.stdin.isatty()):
-        logger.warning(gate)
-        try:
-            login(skip_if_logged_in=False)
-        except Exception as error:  # the hub's own login can fail in any way
-            logger.warning("the login at the hub failed (%r)", error)
-        with suppress(errors.GatedRepoError):
-            return _download(name, files, revision)
-    raise InputError(gate)
+    return _download(SHORT_NAMES.get(name, name), files, revision)
 
 
 def _download(name: str, files: Sequence[str], revision: str | None) -> Checkpoint:
-    """The checkpoint in the hub's cache; GatedRepoError if the user's token grants no access."""
+    """The checkpoint in the hub's cache; InputError if the hub does not give it."""
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
     try:
@@ -141,8 +116,6 @@ def _download(name: str, files: Sequence[str], revision: str | None) -> Checkpoi
             only: Any = {"allow_patterns": [*files], "ignore_patterns": ["*/*", "consolidated*"]}
             snapshot_download(name, revision=config.parent.name, **only)
         return Checkpoint(name, config.parent, config.parent.name)
-    except errors.GatedRepoError:
-        raise
     except tuple(getattr(errors, kind) for kind in PROBLEMS) as error:
         kind = next(kind for kind in PROBLEMS if isinstance(error, getattr(errors, kind)))
         status = getattr(getattr(error, "response", None), "status_code", "nothing")

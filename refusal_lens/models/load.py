@@ -48,7 +48,7 @@ def load_model(
 
     The result is a HookedTransformer with TransformerLens 3 and a TransformerBridge with
     TransformerLens 4. Its `tokenizer` is `None` where a directory holds none. A gated model's token
-    comes from `HF_TOKEN`, the hub's stored login, or the user. No code from a checkpoint is run.
+    comes from `HF_TOKEN` or the hub's stored login. No code from a checkpoint is run.
     InputError if the model or device is not found, the weights exceed the free memory,
     TransformerLens does not run the architecture, or computes it unlike Hugging Face.
 

@@ -4,17 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import huggingface_hub
-import huggingface_hub._login
-import nbclient
-import nbformat
 import pytest
 from checkpoints import write_checkpoint
-from pretend_hub import COMMIT, USER_CODE, PretendHub
+from pretend_hub import COMMIT, PretendHub
 
 from refusal_lens.errors import InputError
 from refusal_lens.models.hub import find_checkpoint
@@ -125,64 +119,6 @@ def test_a_stored_login_opens_a_gated_model(hub, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     done = run(FIND, GATED, home=tmp_path, HF_ENDPOINT=hub.url)
     assert done.stdout == f"found {COMMIT}\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_person_at_a_terminal_can_log_in_at_the_hub_and_is_asked_once(hub, tmp_path, monkeypatch):
-    import pty
-
-    if not hasattr(huggingface_hub._login, "_prompt_login_method"):
-        pytest.skip("this huggingface_hub has another dialogue")
-    monkeypatch.setattr(hub, "logs_in", True)
-    ours, theirs = pty.openpty()
-    keep = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", FIND, GATED, GATED],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        env=keep | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url},
-    )
-    os.set_blocking(ours, False)
-    shown, patience, answered = "", time.monotonic() + 40, False
-    while shown.count("found") < 2 and time.monotonic() < patience:
-        time.sleep(0.05)
-        with suppress(BlockingIOError):
-            shown += os.read(ours, 65536).decode()
-        if "Paste an access token" in shown and not answered:
-            answered = os.write(ours, b"1\n")
-    process.kill()
-    process.wait()
-    os.close(ours)
-    os.close(theirs)
-    assert shown.count(f"found {COMMIT}") == 2, shown
-    assert shown.count(USER_CODE) == shown.count("Waiting for authorization") == 1
-    assert "accept its conditions" in shown
-    assert TOKEN not in shown
-
-
-@pytest.mark.parametrize("logs_in", [True, False])
-def test_in_a_notebook_the_hub_s_login_box_is_shown(hub, tmp_path, monkeypatch, logs_in):
-    pytest.importorskip("ipykernel")
-    if not hasattr(huggingface_hub._login, "request_device_code"):
-        pytest.skip("this huggingface_hub has a login box that only a browser can fill")
-    monkeypatch.setattr(hub, "logs_in", logs_in)
-    for name in [name for name in os.environ if name.startswith("HF_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    cell = nbformat.v4.new_code_cell(FIND.replace("sys.argv[1:]", f"[{GATED!r}]"))
-    notebook = nbformat.v4.new_notebook(cells=[cell])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    shown = json.dumps(cell.outputs)
-    if logs_in:
-        assert USER_CODE in shown
-        assert f"found {COMMIT}" in shown
-    else:
-        assert f"refused {GATED} is gated" in shown
-        assert "in a notebook huggingface_hub.login()" in shown
-    assert TOKEN not in shown
 
 
 def test_without_network_a_name_never_fetched_is_refused_in_one_line(tmp_path):
