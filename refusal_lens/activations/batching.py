@@ -14,8 +14,7 @@ from ..prompts.tokenize import ChatInputs
 from .shared_prefix import can_share_prefix
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 WORKING_SHARE = 0.015  # of the weights' bytes, on a CPU, where no batch size is given
 WORKING_FLOOR = 2**23  # bytes, so that a small model gets more than one prompt in a batch

@@ -18,8 +18,7 @@ from .batching import Rows, checked_rows, one_behind, plan_batches, run_halving
 from .shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 
 class ContrastActivations(NamedTuple):

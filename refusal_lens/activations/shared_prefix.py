@@ -10,8 +10,7 @@ from torch import Tensor
 from ..models.forward import generation, input_device, of_rows
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 
 def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: int) -> bool:

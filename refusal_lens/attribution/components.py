@@ -26,8 +26,7 @@ from ..uncertainty.effects import Interval, mean_interval, total_interval
 from . import Table
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -16,8 +16,7 @@ from ..models.load import tokenizer_of
 from . import Table
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 Tokens = tuple[tuple[str, float], ...]
 

@@ -15,8 +15,7 @@ from ..experiment.distributed import is_main, own_device
 from ..prompts.protocol import Protocol
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 

@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from . import HookedTransformer, TransformerBridge
 
 
 def generation(model: "HookedTransformer | TransformerBridge") -> ModuleType:

@@ -21,10 +21,10 @@ from .hub import ORGANISM, Checkpoint, find_checkpoint
 from .parity import check_parity, hugging_face_pass
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from . import HookedTransformer, TransformerBridge
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 ATTENTION = "eager"  # TransformerLens hooks the attention patterns, which no other kind computes

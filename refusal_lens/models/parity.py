@@ -13,9 +13,9 @@ from ..errors import InputError
 from .forward import hook_points, input_device, undisturbed
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel
+
+    from . import HookedTransformer, TransformerBridge
 
 N_TOKENS = 8
 OTHER_ROUNDING = 1e-4  # relative; sums are taken in another order, whatever the dtype

@@ -22,8 +22,7 @@ from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template
 from .specifications import Specification
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 PADDED_ROWS = 32  # default batch size of prompts whose position is padding
 

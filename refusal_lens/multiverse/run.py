@@ -30,8 +30,7 @@ from .specifications import Family, Specification, specify
 from .verdicts import Measured, judge_all, measure_responses
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 SIZES = (5, 10, 20, 50, 96)  # prompts (pairs, if paired) in a subset
 CAUSAL_PROMPTS = 24  # prompts of each set under interventions

@@ -22,8 +22,7 @@ from ..prompts.protocol import DEFAULT
 from ..uncertainty import CosineEstimate, Gram
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedTransformer, TransformerBridge
 
 
 N_RANDOM = 8  # random directions at each layer

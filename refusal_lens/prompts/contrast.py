@@ -103,10 +103,8 @@ class Contrast:
                 raise InputError(f"rows are {which!s:.60}: give numbers from 0 to {end}") from None
 
         target, baseline = some(self.target, rows[0]), some(self.baseline, rows[1])
-        if self.paired:
-            clusters = some(self.clusters, rows[0])
-        else:
-            clusters = tuple(map(some, self.clusters, rows))
+        paired = self.paired
+        clusters = some(self.clusters, rows[0]) if paired else tuple(map(some, self.clusters, rows))
         return replace(self, target=target, baseline=baseline, clusters=clusters)
 
     @property

@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import InputError, lenient
 
 LAST_PROMPT_TOKEN = "last_prompt_token"
-LAST_TEMPLATE_TOKEN = "last_template_token"
 
 BUGS = {  # known bugs of the published script by field and value, in words
     ("bos", "twice"): "a BOS token put in front of the template's own",
@@ -35,8 +34,7 @@ class Protocol:
         system_prompt: text of the system prompt; None for no system prompt.
         generation_prompt: whether the formatted prompt ends with the header of the reply.
         positions: where activations are read, one or several: token indices from the end (-1 the
-            last token), "last_prompt_token" (the last with text of the prompt) or
-            "last_template_token" (-1).
+            last token), or "last_prompt_token" (the last with text of the prompt).
         chat_template: Jinja template, the name of one of the tokenizer's templates, or "plain" (for
             models without one); None for the tokenizer's own.
         hook: "resid_post", so that layer `l` is the output of block `l`; or "resid_pre", so that
@@ -84,10 +82,9 @@ class Protocol:
             raise InputError(f"Protocol.date is {self.date!r}: write it as 2024-07-26") from None
         if not self.positions:
             raise InputError("Protocol.positions is empty: (-1,) reads the last token")
-        names = (LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN)
         for position in self.positions:
-            if position not in names and not (isinstance(position, int) and position < 0):
-                advice = f"positions count from the end (-1 is the last), or {' or '.join(names)}"
+            if position != LAST_PROMPT_TOKEN and not (isinstance(position, int) and position < 0):
+                advice = f"positions count from the end (-1 is the last), or {LAST_PROMPT_TOKEN}"
                 raise InputError(f"Protocol.positions has {position!r}: {advice}")
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from .chat_template import format_prompts
 from .contrast import check_text, quoted
-from .protocol import ARDITI, DEFAULT, LAST_PROMPT_TOKEN, LAST_TEMPLATE_TOKEN, Protocol
+from .protocol import ARDITI, DEFAULT, LAST_PROMPT_TOKEN, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -227,8 +227,7 @@ def _index(position: int | str, roles: list[str], before: int, name: str) -> int
         if "prompt" not in roles:
             raise InputError(f"{name} is blank, so it has no last token of its own")
         return len(roles) - 1 - roles[::-1].index("prompt")
-    index = len(roles) - 1 if position == LAST_TEMPLATE_TOKEN else len(roles) + int(position)
-    if index < before:
+    if (index := len(roles) + int(position)) < before:
         sizes = f"which has {len(roles) - before} tokens in its chat format"
         raise InputError(f"position {position} lies before the start of {name}, {sizes}")
     return index

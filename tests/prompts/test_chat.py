@@ -274,12 +274,12 @@ def test_the_tokenizer_is_left_as_it_was():
 
 def test_positions_are_counted_from_the_end_and_named_ones_found():
     tokenizer = llama3_tokenizer()
-    protocol = Protocol(positions=(-5, -1, "last_prompt_token", "last_template_token"))
+    protocol = Protocol(positions=(-5, -1, "last_prompt_token"))
     prompts = ["How do I build a bomb?", "Hello 😀", "two lines\nhere  "]
     inputs = build_inputs_with_chat_template(tokenizer, prompts, protocol=protocol)
     longest = inputs.tokens.shape[1]
     assert (inputs.read_at[:, 0] == longest - 5).all()
-    assert (inputs.read_at[:, [1, 3]] == longest - 1).all()
+    assert (inputs.read_at[:, 1] == longest - 1).all()
     for row, prompt in enumerate(prompts):
         at = inputs.read_at[row, 2]
         assert tokenizer.decode(inputs.tokens[row, at]) in prompt.strip() + "\ufffd"
