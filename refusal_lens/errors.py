@@ -20,11 +20,8 @@ class InputError(ValueError):
     Traceback (most recent call last):
     refusal_lens.errors.InputError: there is no bundled contrast 'refusals': did you mean ...
 
-    The command line prints the message, one line, and exits with status 2. Every other exception
-    is a bug and keeps its traceback.
-
-    A message may quote a stranger's file. Line breaks and tabs become spaces, and every other
-    character that does not print is escaped (`\\x1b`).
+    The command line prints the message, one line, and exits with status 2; every other exception is
+    a bug. A message may quote a stranger's file: what does not print is escaped (`\\x1b`).
     """
 
     def __init__(self, message: str):
@@ -59,10 +56,8 @@ def check_tensors(**tensors: tuple[object, str]) -> None:
         for fact, value in _facts(name, tensor, axes).items():
             first, other = known.setdefault(fact, (name, value))
             if other != value:
-                raise InputError(
-                    f"{first} and {name} differ in {fact}, {other} and {value}: hand over tensors "
-                    "of one model and one set of layers, on one device"
-                )
+                problem = f"{first} and {name} differ in {fact}, {other} and {value}"
+                raise InputError(f"{problem}: hand over tensors of one model, on one device")
 
 
 def _facts(name: str, tensor: object, axes: str) -> dict[str, object]:

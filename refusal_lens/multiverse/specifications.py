@@ -8,16 +8,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..prompts import protocol as protocols
 from ..prompts.contrast import Contrast
-from ..prompts.protocol import (
-    ARDITI,
-    ASSUMED_SYSTEM_PROMPT,
-    DEFAULT,
-    LAST_PROMPT_TOKEN,
-    PUBLISHED,
-    PUBLISHED_PROMPTS,
-    Protocol,
-)
+from ..prompts.protocol import Protocol
 
 STEPS: dict[str, dict[str, Any]] = {  # cumulative changes from the published protocol
     "every prompt": {},
@@ -30,9 +23,9 @@ SINGLE: dict[str, dict[str, Any]] = {  # single changes to the default protocol
     "padding is read": {"padding": "right_in_twos", "allow_bugs": True},
     "a BOS in front of the template's own": {"bos": "twice", "allow_bugs": True},
     "no generation prompt": {"generation_prompt": False},
-    "a system prompt": {"system_prompt": ASSUMED_SYSTEM_PROMPT},
+    "a system prompt": {"system_prompt": protocols.ASSUMED_SYSTEM_PROMPT},
     "layers counted at the input": {"hook": "resid_pre"},
-    "read at the prompt's own last token": {"positions": (LAST_PROMPT_TOKEN,)},
+    "read at the prompt's own last token": {"positions": (protocols.LAST_PROMPT_TOKEN,)},
 }
 
 
@@ -62,7 +55,7 @@ class Specification:
     @property
     def is_default(self) -> bool:
         """Whether this is the default protocol with every prompt."""
-        return self.protocol == DEFAULT and self.family is not Family.SUBSET
+        return self.protocol == protocols.DEFAULT and self.family is not Family.SUBSET
 
     def choices(self) -> dict[str, str]:
         """Return every choice in words; all specifications have the same keys."""
@@ -86,19 +79,19 @@ def specify(
     if min(map(len, sides)) < 2:
         raise InputError("a set has a single prompt: subsets need at least two")
     every = tuple(tuple(range(len(side))) for side in sides)
-    first = tuple(rows[:PUBLISHED_PROMPTS] for rows in every)
-    family, protocol = Family.PUBLISHED_TO_DEFAULT, PUBLISHED
-    name = f"published, {PUBLISHED_PROMPTS} prompts a set"
+    first = tuple(rows[: protocols.PUBLISHED_PROMPTS] for rows in every)
+    family, protocol = Family.PUBLISHED_TO_DEFAULT, protocols.PUBLISHED
+    name = f"published, {protocols.PUBLISHED_PROMPTS} prompts a set"
     found = [Specification(name, family, protocol, first)]
     for name, choice in STEPS.items():
         protocol = replace(protocol, **choice, name=f"published, {name}")
         found.append(Specification(f"+ {name}", family, protocol, every))
-    found.append(Specification("default", family, DEFAULT, every))
+    found.append(Specification("default", family, protocols.DEFAULT, every))
     for name, choice in SINGLE.items():
-        protocol = replace(DEFAULT, **choice, name=f"default, {name}")
+        protocol = replace(protocols.DEFAULT, **choice, name=f"default, {name}")
         found.append(Specification(name, Family.ONE_CHOICE, protocol, every))
-    for position in ARDITI.positions:
-        protocol = replace(ARDITI, positions=(position,))
+    for position in protocols.ARDITI.positions:
+        protocol = replace(protocols.ARDITI, positions=(position,))
         found.append(Specification(f"position {position}", Family.ARDITI, protocol, every))
     generator = torch.Generator().manual_seed(seed)
     for size in sorted({size for size in sizes if 1 < size < min(map(len, every))}):
@@ -109,7 +102,7 @@ def specify(
                 baseline = None if each.paired else _drawn(len(each.baseline), size, generator)
                 rows += [target, baseline or target]
             name = f"{size} prompts, draw {draw}"
-            found.append(Specification(name, Family.SUBSET, DEFAULT, tuple(rows)))
+            found.append(Specification(name, Family.SUBSET, protocols.DEFAULT, tuple(rows)))
     return found
 
 

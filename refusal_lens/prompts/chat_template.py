@@ -58,11 +58,9 @@ def _template(tokenizer: "Tokenizer", asked: str | None) -> str:
         plain = (_TEMPLATES / "plain.jinja").read_text("utf-8").rstrip()
         return "{{ bos_token }}" * (begins == [tokenizer.bos_token_id]) + plain
     but = f" named {asked!r}, but {', '.join(map(repr, sorted(named)))}" if named else ""
-    raise InputError(
-        f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template{but}: give "
-        "one (Jinja, or a name) as Protocol(chat_template=...), or --chat-template FILE; "
-        "'plain' is one for models without any"
-    )
+    problem = f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template{but}"
+    advice = "as Protocol(chat_template=...), or --chat-template FILE; 'plain' is one for any model"
+    raise InputError(f"{problem}: give one (Jinja, or a name) {advice}")
 
 
 def _renderer(tokenizer: "Tokenizer", protocol: Protocol) -> Callable[..., list[str]]:
