@@ -45,9 +45,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def check_tensors(**tensors: tuple[object, str]) -> None:
-    """Raise an InputError unless each is a floating-point tensor with these axes, on one device.
-
-        check_tensors(a=(a, "layer d_model"), b=(b, "layer d_model"))
+    """Raise an InputError unless all are floating-point tensors with their axes, on one device.
 
     Axes of one name must have one length. A leading `*axis` stands for any number of axes.
     """
@@ -182,10 +180,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def as_tensor(value: Any, *, whole: bool = False) -> Any:
-    """Arrays, lists of numbers and `Direction`s as tensors, also in tuples and mappings.
-
-    Integers become floating-point numbers unless `whole`. What holds no numbers is returned.
-    """
+    """Numbers as tensors, floating-point unless `whole`, in whatever holds them; or what is given."""
     import numpy as np
     import torch
 

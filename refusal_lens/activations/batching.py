@@ -72,9 +72,8 @@ def plan_batches(
 ) -> list[list[int]]:
     """Return the rows of each batch that `read_residual_stream` runs while memory suffices.
 
-    Long rows come first, so a batch too large shows at once. A batch's size depends on its longest
-    row alone: passing a subset of these batches as `only` reproduces them exactly, and a resumed
-    run gives identical bits. A `batch_size` of None is derived from length and free memory.
+    Long rows come first, and a batch's size depends on its longest row alone: passing a subset of
+    these batches as `only` reproduces them exactly, and a resumed run gives identical bits.
     """
     rows = checked_rows(model, inputs, labels)
     if batch_size is not None and batch_size < 1:

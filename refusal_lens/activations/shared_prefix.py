@@ -47,10 +47,7 @@ class SharedPrefix:
         return self._arguments(self._mask.new_ones(1, n_tokens), records=True, rows=1)
 
     def following(self, mask: Int[Tensor, "rows pos"], *, repeat: int = 1) -> dict[str, Any]:
-        """Arguments of any pass over tokens of this mask, after the prefix or without one.
-
-        Every recorded row serves `repeat` consecutive rows of the batch.
-        """
+        """Arguments of any later pass; every recorded row serves `repeat` rows of the batch."""
         return self._arguments(mask, records=False, rows=repeat)
 
     def extended(
@@ -58,8 +55,7 @@ class SharedPrefix:
     ) -> tuple["SharedPrefix", dict[str, Any]]:
         """A prefix that also holds the tokens of the next pass, and that pass's arguments.
 
-        The pass leaves this prefix as it is. `rows` is the number of consecutive rows that each
-        recorded row serves, or the recorded row of each (`models.forward.of_rows`).
+        This prefix stays as it is. For `rows`, see `models.forward.of_rows`.
         """
         longer = copy.copy(self)
         longer._layers = [copy.copy(layer) for layer in self._layers]

@@ -111,7 +111,11 @@ def copy_columns(columns: Int[Tensor, " pos"]) -> Any:
 
 
 def of_rows(recorded: Tensor, rows: int | tuple[Int[Tensor, " row"], int]) -> Tensor:
-    """What a prefix recorded for each row of a batch: for each repeated, or for some and n prompts."""
+    """What a prefix recorded for each row of a batch.
+
+    `rows` is a number of repetitions of each recorded row, or the recorded rows and the number of
+    prompts.
+    """
     if isinstance(rows, int):
         return einops.repeat(recorded, "row ... -> (row n) ...", n=rows)
     # Rows beyond the recorded ones are still the unmodified model's at this layer.

@@ -51,9 +51,8 @@ def check_parity(
 ) -> None:
     """Raise InputError if a model, `name` in messages, computes something else than `theirs`.
 
-    The difference at every layer and of the next token's logits, relative to the norm of Hugging
-    Face's, must be below `rounding_bound` in the median over tokens: where experts are chosen,
-    rounding alone can send single tokens to another.
+    Relative differences must be below `rounding_bound` in the median over tokens: where experts are
+    chosen, rounding alone can send single tokens to another.
     """
     points = hook_points(model, "resid_post")
     tokens = _tokens(len(theirs.logits)).to(input_device(model))

@@ -135,10 +135,7 @@ def _inputs(rows: list[tuple[tuple[int, ...], list[int]]]) -> ChatInputs:
 
 
 def _read_padding(model: "HookedTransformer | TransformerBridge", batch: list[Context]) -> Streams:
-    """Return the activation at each context's last padding token, as Hugging Face computes it.
-
-    The position of a padding token is its column. No token attends to padding, not even padding.
-    """
+    """Return the activation at each context's last padding token, which no token attends to."""
     device = input_device(model)
     last = [len(each.ids) + each.padding - 1 for each in batch]
     if (width := max(last) + 1) > (limit := model.cfg.n_ctx):

@@ -27,12 +27,9 @@ CURVES = ("plain", "unbiased", "lower", "upper")  # the cosines in `Sensitivity`
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of one change to the default on the plain cosine at the highlighted layer.
+    """A change to the default, the plain cosine that it gives, and how far that is from the default's.
 
-    Attributes:
-        choice, becomes: name of the changed choice, and the cosine after the change.
-        moved: this cosine minus the default's, with an interval over prompts or random subsets.
-        n_prompts: prompts per set, if their number is the choice.
+    The interval is over prompts, or over random subsets of `n_prompts` a set.
     """
 
     choice: str

@@ -78,9 +78,8 @@ def cluster_means(
 def near_duplicates(tokens: Sequence[Sequence[Hashable]]) -> tuple[int, ...]:
     """A cluster label for each prompt; near-duplicates, found by their tokens, share a label.
 
-    Prompts are near-duplicates from a similarity of `SIMILAR` on: the weight of the tokens that both
-    have over the weight of those that either has (Jaccard). A token weighs the less the more prompts
-    have it, so a common sentence frame counts little. Clusters are connected components.
+    Similarity is the weight of the tokens that both have over that of those that either has (Jaccard).
+    A token weighs the less the more prompts have it, so a common sentence frame counts little.
     """
     from scipy.sparse.csgraph import connected_components
 

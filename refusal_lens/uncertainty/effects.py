@@ -92,10 +92,9 @@ def auroc_interval(
 ) -> Interval:
     """Area under the ROC curve of scores with DeLong's interval, both in [0, 1]; 1/2 is chance.
 
-    `target` are scores of prompts that should score high, `baseline` low. DeLong's interval has no
-    width where the scores separate perfectly; the interval then extends to `((1 - confidence) / 2)
-    ** (1 / n)`, with `n` the smaller number of prompts. Reference: DeLong, DeLong and
-    Clarke-Pearson 1988, doi:10.2307/2531595.
+    `target` should score high, `baseline` low. Where scores separate perfectly the interval extends to
+    `((1 - confidence) / 2) ** (1 / n)`, with `n` the smaller number of prompts, for DeLong's has no
+    width. Reference: DeLong, DeLong and Clarke-Pearson 1988, doi:10.2307/2531595.
     """
     drawn, quantile = _sampling([target.shape[-1], baseline.shape[-1]], None, confidence)
     one, other = target.double()[..., :, None], baseline.double()[..., None, :]
@@ -162,10 +161,7 @@ def _sampling(
 def _covariances(
     drawn: Sequence[Ways], samples: Sequence[tuple[Tensor, Tensor]]
 ) -> Float[Tensor, "way *axes"]:
-    """Covariance of two sums of means over prompts; NaN where a sample has one cluster.
-
-    Crossed clusters give three: by either way, and by both (see `clusters.two_way`).
-    """
+    """Covariance of two sums of means, by each way of clustering; NaN for samples of one cluster."""
     totals = []
     for i in range(max(map(len, drawn))):
         parts = []

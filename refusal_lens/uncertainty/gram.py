@@ -73,7 +73,6 @@ class Gram:
 
         InputError if a set is empty or not finite, if the sets of a paired contrast differ in
         length, if sets differ in layers, `d_model` or device, or if clusters don't fit the prompts.
-        Row i of a paired contrast's target belongs to row i of its baseline; for clusters, see `ways`.
         """
         named = {"a_target": a_target, "a_baseline": a_baseline}
         named |= {"b_target": b_target, "b_baseline": b_baseline}

@@ -68,10 +68,7 @@ class Noise:
 
     @classmethod
     def of(cls, gram: grams.Gram, squared: tuple[Curve, Curve]) -> "Noise":
-        """The noise of a Gram matrix, by its first way of clustering, in units of `squared` norms.
-
-        A group needs at least 4 rows, and squared norms must be positive.
-        """
+        """The noise of a Gram matrix, by its first way of clustering, in units of `squared` norms."""
         a, b = gram.groups_a, gram.groups_b
         norm_a, norm_b = (norm[:, None, None].sqrt() for norm in squared)
         aa, bb, ab = gram.aa / norm_a**2, gram.bb / norm_b**2, gram.ab / (norm_a * norm_b)
