@@ -116,22 +116,28 @@ class Sensitivity:
 
     def figure(self, layer: int | None = None) -> "go.Figure":
         """Return the specification curve at a layer of the model; None is the highlighted layer."""
+        import pandas as pd
+
         from .. import plotting
 
         at = self.layer if layer is None else layer
         if not 0 <= at < self.plain.shape[1]:
             raise InputError(f"no layer {at}: choose 0 to {self.plain.shape[1] - 1}")
-        choices = [specification.choices() for specification in self.specifications]
+        choices = pd.DataFrame([each.choices() for each in self.specifications])
+        ends = {"value": self.plain, "lower": self.lower, "upper": self.upper}
+        table = choices.assign(
+            specification=[each.name for each in self.specifications],
+            family=[each.family.value for each in self.specifications],
+            verdict=[row[at].answer for row in self.verdicts],
+            **{name: curves[:, at].tolist() for name, curves in ends.items()},
+        )
         return plotting.specification_curve(
-            self.plain[:, at],
-            interval=(self.lower[:, at], self.upper[:, at]),
-            names=[each.name for each in self.specifications],
-            families=[each.family.value for each in self.specifications],
-            choices={name: [each[name] for each in choices] for name in choices[0]},
-            outcomes={"verdict": [row[at].answer for row in self.verdicts]},
-            reference=self.default,
+            table,
+            choices=list(choices),
+            outcomes=["verdict"],
+            reference=self.specifications[self.default].name,
             subtitle=self.sentence(),
-            title=f"The cosine at layer {at} under {len(choices)} specifications",
+            title=f"The cosine at layer {at} under {len(self.specifications)} specifications",
         )
 
     def save(self, folder: str | Path) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import pandas as pd
 import pytest
 import torch
 from checkpoints import byte_tokenizer, write_checkpoint
@@ -261,9 +262,9 @@ PLOT_CASES = {
         lambda w: plotting.projections_by_layer({"a": R, "b": R[:, 1:]}),
         "differ in layer",
     ),
-    "specification_curve: names": (
-        lambda w: plotting.specification_curve(CURVE, names=["a"], choices={}, quantity="q"),
-        "one for each",
+    "specification_curve: no choice": (
+        lambda w: plotting.specification_curve(pd.DataFrame({"value": [0.1]}), []),
+        "no column 'specification'",
     ),
     "selection_scores: an unknown score": (
         lambda w: plotting.selection_scores({"luck": R}),

@@ -8,6 +8,7 @@ from importlib.resources import files
 from itertools import pairwise
 from math import isnan
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -250,12 +251,15 @@ def test_the_choice_that_matters_most_is_named_with_its_number_and_interval(sens
     assert "5 prompts a set instead of 24, the cosine ranges from" in sensitivity.scatter()
 
 
+def specified(values: list[float], **columns: list[str]) -> pd.DataFrame:
+    names = [f"<b>{i}</b>" for i in range(len(values))]
+    ends = {"lower": torch.nan, "upper": torch.nan}
+    return pd.DataFrame({"specification": names, "family": "", "value": values, **ends, **columns})
+
+
 def test_numbers_of_prompts_stand_by_their_size():
-    figure = specification_curve(
-        torch.tensor([0.1, 0.2, 0.3]),
-        names=["a", "b", "c"],
-        choices={"prompts a set": ["5", "108", "20"], "BOS": ["two", "one", "two"]},
-    )
+    choices = {"prompts a set": ["5", "108", "20"], "BOS": ["two", "one", "two"]}
+    figure = specification_curve(specified([0.1, 0.2, 0.3], **choices), list(choices))
     assert list(figure.layout.yaxis2.ticktext) == [
         "prompts a set: 5",
         "prompts a set: 20",
@@ -438,15 +442,12 @@ def test_the_curve_is_sorted_and_marks_what_each_specification_chose(sensitivity
 
 
 def test_a_curve_without_numbers_says_so_and_text_is_shown_verbatim():
-    nan = torch.full((2,), torch.nan)
-    empty = specification_curve(nan, names=["a", "b"], choices={})
+    empty = specification_curve(specified([torch.nan, torch.nan]), [])
     assert "Nothing to draw" in empty.layout.annotations[0].text
-    figure = specification_curve(
-        torch.tensor([0.1, torch.nan]), names=["<b>x</b>", "y"], choices={"c": ["1", "2"]}
-    )
-    assert "&lt;b&gt;x" in figure.data[0].text[0]
-    with pytest.raises(InputError, match="1 of 'names' for 2 values"):
-        specification_curve(nan, names=["a"], choices={})
+    figure = specification_curve(specified([0.1, torch.nan], c=["1", "2"]), ["c"])
+    assert "&lt;b&gt;0" in figure.data[0].text[0]
+    with pytest.raises(InputError, match="no column 'BOS'"):
+        specification_curve(specified([0.1]), ["BOS"])
 
 
 # The interval of a difference
