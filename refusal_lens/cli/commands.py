@@ -24,7 +24,6 @@ Hook = Annotated[
     Literal["resid_pre", "resid_post"] | None,
     tyro.conf.arg(metavar="{resid_pre,resid_post}", help_behavior_hint=""),
 ]
-Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,6 @@ class Convert:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # File to write.
     file: tyro.conf.OmitArgPrefixes[FileOptions] = FileOptions()
     model_type: Text = None  # For .gguf: model_type in the Hugging Face configuration (llama).
-    layers: Numbers = ()  # Layers to keep, in this package's count. Default: all.
 
     def __call__(self) -> None:
         suffix = self.out.suffix.lower()
@@ -225,8 +223,6 @@ class Convert:
         if (suffix == ".gguf") != bool(self.model_type):
             raise rl.InputError("--model-type, such as llama, is for .gguf alone, which needs it")
         directions = self.file.read(self.source)
-        if self.layers:
-            directions = directions.at(*sorted(set(self.layers)))
         if suffix == ".gguf":
             rl.formats.write_control_vector(directions, self.out, model_type=str(self.model_type))
         else:

@@ -974,15 +974,6 @@ COMMANDS: dict[str, tuple[Callable, str]] = {
         lambda w: ["convert", str(w.file("a.pt", b"x")), str(w.run / "directions.safetensors")],
         "archive",
     ),
-    "convert: no such layer": (
-        lambda w: [
-            "convert",
-            str(w.run),
-            str(w.run / "directions.safetensors"),
-            *("--key", "refusal", "--layers", "99"),
-        ],
-        "no layer 99",
-    ),
     "convert: out in a file": (
         lambda w: [
             *("convert", str(w.run), str(w.file("o", b"x") / "d.npy"), "--key", "refusal"),
@@ -1027,11 +1018,11 @@ def test_an_unknown_flag_command_or_value_ends_with_status_2(arguments, capsys):
 
 def test_directions_are_compared_and_converted(world, capsys):
     out = world.folder / "refusal.npy"
-    cli.main(["convert", str(world.run), str(out), "--key", "refusal", "--layers", "2", "1"])
+    cli.main(["convert", str(world.run), str(out), "--key", "refusal"])
     assert f"Written to {out}" in capsys.readouterr().out
     read = formats.read_directions(out)
-    assert read.layers == (1, 2)
-    torch.testing.assert_close(read.vectors, world.results.directions["refusal"][1:])
+    assert read.layers == (0, 1, 2)
+    torch.testing.assert_close(read.vectors, world.results.directions["refusal"])
     cli.main(["compare", str(out), str(world.run), "--b.key", "negativity"])
     shown = capsys.readouterr().out
     cosine = world.results.similarities["refusal_vs_negativity"]
