@@ -15,6 +15,7 @@ from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template, refuse_padding
 from .batching import Rows, checked_rows, one_behind, plan_batches, run_halving
+from .progress import RunBar, bar_of
 from .shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def read_residual_stream(
     inputs: ChatInputs,
     *,
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | RunBar = True,
     labels: Sequence[str] | None = None,
     only: Sequence[int] | None = None,
     points: Sequence[str] = (),
@@ -153,8 +154,6 @@ def read_residual_stream(
     rows first. The model is unchanged between batches, so the iteration can stop at any point.
     `points` are read instead of the protocol's; `combine` makes one tensor of their values.
     """
-    from tqdm.auto import tqdm
-
     rows = checked_rows(model, inputs, labels)
     rows = rows._replace(points=points or rows.points, combine=combine)
     plan = plan_batches(model, inputs, batch_size=batch_size, labels=labels, only=only)
@@ -169,7 +168,7 @@ def read_residual_stream(
     if not forward.must_block(device):
         batches = one_behind(batches)
     done = n_rows - sum(map(len, plan))
-    with tqdm(total=n_rows, initial=done, desc="prompts read", disable=not progress) as bar:
+    with bar_of(progress, total=n_rows, initial=done, desc="prompts read") as bar:
         for batch, activations, finite, copied in batches:
             if copied:
                 copied.synchronize()

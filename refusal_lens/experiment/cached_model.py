@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..activations.batching import plan_batches
 from ..activations.extract import read_residual_stream
+from ..activations.progress import RunBar
 from ..activations.store import Cache, digest
 from ..errors import InputError
 from ..models.hub import find_checkpoint
@@ -111,7 +112,11 @@ class CachedModel:
         return answer
 
     def prompt_activations(
-        self, prompts: Sequence[str], *, labels: Sequence[str] | None = None, progress: bool = True
+        self,
+        prompts: Sequence[str],
+        *,
+        labels: Sequence[str] | None = None,
+        progress: bool | RunBar = True,
     ) -> Float[Tensor, "prompt pos layer d_model"]:
         """Return what `get_prompt_activations` returns; compute only the missing activations.
 
@@ -128,7 +133,7 @@ class CachedModel:
             model = self.model
             options: Any = {"batch_size": self.config.batch_size, "labels": labels}
             [plan] = divide([lambda: plan_batches(model, inputs, only=missing, **options)])
-            options["progress"] = progress and is_main()
+            options["progress"] = progress if is_main() else False
 
             def run(share: slice) -> dict[str, Float[Tensor, "pos layer d_model"]]:
                 computed: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..activations.extract import ContrastActivations
+from ..activations.progress import RunBar
 from ..directions.estimators import mean_difference
 from ..interventions import (
     CrossEffects,
@@ -20,7 +21,7 @@ from ..interventions import (
     openings_of,
 )
 from ..interventions.batched_runs import Interventions, first_token_logits, opening_log_odds
-from ..interventions.cross_ablation import outside, random_directions
+from ..interventions.cross_ablation import CHANCE_PROMPTS, N_PARTS, outside, random_directions
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references, measured
 from ..models.forward import effective_unembedding
@@ -86,7 +87,7 @@ def intervene(
     *,
     layer: int,
     config: Config,
-    progress: bool,
+    bar: RunBar,
 ) -> Causal:
     """Measure refusal scores while the refusal and negativity directions are ablated and added.
 
@@ -97,12 +98,13 @@ def intervene(
         contrasts, activations: the prompts and activations of refusal and negativity.
         layer: the highlighted layer.
         config: the seed of the random directions, the refusals' openings, protocol and batch size.
-        progress: whether to show progress bars.
+        bar: the bar of the run, which has the `steps`.
     """
+    bar.begin("scoring requests")
     sides = activations["refusal"], activations["negativity"]
     score = openings_of(tokenizer_of(model), config.refusal_openings or REFUSAL)
     options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
-    options["progress"] = progress
+    options["progress"] = bar
     requests = contrasts["refusal"].target, contrasts["refusal"].baseline
     odds = opening_log_odds(model, sum(requests, ()), score, **options).split([*map(len, requests)])
     refuses = bool((odds[0] > 0).any())
@@ -110,32 +112,53 @@ def intervene(
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
     others = other_prompts(contrasts["refusal"], n_prompts)
     quick = options | {"score": score.first_tokens, "last_position": True}
-    sweep = partial(sweep_ablations, model, others.target, options=quick)
-    sweeps = [sweep(mean_difference(*each).float(), sides[0].baseline) for each in sides]
-    layer = judged_layer(sweeps[0], layer)
-    several = refusal_directions(model, others, sides[0], layer, score, options)
+    sweeps = {}
+    for part in PARTS:
+        bar.begin(f"ablating {contrasts[part].name}, every layer")
+        swept = mean_difference(*activations[part]).float(), sides[0].baseline
+        sweeps[part] = sweep_ablations(model, others.target, *swept, options=quick)
+    layer = judged_layer(sweeps["refusal"], layer)
     directions = {name: mean_difference(*each)[layer] for name, each in activations.items()}
-    given = {"layer": layer, "score": score, "taken_out": taken_out(model, directions, score)}
-    cross = partial(cross_effects, model, (pair[0], pair[1]), sides, **options, **given)
+    several = refusal_directions(model, others, sides[0], layer, score, options)
+    shared = options | {"layer": layer, "score": score}
+    shared["taken_out"] = taken_out(model, directions, score)
     classes = [side[:, layer] for both in sides for side in both]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(random_directions, *classes, n=n_random, generator=generator)
-    ablate = partial(cross, intervention="ablation", several=several, random=draw())
-    add = partial(cross, intervention="addition", random=draw())
-    ablation, addition = divide([ablate, add])
-    means = sweeps[0].log_odds[: deepest(len(sweeps[0].log_odds))].mean(-1)
+
+    def cross(kind: Any, random: Tensor) -> CrossEffects:
+        bar.begin(kind)
+        these = shared | {"intervention": kind, "random": random, "several": several}
+        return cross_effects(model, (pair[0], pair[1]), sides, **these)
+
+    kinds = ("ablation", "addition")
+    ablation, addition = divide([partial(cross, kind, draw()) for kind in kinds])
+    bar.begin("scoring replies")
+    means = sweeps["refusal"].log_odds[: deepest(len(sweeps["refusal"].log_odds))].mean(-1)
     return Causal(
         openings=score,
         n_prompts=n_prompts,
         requests=odds,
         replies=_replies(model, pair, ablation, options),
-        sweep=dict(zip(PARTS, sweeps, strict=True)),
+        sweep=sweeps,
         strongest=-1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin()),
         several=several,
         ablation=ablation,
         addition=addition,
         constant_token=_constant_token(model, pair, score, options),
     )
+
+
+def steps(contrasts: Mapping[str, Contrast], n_layers: int) -> dict[str, int]:
+    """Return the steps of `intervene`, and how often each runs a prompt at most."""
+    sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
+    n = min(EFFECT_PROMPTS, max(map(len, sides)))
+    random = N_RANDOM * len(range(0, n, max(1, n // CHANCE_PROMPTS)))
+    found = {"scoring requests": len(sides[0]) + len(sides[1])}
+    found |= {f"ablating {contrasts[part].name}, every layer": n * n_layers for part in PARTS}
+    found["ablation"] = 2 * ((N_PARTS + 6) * n + random)
+    found["addition"] = 2 * N_PARTS * n + random
+    return found | {"scoring replies": 4 * n + 8 * min(n, FEW_PROMPTS)}
 
 
 def other_prompts(contrast: Contrast, n: int) -> Contrast:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activations.extract import ContrastActivations, by_contrast
+from ..activations.progress import RunBar
 from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..directions.similarity import causal_cosine
@@ -23,7 +24,7 @@ from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
-from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set
+from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set, steps
 from .config import Config
 from .distributed import is_main
 from .evidence import compared, evidence
@@ -58,7 +59,7 @@ def run_experiment(
         config, options: every choice of the run, or the model's name, and fields to replace
             (`Config.of`); None is the published experiment on Llama-3-8B-Instruct.
         model: a loaded model to use instead of `config.model`; unchanged, and never cached.
-        progress: show progress bars.
+        progress: show one progress bar, which names the step.
         cache: folder for finished work; None stores nothing. A fully cached run loads no model.
 
     Raises:
@@ -74,14 +75,26 @@ def run_experiment(
         "model", {}, lambda: (model_provenance(source.model), source.model.cfg.n_layers)
     )
     layer, _ = highlighted_layer(config.layer, n_layers)
+    n_prompts = sum(len(c.target) + len(c.baseline) for c in contrasts.values())
+    planned = {"reading prompts": n_prompts}
+    planned |= steps(contrasts, n_layers) if config.interventions else {}
+    with RunBar(planned | {"statistics": n_prompts}, shown=progress and is_main()) as bar:
+        return _run(source, contrasts, origin, layer, bar)
+
+
+def _run(
+    source: CachedModel, contrasts: dict[str, Contrast], origin: Any, layer: int, bar: RunBar
+) -> Results:
+    config = source.config
     logger.info("running the prompts of %s at every layer", ", ".join(contrasts))
-    activations = by_contrast(partial(source.prompt_activations, progress=progress), contrasts)
+    bar.begin("reading prompts")
+    activations = by_contrast(partial(source.prompt_activations, progress=bar), contrasts)
     causal, missing = None, {}
     prompts: dict[str, Any] = {"prompts": [contrasts[part].sha256 for part in PARTS]}
     prompts["protocol"] = config.protocol.to_dict()
     if config.interventions and smallest_set(contrasts) >= FEWEST_PROMPTS:
         logger.info("ablating and adding the directions of %s", " and ".join(PARTS))
-        how = {"layer": layer, "progress": progress and is_main()}
+        how = {"layer": layer, "bar": bar}
         try:
             causal = _interventions(source, prompts, contrasts, activations, how)
         except InterventionError as error:
@@ -89,6 +102,7 @@ def run_experiment(
             missing = {"interventions": f"none: {error}"}
     known = provenance(origin, contrasts, config) | missing
     given: Any = {"config": config, "contrasts": contrasts, "causal": causal, "provenance": known}
+    bar.begin("statistics")
     results = analyse(activations, **given)
     a, b = (results.directions[part] for part in PARTS)
     metric = source.remember(
@@ -96,6 +110,7 @@ def run_experiment(
         prompts,
         lambda: causal_cosine(a, b, measures.effective_unembedding(source.model)),
     )
+    bar.update(bar.total - bar.n)
     return replace(results, metrics=results.metrics | {"causal inner product": metric})
 
 

@@ -18,8 +18,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..activations.progress import RunBar, bar_of
 from ..activations.shared_prefix import SharedPrefix, can_share_prefix
 from ..errors import InputError
 from ..models.forward import input_device, undisturbed
@@ -91,7 +91,7 @@ def run_interventions(
     read_layers: Sequence[int] = (),
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
     batch_size: int | None = None,
-    progress: bool = True,
+    progress: bool | RunBar = True,
 ) -> Iterator[Outcome]:
     """Run every prompt through the unmodified model once, and once under each intervention.
 
@@ -104,7 +104,7 @@ def run_interventions(
         read_layers: layers whose residual stream is returned, in ascending order.
         protocol: how prompts are formatted.
         batch_size: maximum rows in a pass; None derives the number from the prompts' lengths.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; or the bar of a whole run.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least 1, or None to derive it")
@@ -122,7 +122,7 @@ def run_interventions(
     most = batch_size or most_rows(model, longest)
     n_rows = max(2, batch_size or min(most, budget // max(n_shared, longest - n_shared)))
     by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # memory errors come first
-    with tqdm(total=len(ids) * max(1, n), desc="interventions", disable=not progress) as bar:
+    with bar_of(progress, total=len(ids) * max(1, n), desc="interventions") as bar:
         for part in _even_parts(order, n_rows - 1) or [[]]:
             these = interventions.at(part, device)
             prefix = _recorded(model, ids[0][:n_shared], these) if can_share else None

@@ -1,6 +1,7 @@
 """The experiment end to end on the organisms: numbers, tables, files."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -219,6 +220,24 @@ def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
     # The control: effects on other openings are not the stored ones.
     with pytest.raises(pytest.fail.Exception, match="loaded"):
         rl.run_experiment(rl.Config(**quick), progress=False, cache=tmp_path)
+
+
+def test_one_bar_names_every_step_of_a_run_and_counts_over_all_of_them(capsys):
+    model = rl.load_model("organism:oblivious")
+    few = {"max_prompts": 4, "n_resamples": 400, "controls": ()}
+    capsys.readouterr()
+    rl.run_experiment("organism:oblivious", model=model, **few)
+    lines = re.findall(r"([^\r\n]*?): +\d+%.*?(\d+)/(\d+) prompt runs", capsys.readouterr().err)
+    steps = ["reading prompts", "scoring requests"]
+    steps += [f"ablating {name}, every layer" for name in ("refusal", "negativity")]
+    steps += ["ablation", "addition", "scoring replies", "statistics"]
+    assert [*dict.fromkeys(step for step, *_ in lines)] == steps
+    assert len({total for *_, total in lines}) == 1
+    counts = [int(count) for _, count, _ in lines]
+    assert counts == sorted(counts)
+    assert lines[-1][1] == lines[-1][2]
+    rl.get_layer_activations(model, rl.Contrast("few", ["a"], ["b"]))
+    assert "prompts read: 100%" in capsys.readouterr().err, "a function of its own has its own bar"
 
 
 def test_a_model_handed_over_is_used_and_left_as_it_was(quick_results):
