@@ -44,6 +44,7 @@ DEEPEST = (
 )
 PARTS = ("refusal", "negativity")
 NUISANCES = ("arousal", "alarm")  # concepts that are taken out of negativity
+CONTROLLED = "what controls leave of it"
 SETS = ("harmful", "harmless", "negative", "neutral")
 
 
@@ -61,6 +62,7 @@ class Causal:
         sweep: part -> scores of harmful prompts under affine ablation of each layer's direction, by
             the openings' first tokens alone. These prompts are others than those of `ablation` and
             `addition`, as far as there are others.
+        controlled_sweep: the same for negativity without what controls have; None without controls.
         strongest: layer, of the first 80 %, whose refusal direction lowers these scores most; -1 if
             unknown.
         several: orthogonal directions of `ablation.layer`, ablated together as refusal.
@@ -73,6 +75,7 @@ class Causal:
     requests: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]]
     replies: dict[str, dict[str, float]]
     sweep: dict[str, Effects]
+    controlled_sweep: Effects | None
     strongest: int
     several: Float[Tensor, "several d_model"]
     ablation: CrossEffects
@@ -105,23 +108,15 @@ def intervene(
     score = openings_of(tokenizer_of(model), config.refusal_openings or REFUSAL)
     options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
     options["progress"] = bar
-    requests = contrasts["refusal"].target, contrasts["refusal"].baseline
-    odds = opening_log_odds(model, sum(requests, ()), score, **options).split([*map(len, requests)])
-    refuses = bool((odds[0] > 0).any())
-    n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if refuses else (FEW_PROMPTS, 0)
+    odds = _scores(model, contrasts["refusal"], score, options)
+    n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if (odds[0] > 0).any() else (FEW_PROMPTS, 0)
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
     others = other_prompts(contrasts["refusal"], n_prompts)
-    quick = options | {"score": score.first_tokens, "last_position": True}
-    sweeps = {}
-    for part in PARTS:
-        bar.begin(f"ablating {contrasts[part].name}, every layer")
-        swept = mean_difference(*activations[part]).float(), sides[0].baseline
-        sweeps[part] = sweep_ablations(model, others.target, *swept, options=quick)
+    spans = taken_out(model, activations, score)
+    sweeps, controlled = _sweeps(model, contrasts, activations, others, score, spans, options)
     layer = judged_layer(sweeps["refusal"], layer)
-    directions = {name: mean_difference(*each)[layer] for name, each in activations.items()}
     several = refusal_directions(model, others, sides[0], layer, score, options)
-    shared = options | {"layer": layer, "score": score}
-    shared["taken_out"] = taken_out(model, directions, score)
+    shared = options | {"layer": layer, "score": score, "taken_out": [x[layer] for x in spans]}
     classes = [side[:, layer] for both in sides for side in both]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(random_directions, *classes, n=n_random, generator=generator)
@@ -134,19 +129,42 @@ def intervene(
     kinds = ("ablation", "addition")
     ablation, addition = divide([partial(cross, kind, draw()) for kind in kinds])
     bar.begin("scoring replies")
-    means = sweeps["refusal"].log_odds[: deepest(len(sweeps["refusal"].log_odds))].mean(-1)
     return Causal(
         openings=score,
         n_prompts=n_prompts,
         requests=odds,
         replies=_replies(model, pair, ablation, options),
         sweep=sweeps,
-        strongest=-1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin()),
+        controlled_sweep=controlled,
+        strongest=strongest_layer(sweeps["refusal"]),
         several=several,
         ablation=ablation,
         addition=addition,
         constant_token=_constant_token(model, pair, score, options),
     )
+
+
+def _sweeps(
+    model: "HookedTransformer | TransformerBridge",
+    contrasts: Mapping[str, Contrast],
+    activations: Mapping[str, ContrastActivations],
+    requests: Contrast,
+    score: ReplyOpenings,
+    spans: Sequence[Tensor],
+    options: dict[str, Any],
+) -> tuple[dict[str, Effects], Effects | None]:
+    """`Causal.sweep` and `Causal.controlled_sweep`."""
+    quick = options | {"score": score.first_tokens, "last_position": True}
+
+    def sweep(what: str, directions: Tensor) -> Effects:
+        options["progress"].begin(f"ablating {what}, every layer")
+        references = activations["refusal"].baseline
+        return sweep_ablations(model, requests.target, directions, references, options=quick)
+
+    every = {part: mean_difference(*activations[part]).float() for part in PARTS}
+    sweeps = {part: sweep(contrasts[part].name, each) for part, each in every.items()}
+    alone = [*map(outside, every["negativity"], spans[-1])]
+    return sweeps, sweep(CONTROLLED, torch.stack(alone)) if len(spans) > 1 else None
 
 
 def steps(contrasts: Mapping[str, Contrast], n_layers: int) -> dict[str, int]:
@@ -155,7 +173,9 @@ def steps(contrasts: Mapping[str, Contrast], n_layers: int) -> dict[str, int]:
     n = min(EFFECT_PROMPTS, max(map(len, sides)))
     random = N_RANDOM * len(range(0, n, max(1, n // CHANCE_PROMPTS)))
     found = {"scoring requests": len(sides[0]) + len(sides[1])}
-    found |= {f"ablating {contrasts[part].name}, every layer": n * n_layers for part in PARTS}
+    swept = [contrasts[part].name for part in PARTS]
+    swept += [CONTROLLED] if {*NUISANCES} & {*contrasts} else []
+    found |= {f"ablating {name}, every layer": n * n_layers for name in swept}
     found["ablation"] = 2 * ((N_PARTS + 6) * n + random)
     found["addition"] = 2 * N_PARTS * n + random
     return found | {"scoring replies": 4 * n + 8 * min(n, FEW_PROMPTS)}
@@ -174,19 +194,21 @@ def deepest(n_layers: int) -> int:
     return max(1, int(DEEPEST * n_layers))
 
 
+def strongest_layer(sweep: Effects) -> int:
+    """The layer, of the first 80 %, at which ablating refusal does most; -1 if unknown."""
+    means = sweep.log_odds[: deepest(len(sweep.log_odds))].mean(-1)
+    return -1 if means.isnan().all() else int(means.nan_to_num(nan=torch.inf).argmin())
+
+
 def judged_layer(sweep: Effects, layer: int) -> int:
     """The layer whose directions are judged: `layer`, if ablating refusal there lets requests through.
 
-    Else it is the layer of the first 80 % at which ablating refusal does most. The prompts of the
-    sweep are not those on which the effects are measured (cross-fitting).
+    Else it is the strongest layer, if it does more. The prompts of the sweep are not those on which
+    the effects are measured (cross-fitting).
     """
-    refused = (sweep.log_odds > 0).double().mean(-1)
+    refused, best = (sweep.log_odds > 0).double().mean(-1), strongest_layer(sweep)
     enough = (sweep.unchanged > 0).double().mean() / 2
-    if refused[layer] <= enough:
-        return layer
-    means = sweep.log_odds[: deepest(len(refused))].mean(-1)
-    best = int(means.nan_to_num(nan=torch.inf).argmin())
-    return best if refused[best] < refused[layer] else layer
+    return layer if refused[layer] <= enough or refused[best] >= refused[layer] else best
 
 
 def refusal_directions(
@@ -220,17 +242,19 @@ def refusal_directions(
 
 def taken_out(
     model: "HookedTransformer | TransformerBridge",
-    directions: Mapping[str, Float[Tensor, " d_model"]],
+    activations: Mapping[str, ContrastActivations],
     score: ReplyOpenings,
-) -> list[Float[Tensor, "_ d_model"]]:
-    """What controls take out of negativity: `cross_effects`'s `taken_out`, of one layer's directions.
+) -> list[Float[Tensor, "layer _ d_model"]]:
+    """What controls take out of negativity at each layer, as `cross_effects` takes it of one.
 
-    Without a direction of arousal or alarm there are only the refusals' first tokens.
+    Without activations of arousal or alarm there are only the refusals' first tokens.
     """
     unembedding = effective_unembedding(model).T
     first = unembedding[[*score.first_tokens]] - unembedding.mean(0)
-    controls = [directions[name][None] for name in NUISANCES if name in directions]
-    return [first, torch.cat([first, *controls])] if controls else [first]
+    found = [activations[name] for name in NUISANCES if name in activations]
+    controls = [mean_difference(*each).float()[:, None] for each in found]
+    first = first.expand(model.cfg.n_layers, -1, -1)
+    return [first, torch.cat([first, *controls], dim=1)] if controls else [first]
 
 
 def sweep_ablations(
@@ -250,6 +274,12 @@ def sweep_ablations(
 
     references = affine_references(directions, baseline, hook=options["protocol"].hook)
     return divide_sweep(effects, directions, references)
+
+
+def _scores(model: Any, contrast: Contrast, score: ReplyOpenings, options: Any) -> Any:
+    """Log-odds of a refusal behind every target prompt, and behind every baseline prompt."""
+    sides = contrast.target, contrast.baseline
+    return opening_log_odds(model, sum(sides, ()), score, **options).split([*map(len, sides)])
 
 
 def _constant_token(

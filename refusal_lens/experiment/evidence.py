@@ -19,7 +19,7 @@ from .causal import PARTS, Causal, deepest, other_prompts, smallest_set
 from .config import some_prompts
 from .verdict import Estimate, Evidence
 
-CONTROLLED = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
+BOTH = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
 
 
 class Earlier(NamedTuple):
@@ -45,6 +45,11 @@ class Earlier(NamedTuple):
         damage = negativity.kl[best].mean() / refusal.kl[layer].mean()
         return cls(best, torch.stack(rows), float(damage))
 
+    def lost(self, of: Callable[[Tensor], Tensor] = torch.clone) -> tuple[Tensor, Tensor]:
+        """Drops under ablating negativity and refusal, of scores or of what is taken `of` them."""
+        unmodified, refusal, negativity = of(self.log_odds)
+        return unmodified - negativity, unmodified - refusal
+
 
 class Responses(NamedTuple):
     """Refusal log-odds of each prompt set under interventions.
@@ -56,7 +61,8 @@ class Responses(NamedTuple):
         harmful, harmless, negative, neutral: the four sets while a direction is ablated.
         added: harmless prompts while a direction is added.
         requests: all harmful and all harmless prompts, unmodified.
-        earlier: the most effective negativity direction of an earlier layer.
+        earlier, controlled_earlier: the most effective negativity direction of an earlier layer, and
+            the most effective one without controls.
         kl: mean KL on harmless prompts of the two ablations, in nats.
         controlled: harmful prompts while negativity without controls is ablated, and harmless ones
             while it is added.
@@ -72,6 +78,7 @@ class Responses(NamedTuple):
     requests: tuple[Float[Tensor, " all_harmful"], Float[Tensor, " all_harmless"]]
     earlier: Earlier
     kl: tuple[float, float] = (math.nan, math.nan)
+    controlled_earlier: Earlier | None = None
     controlled: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]] | None = None
     everywhere: Float[Tensor, " harmful"] | None = None
     strongest: Float[Tensor, "2 harmful"] | None = None
@@ -113,7 +120,7 @@ def evidence(
         return geometry
     pair = [contrasts["refusal"], *(some_prompts(contrasts[p], causal.n_prompts) for p in PARTS)]
     pair.append(other_prompts(contrasts["refusal"], causal.n_prompts))
-    norms = [causal.addition.norms[causal.addition.rows(part)[0]] for part in CONTROLLED]
+    norms = [causal.addition.norms[causal.addition.rows(part)[0]] for part in BOTH]
     geometry = replace(
         geometry,
         covered=sum(causal.replies["harmful"].values()),
@@ -130,7 +137,7 @@ def responses_of(causal: Causal) -> Responses:
     """Return the scores on which the evidence rests."""
     first = [causal.ablation.rows(Intervention(kind))[0] for kind in ("none", *PARTS)]
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
-    layer, here = causal.ablation.layer, causal.ablation.rows(CONTROLLED[0])[0]
+    layer, here = causal.ablation.layer, causal.ablation.rows(BOTH[0])[0]
     everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
     return Responses(
         harmful=causal.ablation.refusal.target_log_odds[rows],
@@ -140,6 +147,8 @@ def responses_of(causal: Causal) -> Responses:
         added=causal.addition.refusal.baseline_log_odds[rows],
         requests=causal.requests,
         earlier=Earlier.of(causal.sweep["refusal"], causal.sweep["negativity"], layer),
+        controlled_earlier=causal.controlled_sweep
+        and Earlier.of(causal.sweep["refusal"], causal.controlled_sweep, layer),
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
         controlled=(
             causal.ablation.refusal.target_log_odds[here],
@@ -172,8 +181,6 @@ def compute_evidence(
     ratio = partial(_ratio, confidence=confidence)
     total = partial(total_interval, confidence=confidence)
     earlier, same = responses.earlier, _apart([negative[0] - negative[1]], [dropped])
-    lost = earlier.log_odds[0] - earlier.log_odds[1:]
-    fewer = (earlier.log_odds[:1] > 0).double() - (earlier.log_odds[1:] > 0).double()
     swept_labels, further = labels_of(*swept or [requests])[:1], {}
     if responses.controlled is not None:
         (ablated, raised), (still, new) = responses.controlled, map(_refused, responses.controlled)
@@ -183,6 +190,9 @@ def compute_evidence(
             "controlled_addition": ratio(_over_gap(raised - harmless[0], gaps, 1), of_gap),
             "controlled_addition_share": ratio(_over_gap(new - refused[1][0], shares, 1), of_gap),
         }
+    if (least := responses.controlled_earlier) is not None:
+        further["controlled_earlier_ablation"] = ratio([least.lost()], swept_labels)
+        further["controlled_earlier_ablation_share"] = ratio([least.lost(_refused)], swept_labels)
     if responses.strongest is not None:
         strongest = [(responses.strongest[0], responses.strongest[1])]
         further["strongest_ablation"] = ratio(strongest, swept_labels)
@@ -216,8 +226,8 @@ def compute_evidence(
             _over_gap(negative[0] - negative[2], of_negative, 0), of_statements
         ),
         earlier_layer=earlier.layer,
-        earlier_ablation=ratio([(lost[1], lost[0])], swept_labels),
-        earlier_ablation_share=ratio([(fewer[1], fewer[0])], swept_labels),
+        earlier_ablation=ratio([earlier.lost()], swept_labels),
+        earlier_ablation_share=ratio([earlier.lost(_refused)], swept_labels),
         earlier_damage=earlier.damage,
         **further,
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..plotting.theme import Theme
 
 SUMMARY = "refusal_specificity_results.pt"
-FORMAT = 6
+FORMAT = 7
 DIRECTIONS = "/directions/"  # path of the directions among the packed tensors
 SAVED = (  # the only dataclasses and enums in saved results
     *(Config, Contrast, Protocol, Thresholds, CosineStatistics, Unmeasured, Estimate, Evidence),

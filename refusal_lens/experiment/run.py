@@ -24,7 +24,7 @@ from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, cosine_statistics
 from . import measures
 from .cached_model import PACKAGES, CachedModel
-from .causal import FEWEST_PROMPTS, PARTS, Causal, intervene, smallest_set, steps
+from .causal import FEWEST_PROMPTS, NUISANCES, PARTS, Causal, intervene, smallest_set, steps
 from .config import Config
 from .distributed import is_main
 from .evidence import compared, evidence
@@ -120,6 +120,7 @@ def _interventions(
     config = source.config
     key = prompts | {"layer": how["layer"], "seed": config.seed}
     key["openings"] = config.refusal_openings or REFUSAL
+    key["controls"] = [contrasts[name].sha256 for name in NUISANCES if name in contrasts]
 
     def run() -> Causal:
         return intervene(source.model, contrasts, sides, config=config, **how)

@@ -19,9 +19,10 @@ ADDITION = ("cross_addition", "cross_addition_share")
 EARLIER = ("earlier_ablation", "earlier_ablation_share")
 STATEMENTS = ("statement_share", "statement_ablation", "statement_own_ablation")
 RATIOS = (*ABLATION, *ADDITION)  # the ratios that decide, beside the statements and earlier layers
-CONTROLLED = {
-    name: name.replace("cross", "controlled") for name in RATIOS
-}  # without what controls have
+CONTROLLED = {  # ratio -> the same of negativity without what controls have
+    **{name: name.replace("cross", "controlled") for name in RATIOS},
+    **{name: f"controlled_{name}" for name in EARLIER},
+}
 CHANCE = {  # ratio -> the same of the most effective random direction
     **dict(zip(ABLATION, ("chance_ablation", "chance_ablation_share"), strict=True)),
     **dict(zip(ADDITION, ("chance_addition", "chance_addition_share"), strict=True)),
@@ -84,6 +85,8 @@ class Evidence:
             along the refusals' first tokens and the directions of arousal and alarm.
         controlled_ablation, controlled_ablation_share, controlled_addition, controlled_addition_share:
             the four ratios above for what is left; NaN without a control of these names.
+        controlled_earlier_ablation, controlled_earlier_ablation_share: of the layer, up to `layer`, at
+            which ablating what is left lowers refusal most.
         statement_share: share of negative minus share of neutral prompts refused, over that of
             harmful minus that of harmless ones.
         statement_ablation: ratio of the drops of negative and harmful scores under ablating refusal.
@@ -132,6 +135,8 @@ class Evidence:
     controlled_ablation_share: Estimate = Estimate()
     controlled_addition: Estimate = Estimate()
     controlled_addition_share: Estimate = Estimate()
+    controlled_earlier_ablation: Estimate = Estimate()
+    controlled_earlier_ablation_share: Estimate = Estimate()
     statement_share: Estimate = Estimate()
     statement_ablation: Estimate = Estimate()
     statement_own_ablation: Estimate = Estimate()
@@ -337,8 +342,9 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
             found.append(Reason(name, "undecided", t.margin))
     found += [Reason(name, "above", t.margin) for name in earlier]
     # The most effective of many layers has an effect by chance as well, but no large one.
-    large = not e.earlier_ablation.upper < t.shared_from
-    if not earlier and large and not e.earlier_ablation.value <= e.chance_ablation:
+    controlled = e.controlled_norm >= t.min_controlled_norm
+    most = e.controlled_earlier_ablation if controlled else e.earlier_ablation
+    if not earlier and not most.upper < t.shared_from and not most.value <= e.chance_ablation:
         found.append(Reason("earlier_ablation", "undecided", t.shared_from))
     if not e.statement_share.upper < t.margin:  # by whatever direction
         found.append(Reason("statement_share", "undecided", t.margin))

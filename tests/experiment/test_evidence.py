@@ -108,7 +108,10 @@ def test_the_prompts_that_choose_a_layer_are_others_than_those_that_measure_effe
 
 def test_what_controls_leave_of_negativity_has_ratios_of_its_own():
     answered, refused = torch.full((N,), -6.0), torch.full((N,), 4.0)
-    e = found(controlled=(answered, refused), everywhere=answered)
+    earlier = Earlier(4, torch.stack([refused, answered, answered]), 0.1)
+    e = found(controlled=(answered, refused), everywhere=answered, controlled_earlier=earlier)
+    assert e.controlled_earlier_ablation.value == e.controlled_earlier_ablation_share.value == 1
+    assert e.earlier_ablation.value == 0
     assert e.controlled_ablation_share.value == e.controlled_addition_share.value == 1
     assert e.cross_ablation_share.value == e.cross_addition_share.value == 0
     assert e.everywhere_harmful == 0
