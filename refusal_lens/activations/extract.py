@@ -77,7 +77,8 @@ def extract(
     if len(set(names)) < len(names):
         raise InputError(f"two contrasts have the same name, of {names}: rename one")
     if len(protocol.positions) != 1:
-        raise InputError(f"choose one of {protocol.positions}, or use get_prompt_activations")
+        asked = f"the protocol asks for {protocol.positions}"
+        raise InputError(f"{asked}: choose one position, or use get_prompt_activations")
     options: dict[str, Any] = {"protocol": protocol, "batch_size": batch_size, "progress": progress}
     read = partial(get_prompt_activations, model, **options)
     return by_contrast(read, dict(zip(names, contrasts, strict=True)))
