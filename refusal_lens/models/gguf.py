@@ -110,8 +110,7 @@ def complete_config(config: "PretrainedConfig", header: Reader) -> None:
 
 @contextmanager
 def without_words() -> Iterator[None]:
-    """Let transformers read a file's configuration and weights by `Reader`."""
-    # transformers makes the table of tensor names anew for every module.
+    """Let transformers read a file by `Reader`, and make the table of tensor names once."""
     names = cache(gguf.get_tensor_name_map)
     with patch.multiple(gguf, GGUFReader=Reader, get_tensor_name_map=names):
         yield

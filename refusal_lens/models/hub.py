@@ -31,8 +31,7 @@ SAMPLES_PER_FILE = 64
 class Checkpoint:
     """A directory of model files, or the one GGUF file in it that `header` describes.
 
-    `revision` is the hub's commit hash, or `None` if the files are local. `adapters` are folders of
-    LoRA weights to be added to the model's.
+    `revision` is the hub's commit hash, if any; `adapters` are folders of LoRA weights to be added.
     """
 
     name: str

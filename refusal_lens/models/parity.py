@@ -80,8 +80,7 @@ def check_parity(
 def rounding_bound(dtype: torch.dtype, depth: int) -> float:
     """Largest relative difference that rounding alone is taken to give after `depth` blocks.
 
-    Each block rounds the stream twice, each time by at most half an `eps`: a random walk of
-    `2 * depth` steps. The bound is eight times its length.
+    Eight times a random walk of two steps a block, each of at most half an `eps`.
     """
     return OTHER_ROUNDING + 4 * torch.finfo(dtype).eps * math.sqrt(2 * depth)
 

@@ -71,8 +71,7 @@ def palette(theme: Theme) -> Palette:
 def styles(names: Iterable[str], theme: Theme) -> dict[str, Style]:
     """A style for each name: the style of the concept in the name, else the next of the series.
 
-    Concepts go before refusal: "refusal vs alarm" is drawn as alarm. The first name with a concept
-    gets its style. The series repeats after six names.
+    "refusal vs alarm" is drawn as alarm. The first name with a concept gets its style.
     """
     concepts, series = palette(theme).concepts, itertools.cycle(palette(theme).series)
     chosen: dict[str, Style] = {}

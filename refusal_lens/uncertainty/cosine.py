@@ -222,8 +222,7 @@ def unbiased_cosine(noises: Sequence[Noise]) -> Float[Tensor, " layer"]:
 def norm_undetected(gram: RowProducts, groups: Groups, confidence: float) -> Bool[Tensor, " layer"]:
     """Layers at which a direction's unbiased squared norm is not significantly above 0.
 
-    The bound is the `(1 + confidence) / 2` quantile of a gamma distribution (Pearson's type III)
-    with mean 0 and the variance and skewness of the noise.
+    The bound is a quantile of Pearson's type III distribution with the noise's variance and skewness.
     """
     from scipy.stats import pearson3
 

@@ -61,10 +61,9 @@ def ratio_interval(
     confidence: float = 0.95,
     clusters: Sequence[Clusters] | None = None,
 ) -> Interval:
-    """Ratio of two sums of the means of `samples`, with Fieller's interval.
+    """Ratio of two sums of means, with Fieller's interval: infinite where the denominator may be 0.
 
-    The interval is -inf to inf where the denominator may be 0. Reference: Fieller 1954,
-    doi:10.1111/j.2517-6161.1954.tb00159.x.
+    Reference: Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x.
     """
     sizes = [sample.numerator.shape[-1] for sample in samples]
     drawn, quantile = _sampling(sizes, clusters, confidence)

@@ -221,9 +221,8 @@ def noise_products(gram: RowProducts, groups: Groups) -> RowProducts:
     """Products of the rows' noise within a contrast: centred, scaled, with a zero diagonal.
 
     Twice the sum of squares is an unbiased estimate of the variance of the unbiased squared norm's
-    quadratic part. U-centring within a group (Szekely and Rizzo 2014, arXiv:1310.2926, section 3),
-    here with weights, removes the diagonal, which would dominate with fewer rows than effective
-    dimensions. A group needs more than 3 rows, and no row half of the weight.
+    quadratic part. U-centring within a group, here with weights, removes the diagonal (Szekely and
+    Rizzo 2014, arXiv:1310.2926, section 3). A group needs more than 3 rows, none of half the weight.
     """
     noise = cross_noise_products(gram, groups, groups)
     for rows, weights in slices(groups):

@@ -134,8 +134,7 @@ def cosine_intervals(
 ) -> tuple[Curve, ...]:
     """Ends of the interval at each layer, and of the band that holds the curve over all layers.
 
-    `noises` is the noise by one way of clustering, or by two crossed ways and by both at once. Each
-    of two ways gives ends, stretched to the two-way variance at the estimate; the outermost count.
+    Each of two crossed ways gives ends, stretched to the two-way variance; the outermost count.
     """
     variances = [noise.variance(noise.inner) for noise in noises]
     ends = []
@@ -151,9 +150,8 @@ def _one_way_intervals(
 ) -> tuple[Curve, ...]:
     """The ends of `cosine_intervals` by one way of clustering, with quantiles `stretch` times out.
 
-    Quantiles are taken at the ends of Student's interval and multiplied by the ratio of Student's
-    quantile to the normal quantile. The band multiplies the quantiles by one more factor, so that a
-    share `confidence` of the resamples stays inside at all layers. NaN where an end is infinite.
+    Quantiles at the ends of Student's interval are multiplied by Student's over the normal quantile,
+    and for the band by a factor that keeps a share `confidence` of resamples inside at all layers.
     """
     from scipy import stats
 

@@ -39,10 +39,9 @@ def permutation_null(
     """Test at every layer that the true cosine is 0, by shuffling the labels of contrast `a`.
 
     Labels are exchanged within pairs if `a` is paired, else shuffled between its sets; in the same
-    way at all layers, and for prompts of a cluster together. Crossed ways of clustering each give a
-    p-value, with the two-way standard error in the ratios; the larger counts. The adjusted p-value
-    uses the largest ratio over layers, so it is valid for a layer chosen after seeing all. No p-value
-    is below `1 / (n_resamples + 1)`.
+    way at all layers, and for prompts of a cluster together. Of crossed ways of clustering, with the
+    two-way standard error in the ratios, the larger p-value counts. The adjusted one uses the largest
+    ratio over layers, so it is valid for a layer chosen after seeing all.
     """
     found = [_ratios_by_layer(way, n_resamples, generator) for way in gram.one_way]
     variances = [error.square() for _, error in found]
