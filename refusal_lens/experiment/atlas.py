@@ -195,6 +195,7 @@ def compare_concepts(
         cosine = work.cosines(each("cosines of"))
         fewest = min(len(side) for c in contrasts.values() for side in (c.target, c.baseline))
         if config.interventions and fewest >= FEWEST_PROMPTS:
+            work.begin()
             runs = {k: work.run(k) for k in each("interventions on")}
     return _atlas(work, runs, cosine, provenance(origin, contrasts, config))
 

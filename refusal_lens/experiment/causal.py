@@ -108,7 +108,7 @@ def intervene(
     score = openings_of(tokenizer_of(model), config.refusal_openings or REFUSAL)
     options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
     options["progress"] = bar
-    odds = _scores(model, contrasts["refusal"], score, options)
+    odds = request_scores(model, contrasts["refusal"], score, options)
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if (odds[0] > 0).any() else (FEW_PROMPTS, 0)
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
     others = other_prompts(contrasts["refusal"], n_prompts)
@@ -276,7 +276,7 @@ def sweep_ablations(
     return divide_sweep(effects, directions, references)
 
 
-def _scores(model: Any, contrast: Contrast, score: ReplyOpenings, options: Any) -> Any:
+def request_scores(model: Any, contrast: Contrast, score: ReplyOpenings, options: Any) -> Any:
     """Log-odds of a refusal behind every target prompt, and behind every baseline prompt."""
     sides = contrast.target, contrast.baseline
     return opening_log_odds(model, sum(sides, ()), score, **options).split([*map(len, sides)])

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import normalize
 
 from ..activations.extract import ContrastActivations
 from ..directions.estimators import mean_difference
 from ..interventions import Effects, cross_ablation, openings_of
-from ..interventions.batched_runs import Interventions, opening_log_odds
+from ..interventions.batched_runs import Interventions
 from ..interventions.reply_openings import REFUSAL
 from ..interventions.sweep import affine_references, measured
 from ..prompts.contrast import Contrast
@@ -24,7 +25,15 @@ from . import causal
 from .cached_model import CachedModel
 from .causal import FEW_PROMPTS
 from .config import some_prompts
-from .evidence import Earlier, Responses, compared, compute_evidence, evidence, labels_of
+from .evidence import (
+    Earlier,
+    Responses,
+    compared,
+    compute_evidence,
+    evidence,
+    labels_of,
+    lowered_most,
+)
 from .verdict import Evidence
 
 CURVE_RESAMPLES = 2000  # for the interval of a cosine at every layer
@@ -34,7 +43,10 @@ Runs = dict[str, Any]
 
 @dataclass
 class Concepts:
-    """Contrasts by name, refusal first, their activations, and the layer to intervene at."""
+    """Contrasts by name, refusal first, their activations, and the highlighted layer.
+
+    `begin` replaces it by the layer to intervene at.
+    """
 
     source: CachedModel
     contrasts: dict[str, Contrast]
@@ -48,12 +60,19 @@ class Concepts:
         self.score = openings_of(self.source.tokenizer, config.refusal_openings or REFUSAL)
         self.options: dict[str, Any] = {"protocol": config.protocol, "progress": False}
         self.options |= {"batch_size": config.batch_size}
-        each = [mean_difference(*sides)[self.layer] for sides in self.activations.values()]
-        self.directions = torch.stack(each).float()
+        self.others = causal.other_prompts(self.contrasts[self.refusal], most)
+        self.quick = self.options | {"score": self.score.first_tokens, "last_position": True}
+        self.highlighted = self.layer
         hashes = [each.sha256 for each in self.contrasts.values()]
         self.decided_by = {"concepts": hashes, "layer": self.layer, "seed": config.seed}
         self.decided_by |= {"openings": self.score.texts, "protocol": config.protocol.to_dict()}
         self.decided_by["least gap"] = config.thresholds.min_refused_gap
+
+    def begin(self) -> None:
+        """Run the requests, unmodified and with refusal ablated, and settle the layer."""
+        self.layer = self._unmodified["layer"]
+        each = [mean_difference(*sides)[self.layer] for sides in self.activations.values()]
+        self.directions = torch.stack(each).float()
 
     def cosines(self, names: Iterable[str]) -> Pairs:
         """The cosine of every two true directions at every layer; `names` are all, in order."""
@@ -78,19 +97,26 @@ class Concepts:
             kept         share left of the sides' distance along the direction `[3 concept]`
             odds         refusal log-odds, targets first, with refusal and the concept ablated (of
                          requests with each concept), and random directions, on some targets
-            added        log-odds of harmless requests with its direction added, and random ones
+            added        log-odds of harmless requests with its direction added, what controls leave
+                         of it, and random ones
+            controlled   log-odds of harmful requests while what controls leave of it is ablated
             sweep        `Effects` on harmful requests of ablating its direction of each layer
+            least        the same of what controls leave of it, if there are controls
         """
         what, compute = f"atlas: effects on {name}", lambda: self._run(name)
         return self.source.remember(what, self.decided_by, compute, (Effects,))
 
     def _run(self, name: str) -> Runs:
-        contrast, sides, model = self.some[name], self.activations[name], self.source.model
+        contrast, sides = self.some[name], self.activations[name]
         m, random = len(self.names), self._unmodified["random"]
         prompts, n = contrast.target + contrast.baseline, len(contrast.target)
         every, here = torch.cat([self.directions, random]), self.names.index(name)
+        several = self._unmodified["several"]  # the refusal's; zeros stand behind the others
+        every = functional.pad(every[:, None], (0, 0, 0, len(several) - 1))
+        every[0] = several
         references = affine_references(every, sides.baseline, hook=self.options["protocol"].hook)
-        ablate, own = Interventions(every, None, references, last_position=True), every[here]
+        ablate = Interventions(every, None, references, last_position=True)
+        own = self.directions[here]
         first = self.score.first_tokens  # quick, for their log-odds are not used
         _, kl, stream = self._measured(prompts, ablate.at(range(m), "cpu"), first)
         rows = stream.split([n, len(prompts) - n], dim=1)
@@ -105,19 +131,41 @@ class Concepts:
         these = ablate.at([*((0, here) if here else range(m)), *range(m, len(every))], "cpu")
         odds = self._measured(few.target + few.baseline, these, self.score, len(few.target))[0]
         others = normalize(self._unmodified["added"], dim=-1) * own.norm()
-        added = Interventions(
-            torch.cat([own[None], others]), [self.layer] * (1 + len(others)), None, True
-        )
-        swept = mean_difference(*sides).float(), self.activations[self.refusal].baseline
-        how = self.options | {"score": first, "last_position": True}
+        alone = self._alone(name)
+        axes = torch.cat([own[None], alone[self.layer, None], others])
+        added = Interventions(axes, [self.layer] * len(axes), None, True)
         return {
             "kl": kl[:, n:].mean(-1),
             "separable": torch.stack(areas).float(),
             "kept": torch.stack(kept).float(),
             "odds": odds,
             "added": self._measured(requests.baseline, added, self.score)[0],
-            "sweep": causal.sweep_ablations(model, requests.target, *swept, how),
+            "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
+            "sweep": self._sweep(mean_difference(*sides).float()),
+            "least": None if alone.isnan().all() else self._sweep(alone),
         }
+
+    def _alone(self, name: str) -> Float[Tensor, "layer d_model"]:
+        """What controls leave of a concept's direction at each layer; NaN without controls."""
+        every = mean_difference(*self.activations[name]).float()
+        controls = {k: v for k, v in self.activations.items() if k != name}
+        spans = causal.taken_out(self.source.model, controls, self.score)
+        alone = [*map(cross_ablation.outside, every, spans[-1])]
+        return torch.stack(alone) if len(spans) > 1 else torch.full_like(every, torch.nan)
+
+    def _ablated(self, prompts: Sequence[str], axes: Tensor, *, last: bool) -> Tensor:
+        """Log-odds while orthogonal directions are ablated together; NaN if one is unknown."""
+        if axes.isnan().any():
+            return torch.full((len(prompts),), torch.nan)
+        baseline, hook = self.activations[self.refusal].baseline, self.options["protocol"].hook
+        references = affine_references(axes, baseline, hook=hook)
+        these = Interventions(axes[None], None, references[None], last)
+        runs = [(these, [0], range(len(prompts)))]
+        return measured(self.source.model, prompts, runs, 2, self.score, self.options)[0][1]
+
+    def _sweep(self, directions: Float[Tensor, "layer d_model"]) -> Effects:
+        model, baseline = self.source.model, self.activations[self.refusal].baseline
+        return causal.sweep_ablations(model, self.others.target, directions, baseline, self.quick)
 
     def scored(self, name: str) -> Contrast:
         """The prompts whose replies are scored: few where too little is refused to explain."""
@@ -143,24 +191,31 @@ class Concepts:
         """Log-odds of all requests, and random directions to ablate and to add."""
 
         def compute() -> Runs:
-            model, whole = self.source.model, self.contrasts[self.refusal]
-            sides = whole.target, whole.baseline
-            odds = opening_log_odds(model, sum(sides, ()), self.score, **self.options)
-            requests = odds.split([*map(len, sides)])
+            model, sides = self.source.model, self.activations[self.refusal]
+            whole = self.contrasts[self.refusal]
+            requests = causal.request_scores(model, whole, self.score, self.options)
+            sweep = self._sweep(mean_difference(*sides).float())
+            layer = causal.judged_layer(sweep, self.highlighted)
+            settled = layer, self.score, self.options
+            several = causal.refusal_directions(model, self.others, sides, *settled)
+            prompts = self.some[self.refusal].target
             harmful, harmless = ((side > 0).double().mean() for side in requests)
             least = self.source.config.thresholds.min_refused_gap
             n = causal.N_RANDOM if harmful - harmless > least else 0  # else inconclusive anyway
-            rows = [side[:, self.layer] for pair in self.activations.values() for side in pair]
+            rows = [side[:, layer] for pair in self.activations.values() for side in pair]
             generator = torch.Generator().manual_seed(self.source.config.seed)
             draw = partial(cross_ablation.random_directions, *rows, n=n, generator=generator)
-            return {"requests": requests, "random": draw(), "added": draw()}
+            found = {"requests": requests, "random": draw(), "added": draw(), "layer": layer}
+            everywhere = self._ablated(prompts, several, last=False)
+            strongest = causal.strongest_layer(sweep)
+            return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 
         return self.source.remember("atlas: requests", self.decided_by, compute)
 
     def evidence(self, name: str, runs: dict[str, Runs], confidence: float) -> Evidence:
         """The evidence on refusal and one concept; geometry alone without runs."""
-        at, known = slice(self.layer, self.layer + 1), (self.contrasts, self.activations)
-        rows = compared(*known, self.refusal, name, at=at)
+        at, every = slice(self.layer, self.layer + 1), (self.contrasts, self.activations)
+        rows = compared(*every, self.refusal, name, at=at)
         n_resamples = max(self.source.config.n_resamples, fewest_resamples(confidence))
         sure = cosine_statistics(**rows, **self._sampling(confidence, n_resamples))
         pair = {"refusal": self.contrasts[self.refusal], "negativity": self.contrasts[name]}
@@ -168,6 +223,15 @@ class Concepts:
         if not runs:
             return found
         harm, own, i = runs[self.refusal], runs[name], 1 + self.names.index(name)
+        known, earlier = self._unmodified, partial(Earlier.of, harm["sweep"], layer=self.layer)
+        alone, whole = self._alone(name)[self.layer], self.directions[i - 1]
+        found = replace(
+            found,
+            highlighted=self.highlighted,
+            n_directions=len(known["several"]),
+            controlled_norm=float(alone.norm() / whole.norm()),
+            strongest_layer=known["strongest"],
+        )
         requests, statements = self.scored(self.refusal), self.scored(name)
         n, m = len(requests.target), len(statements.target)
         with_random = [0, 1, i, *range(1 + len(self.names), len(harm["odds"]))]
@@ -176,12 +240,16 @@ class Concepts:
             harmless=harm["odds"][[0, 1, i], n:],
             negative=own["odds"][:, :m],
             neutral=own["odds"][:3, m:],
-            added=torch.cat([harm["added"][:2], own["added"][1:]]),
-            requests=self._unmodified["requests"],
-            earlier=Earlier.of(harm["sweep"], own["sweep"], self.layer),
+            added=torch.cat([harm["added"][:2], own["added"][1:2], own["added"][3:]]),
+            requests=known["requests"],
+            earlier=earlier(own["sweep"]),
             kl=(float(harm["kl"][1]), float(harm["kl"][i])),
+            controlled_earlier=own["least"] and earlier(own["least"]),
+            controlled=None if alone.isnan().any() else (own["controlled"], own["added"][2]),
+            everywhere=known["everywhere"][:n],
+            strongest=lowered_most(harm["sweep"], own["sweep"]),
         )
-        used = [pair["refusal"], requests, statements]
+        used = [pair["refusal"], requests, statements, self.others]
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:

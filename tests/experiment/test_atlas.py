@@ -26,8 +26,8 @@ def control():
     """A model that refuses harm alone, its map, and the verdict of the experiment."""
     model = rl.from_hugging_face(build("sympathy"), tokenizer(), name="sympathy")
     options = {"model": model, "progress": False, "n_resamples": 1000}
-    verdict = rl.run_experiment(controls=(), **options).verdict
-    return rl.compare_concepts(concepts=["negativity"], **options), verdict
+    verdict = rl.run_experiment(controls=("alarm",), **options).verdict
+    return rl.compare_concepts(concepts=["negativity", "alarm"], **options), verdict
 
 
 def test_refusal_that_hangs_on_arousal_is_most_like_arousal(atlas):
@@ -73,7 +73,7 @@ def test_ablating_arousal_takes_refusal_away_and_leaves_negativity(atlas):
 
 def test_nothing_is_found_where_nothing_brings_refusal_but_harm(control):
     specific, _ = control
-    [row] = specific.to_pandas().to_dict("records")
+    row = specific.to_pandas().set_index("concept").loc["negativity"]
     assert row["verdict"] == "distinct"
     assert -0.25 < row["cross_ablation lower"] <= row["cross_ablation upper"] < 0.25
     assert (specific.kept[1:, 0, 1] - 1).abs().max() < 0.25
@@ -90,7 +90,10 @@ def test_nothing_ranks_by_effects_in_a_model_that_refuses_nothing():
 def test_a_verdict_is_that_of_the_experiment(control):
     mine, alone = control[0].verdicts["negativity"], control[1]
     assert mine.answer == alone.answer
+    assert alone.evidence.controlled_norm < 1  # the control is taken out in both
     for name in {each.name for each in fields(alone.evidence)} - {"covered"}:
+        if name.startswith(("chance", "typical")):
+            continue  # a map draws its random directions from the activations of all concepts
         one, other = getattr(mine.evidence, name), getattr(alone.evidence, name)
         if isinstance(one, Estimate):
             one, other = [*vars(one).values()], [*vars(other).values()]
