@@ -35,7 +35,8 @@ class Config:
         model: a hub name, a local directory, or `organism:` and `specific`, `entangled`, `oblivious`.
         layer: layer to highlight (`hook_resid_post`); None is 20 of 32, or the same relative depth.
         refusal, negativity: the contrasts to compare, bundled names or `Contrast`s.
-        controls: further contrasts to compare with refusal.
+        controls: further contrasts to compare with refusal. Names of the two are left out. Arousal and
+            alarm are also taken out of negativity, whose effects the verdict reads without them.
         protocol: how a prompt becomes a vector; exactly one position.
         revision: branch, tag or commit on the hub.
         device, dtype: such as "cuda" and "bfloat16"; None is a GPU, if any, and bfloat16 on a GPU.
@@ -103,8 +104,9 @@ class Config:
 
         Raises InputError if a name is unknown or two contrasts share a prompt, and so its noise.
         """
-        given = (self.refusal, self.negativity, *self.controls)
-        loaded = [as_contrast(item) for item in given]
+        given = [as_contrast(item) for item in (self.refusal, self.negativity)]
+        names = [contrast.name for contrast in given]
+        loaded = [*given, *(as_contrast(each) for each in self.controls if each not in names)]
         if most := self.max_prompts:  # rounded down, which keeps the bundled sets balanced
             loaded = [some_prompts(contrast, most, down=True) for contrast in loaded]
         owner: dict[str, Contrast] = {}

@@ -139,6 +139,9 @@ def responses_of(causal: Causal) -> Responses:
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
     layer, here = causal.ablation.layer, causal.ablation.rows(BOTH[0])[0]
     everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
+    refusal, least = causal.sweep["refusal"], None
+    if causal.controlled_sweep is not None:
+        least = Earlier.of(refusal, causal.controlled_sweep, layer)
     return Responses(
         harmful=causal.ablation.refusal.target_log_odds[rows],
         harmless=causal.ablation.refusal.baseline_log_odds[first],
@@ -146,16 +149,15 @@ def responses_of(causal: Causal) -> Responses:
         neutral=causal.ablation.negativity.baseline_log_odds[first],
         added=causal.addition.refusal.baseline_log_odds[rows],
         requests=causal.requests,
-        earlier=Earlier.of(causal.sweep["refusal"], causal.sweep["negativity"], layer),
-        controlled_earlier=causal.controlled_sweep
-        and Earlier.of(causal.sweep["refusal"], causal.controlled_sweep, layer),
+        earlier=Earlier.of(refusal, causal.sweep["negativity"], layer),
+        controlled_earlier=least,
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
         controlled=(
             causal.ablation.refusal.target_log_odds[here],
             causal.addition.refusal.baseline_log_odds[here],
         ),
         everywhere=causal.ablation.refusal.target_log_odds[everywhere],
-        strongest=lowered_most(causal.sweep["refusal"], causal.sweep["negativity"]),
+        strongest=lowered_most(refusal, causal.sweep["negativity"]),
     )
 
 
@@ -175,27 +177,17 @@ def compute_evidence(
     of_negative, apart = (_gap(each[2], each[3], statements.paired) for each in (scores, refused))
     of_gap, of_statements = labels[: len(gaps)], other_labels[: len(apart)]
     dropped, left = harmful[0] - harmful[1], refused[0][0] - refused[0][1]
-    all_refused = [(side[None] > 0).double() for side in responses.requests]
+    all_refused = [_refused(side[None]) for side in responses.requests]
     whole = _gap(all_refused[0], all_refused[1], every.paired)
+    own = _over_gap(negative[0] - negative[2], of_negative, 0)
 
     ratio = partial(_ratio, confidence=confidence)
     total = partial(total_interval, confidence=confidence)
     earlier, same = responses.earlier, _apart([negative[0] - negative[1]], [dropped])
-    swept_labels, further = labels_of(*swept or [requests])[:1], {}
-    if responses.controlled is not None:
-        (ablated, raised), (still, new) = responses.controlled, map(_refused, responses.controlled)
-        further = {
-            "controlled_ablation": ratio([(harmful[0] - ablated, dropped)], labels[:1]),
-            "controlled_ablation_share": ratio([(refused[0][0] - still, left)], labels[:1]),
-            "controlled_addition": ratio(_over_gap(raised - harmless[0], gaps, 1), of_gap),
-            "controlled_addition_share": ratio(_over_gap(new - refused[1][0], shares, 1), of_gap),
-        }
-    if (least := responses.controlled_earlier) is not None:
-        further["controlled_earlier_ablation"] = ratio([least.lost()], swept_labels)
-        further["controlled_earlier_ablation_share"] = ratio([least.lost(_refused)], swept_labels)
-    if responses.strongest is not None:
-        strongest = [(responses.strongest[0], responses.strongest[1])]
-        further["strongest_ablation"] = ratio(strongest, swept_labels)
+    swept_labels = labels_of(*swept or [requests])[:1]
+    clusters = {"harmful": labels[:1], "gap": of_gap, "swept": swept_labels}
+    samples = _controlled(responses, gaps, shares)
+    further: Any = {k: ratio(each, clusters[of]) for k, (each, of) in samples.items()}
     everywhere = harmful[1] if responses.everywhere is None else responses.everywhere
     return replace(
         geometry,
@@ -222,15 +214,33 @@ def compute_evidence(
         cross_addition_share=ratio(_over_gap(refused[4][2] - refused[1][0], shares, 1), of_gap),
         statement_share=ratio(_apart(apart, shares), [*of_statements, *of_gap]),
         statement_ablation=ratio(same, [other_labels[0], labels[0]]),
-        statement_own_ablation=ratio(
-            _over_gap(negative[0] - negative[2], of_negative, 0), of_statements
-        ),
+        statement_own_ablation=ratio(own, of_statements),
         earlier_layer=earlier.layer,
         earlier_ablation=ratio([earlier.lost()], swept_labels),
         earlier_ablation_share=ratio([earlier.lost(_refused)], swept_labels),
         earlier_damage=earlier.damage,
         **further,
     )
+
+
+def _controlled(
+    responses: Responses, gaps: Sequence[Tensor], shares: Sequence[Tensor]
+) -> dict[str, tuple[list[tuple[Tensor, Tensor]], str]]:
+    """Samples of the ratios without controls and at the strongest layer, and whose clusters count."""
+    found: dict[str, tuple[list[tuple[Tensor, Tensor]], str]] = {}
+    for which, of in ("", torch.clone), ("_share", _refused):
+        harmful, harmless = of(responses.harmful[:2]), of(responses.harmless[0])
+        if responses.controlled is not None:
+            ablated, raised = map(of, responses.controlled)
+            pair = (harmful[0] - ablated, harmful[0] - harmful[1])
+            found[f"controlled_ablation{which}"] = [pair], "harmful"
+            over = _over_gap(raised - harmless, shares if which else gaps, 1)
+            found[f"controlled_addition{which}"] = over, "gap"
+        if (least := responses.controlled_earlier) is not None:
+            found[f"controlled_earlier_ablation{which}"] = [least.lost(of)], "swept"
+    if responses.strongest is not None:
+        found["strongest_ablation"] = [(responses.strongest[0], responses.strongest[1])], "swept"
+    return found
 
 
 def _refused(scores: Tensor) -> Tensor:

@@ -360,12 +360,11 @@ def _small(ratio: Estimate, margin: float, both_ways: bool) -> bool:
 def _beyond(e: Evidence, name: str, margin: float) -> bool:
     """Whether a ratio is above the margin and above that of every random direction.
 
-    Where controls were measured, it must be above the margin without what they have, too.
+    Where controls were measured, so must be what is left without what they have.
     """
-    ratio: Estimate = getattr(e, name)
-    controlled: Estimate = getattr(e, CONTROLLED.get(name, name))
-    large = math.isnan(controlled.value) or controlled.lower > margin
-    return large and ratio.lower > margin and ratio.value > getattr(e, CHANCE[name])
+    ratios: list[Estimate] = [getattr(e, name), getattr(e, CONTROLLED.get(name, name))]
+    known = [ratio for ratio in ratios if not math.isnan(ratio.value)] or ratios
+    return all(r.lower > margin and r.value > getattr(e, CHANCE[name]) for r in known)
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

@@ -118,8 +118,8 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     """Return changes of the mean refusal log-odds, `[intervention outcome]`, and their rows.
 
     The last row is the random direction whose effect is the median, on some harmful prompts under
-    ablation and some harmless ones under addition. Rows "to zero" and the columns of statements
-    belong to ablation alone.
+    ablation and some harmless ones under addition. What did not run has no row, and an addition no
+    columns of statements.
     """
     added = effects.kind == "addition"
     columns = [
@@ -129,9 +129,10 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     ]
     random = effects.rows(Intervention.RANDOM)
     left_out = {Intervention.NONE, Intervention.RANDOM}
-    if added:
-        left_out |= {Intervention.REFUSAL_TO_ZERO, Intervention.NEGATIVITY_TO_ZERO}
-    rows = [i for i, each in enumerate(effects.interventions) if each not in left_out]
+    odds = effects.refusal.baseline_log_odds
+    ran = odds.isfinite().any(-1).tolist()
+    known = zip(effects.interventions, ran, strict=True)
+    rows = [i for i, (each, runs) in enumerate(known) if runs and each not in left_out]
     if random:
         order = columns[added][random].nanmean(-1).nan_to_num(nan=torch.inf).argsort()
         rows.append(random[int(order[len(order) // 2])])
@@ -148,8 +149,9 @@ def intervention_names(results: Results) -> dict[Intervention, str]:
     """Return the name of each intervention, from the names of the contrasts."""
     a, b = results.names[:2]
     alone = f"{a} without {b}", f"{b} without {a}"
-    zero = f"{a}, to zero", f"{b}, to zero"
-    names = ("nothing", a, b, *alone, *zero, "a random direction")
+    less = f"{b} without the refusals' first tokens", f"{b} without controls"
+    where = [f"{name}, {how}" for how in ("to zero", "at every token") for name in (a, b)]
+    names = ("nothing", a, b, *alone, *less, *where, "a random direction")
     return dict(zip(Intervention, names, strict=True))
 
 
