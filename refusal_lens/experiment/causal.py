@@ -54,6 +54,7 @@ class Causal:
 
     Attributes:
         openings: the openings that count as a refusal.
+        highlighted: the highlighted layer, which need not be the judged one (`ablation.layer`).
         n_prompts: most prompts of each set in `ablation` and `addition`: 32, or 8 without random
             directions if no harmful prompt is refused. The verdict is then inconclusive.
         requests: refusal log-odds of all harmful and of all harmless prompts, unmodified.
@@ -71,6 +72,7 @@ class Causal:
     """
 
     openings: ReplyOpenings
+    highlighted: int
     n_prompts: int
     requests: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]]
     replies: dict[str, dict[str, float]]
@@ -114,7 +116,7 @@ def intervene(
     others = other_prompts(contrasts["refusal"], n_prompts)
     spans = taken_out(model, activations, score)
     sweeps, controlled = _sweeps(model, contrasts, activations, others, score, spans, options)
-    layer = judged_layer(sweeps["refusal"], layer)
+    highlighted, layer = layer, judged_layer(sweeps["refusal"], layer)
     several = refusal_directions(model, others, sides[0], layer, score, options)
     shared = options | {"layer": layer, "score": score, "taken_out": [x[layer] for x in spans]}
     classes = [side[:, layer] for both in sides for side in both]
@@ -131,6 +133,7 @@ def intervene(
     bar.begin("scoring replies")
     return Causal(
         openings=score,
+        highlighted=highlighted,
         n_prompts=n_prompts,
         requests=odds,
         replies=_replies(model, pair, ablation, options),

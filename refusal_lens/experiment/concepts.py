@@ -247,7 +247,7 @@ class Concepts:
             controlled_earlier=own["least"] and earlier(own["least"]),
             controlled=None if alone.isnan().any() else (own["controlled"], own["added"][2]),
             everywhere=known["everywhere"][:n],
-            strongest=lowered_most(harm["sweep"], own["sweep"]),
+            strongest=lowered_most(harm["sweep"], own["least"] or own["sweep"]),
         )
         used = [pair["refusal"], requests, statements, self.others]
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)

@@ -157,7 +157,7 @@ def responses_of(causal: Causal) -> Responses:
             causal.addition.refusal.baseline_log_odds[here],
         ),
         everywhere=causal.ablation.refusal.target_log_odds[everywhere],
-        strongest=lowered_most(refusal, causal.sweep["negativity"]),
+        strongest=lowered_most(refusal, causal.controlled_sweep or causal.sweep["negativity"]),
     )
 
 

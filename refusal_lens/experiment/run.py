@@ -160,6 +160,8 @@ def analyse(
     projections = measures.projections(sides, names)
     sets = {n: rows for part in PARTS for n, rows in zip(names[part], sides[part], strict=True)}
     paired = all(contrasts[part].paired for part in PARTS)
+    if causal is not None and causal.highlighted != layer:
+        raise InputError(f"the interventions are of layer {causal.highlighted}, not {layer}")
     judged = layer if causal is None else causal.ablation.layer
     measured = evidence(contrasts, causal, statistics["negativity"], layer=judged)
     measured = replace(measured, highlighted=layer)

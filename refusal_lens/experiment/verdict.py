@@ -97,7 +97,8 @@ class Evidence:
             scored by the first tokens of openings alone.
         earlier_damage: KL that its ablation causes on harmful prompts, over that of refusal's.
         strongest_layer, strongest_ablation: the layer at which ablating refusal lowers scores most, and
-            `cross_ablation` there, chosen on one half of the prompts and measured on the other.
+            `cross_ablation` there (`controlled_ablation` with controls), by the openings' first tokens;
+            the layer is chosen on one half of the prompts and the ratio measured on the other.
     """
 
     layer: int

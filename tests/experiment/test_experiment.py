@@ -184,7 +184,10 @@ def test_contrasts_that_share_prompts_are_refused():
 
 def test_a_contrast_that_plays_two_parts_is_refused():
     with pytest.raises(InputError, match="alarm"):
-        rl.Config(refusal="alarm", controls=("alarm",)).contrasts()
+        rl.Config(refusal="alarm", negativity="alarm").contrasts()
+    # Of the default controls, the one that is compared with refusal is none.
+    parts = [*rl.Config(negativity="alarm").contrasts()]
+    assert parts == ["refusal", "negativity", "positivity", "arousal"]
 
 
 def test_a_run_is_repeated_from_what_it_saved(quick_results, tmp_path):
