@@ -2,7 +2,8 @@
 
 Runs `refusal-lens` with the arguments. After its first batch the process of that rank, if there is
 one, ends without a word, as a process does whose machine fails (`dies`), or raises (`errs`); or it
-ends after its first candidates (`dies choosing`).
+ends after its first candidates (`dies choosing`), its first model (`dies loading`) or its first
+share of a sweep (`dies ablating`).
 """
 
 import os
@@ -11,6 +12,7 @@ import sys
 from refusal_lens.activations import extract as extraction
 from refusal_lens.cli import main as cli
 from refusal_lens.errors import InputError
+from refusal_lens.experiment import cached_model, causal
 from refusal_lens.interventions import selection
 
 _, rank, how, *arguments = sys.argv
@@ -33,6 +35,10 @@ def failing(module, name):
 
 if how == "dies choosing":
     failing(selection, "ablation_effects")
+elif how == "dies loading":
+    failing(cached_model, "load_model")
+elif how == "dies ablating":
+    failing(causal, "ablation_effects")
 else:
     failing(extraction, "_run_batch")
 cli.main(arguments)

@@ -123,7 +123,8 @@ def test_nothing_is_left_to_be_filled_in():
 
 @pytest.mark.slow
 def test_the_table_of_verdicts_is_what_the_demo_prints(tmp_path, capsys):
-    cli.main(["demo", "--quiet", "--out", str(tmp_path / "demo")])
+    folders = ["--out", str(tmp_path / "demo"), "--cache", str(tmp_path / "cache")]
+    cli.main(["demo", "--quiet", *folders])
     printed = capsys.readouterr().out
     rows = re.findall(r"\| `(\w+)` \|[^|]*\| ([+-][\d.]+) \| ([\w -]+) \| ([\w ]+) \|", README)
     assert [row[0] for row in rows] == ["specific", "entangled", "oblivious"]

@@ -43,12 +43,14 @@ class Multiverse(ContrastOptions, ModelOptions):
     """Compare two contrasts under many protocols: which choice changes the cosine?
 
     Changes the published protocol, with its known bugs, into the default one choice at a time, then
-    changes single choices of the default, and takes small subsets of the prompts.
+    changes single choices of the default, and takes small subsets of the prompts. An interrupted run
+    resumes.
     """
 
     layer: Number = None  # Layer to report, from 0. Default: 20 of 32, or the same depth.
     causal_prompts: int = 24  # Prompts of each set to intervene on; 0: fast, without verdicts.
     seed: int = 0  # Seed of subsets and resamples.
+    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
 
     def __call__(self) -> None:
         config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
@@ -62,8 +64,11 @@ class Multiverse(ContrastOptions, ModelOptions):
                 found.save(out)
 
         found = rl.run_sensitivity(
-            self.load(),
+            self.model,
             (refusal, against),
+            cache=self.cache or default_folder(),
+            device=self.device,
+            n_devices=self.n_devices,
             layer=self.layer,
             causal_prompts=self.causal_prompts,
             seed=self.seed,

@@ -44,6 +44,7 @@ class Demo:
 
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
+    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
     quiet: Flag = False  # Print nothing but the results.
     verbose: Flag = False  # Log progress and problems on stderr.
 
@@ -74,7 +75,9 @@ class Demo:
         show(*map(verdict, found.values()), table(head, rows), told, written)
 
     def _run(self, name: str, model: str, progress: bool) -> "rl.Results":
-        results = rl.run_experiment(model, max_prompts=self.max_prompts, progress=progress)
+        config = rl.Config(model, max_prompts=self.max_prompts)
+        cache = self.cache or default_folder()
+        results = rl.run_experiment(config, progress=progress, cache=cache)
         results.save(self.out / name)
         rl.write_report(results, self.out / name / "report.html")
         return results

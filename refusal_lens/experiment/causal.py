@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 EFFECT_PROMPTS = 32  # prompts of each set on which directions are ablated and added
 FEW_PROMPTS = 8  # the same where nothing is refused, and for scores of sympathy and answers
 FEWEST_PROMPTS = 4  # smallest set on which interventions run
+CELLS_AT_ONCE = 256  # cells of a sweep that are stored together
 N_RANDOM = 20  # random directions, ablated and added for comparison
 MOST_DIRECTIONS = 3  # of refusal, ablated together where one does not let requests through
 DEEPEST = (
@@ -266,17 +268,19 @@ def sweep_ablations(
     directions: Float[Tensor, "*cell d_model"],
     baseline: Float[Tensor, "baseline layer d_model"],
     options: dict[str, Any],
+    **kept: Any,
 ) -> Effects:
     """Return the effect of the affine ablation of each direction; processes divide the directions.
 
-    `baseline` are the activations that components are set to; `options` are `ablation_effects`'s.
+    `baseline` are the activations that components are set to; `options` are `ablation_effects`'s,
+    and `kept` are `divide_sweep`'s.
     """
 
     def effects(some: Tensor, references: Tensor) -> Effects:
         return ablation_effects(model, prompts, some, references=references, **options)
 
     references = affine_references(directions, baseline, hook=options["protocol"].hook)
-    return divide_sweep(effects, directions, references)
+    return divide_sweep(effects, directions, references, **kept)
 
 
 def request_scores(model: Any, contrast: Contrast, score: ReplyOpenings, options: Any) -> Any:
@@ -325,18 +329,30 @@ def _replies(
     return found
 
 
-def divide_sweep(effects: Callable[..., Effects], *each: Tensor) -> Effects:
-    """Return `effects(*each)`, `[*cell prompt]`. Processes divide the cells; equal ones run once."""
+def divide_sweep(
+    effects: Callable[..., Effects],
+    *each: Tensor,
+    remember: Callable[..., list[Effects]] = lambda cells, run: run(),
+) -> Effects:
+    """Return `effects(*each)`, `[*cell prompt]`. Processes divide the cells; equal ones run once.
+
+    `remember(cells, run)` returns what is stored for the hash of some cells, or stores `run()`.
+    """
     shape = each[0].shape[:-1]
     flat = [tensor.flatten(0, len(shape) - 1) for tensor in each]
     cells = [b"".join(x.numpy().tobytes() for x in cell) for cell in zip(*flat, strict=True)]
     rows = {cell: i for i, cell in enumerate(cells)}
-    parts = in_shares(lambda share: effects(*(tensor[[*rows.values()][share]] for tensor in flat)))
-    places = {cell: (parts[i % len(parts)], i // len(parts)) for i, cell in enumerate(rows)}
+    places: dict[bytes, tuple[Effects, int]] = {}
+    for start in range(0, len(rows), CELLS_AT_ONCE):
+        some = [*rows][start : start + CELLS_AT_ONCE]
+        here = [rows[cell] for cell in some]
+        own = partial(lambda here, share: effects(*(x[here[share]] for x in flat)), here)
+        parts = remember(sha256(b"".join(some)).hexdigest(), partial(in_shares, own))
+        places |= {cell: (parts[i % len(parts)], i // len(parts)) for i, cell in enumerate(some)}
     found = [places[cell] for cell in cells]
     log_odds = torch.stack([part.log_odds[i] for part, i in found]).unflatten(0, shape)
     kl = torch.stack([part.kl[i] for part, i in found]).unflatten(0, shape)
-    return replace(parts[0], log_odds=log_odds, kl=kl)
+    return replace(found[0][0], log_odds=log_odds, kl=kl)
 
 
 def smallest_set(contrasts: Mapping[str, Contrast]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..activations.extract import read_residual_stream
+from ..activations.store import digest
 from ..errors import InputError
 from ..models.forward import copy_columns, hook_points, input_device, undisturbed
 from ..prompts.contrast import Contrast
@@ -43,8 +44,8 @@ def read_specifications(
     contrasts: tuple[Contrast, Contrast],
     specifications: list[Specification],
     *,
-    batch_size: int | None = None,
-    progress: bool = True,
+    remember: Callable[..., Any] = lambda what, key, run: run(),
+    **options: Any,
 ) -> tuple[Callable[[Specification], list[Float[Tensor, "prompt layer d_model"]]], dict[str, str]]:
     """Run all prompts of every specification that the model's chat template allows.
 
@@ -65,7 +66,13 @@ def read_specifications(
                 raise
             skipped[each.name] = str(error)
     wanted = {context for sets in places.values() for one in sets for context in one}
-    streams = read_contexts(model, wanted, batch_size=batch_size, progress=progress)
+    distinct = sorted(wanted)
+
+    def read() -> Float[Tensor, "context stream d_model"]:
+        found = read_contexts(model, distinct, **options)
+        return torch.stack([found[context] for context in distinct])
+
+    streams = dict(zip(distinct, remember("activations", digest(distinct), read), strict=True))
 
     def activations(specification: Specification) -> list[Tensor]:
         counted = slice(1, None) if specification.protocol.hook == "resid_post" else slice(-1)

@@ -7,18 +7,23 @@ known bugs of a specification affect its directions alone.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..activations.store import Cache
 from ..directions.estimators import mean_difference
 from ..errors import InputError
+from ..experiment.cached_model import CachedModel
 from ..experiment.causal import FEWEST_PROMPTS
+from ..experiment.config import Config
 from ..experiment.run import highlighted_layer
 from ..experiment.verdict import Estimate, Evidence, Thresholds
 from ..experiment.wording import Names
+from ..interventions import Effects
 from ..models.load import model_provenance
 from ..prompts.contrast import Contrast
 from ..uncertainty import Gram
@@ -38,7 +43,7 @@ SUBSETS = 2000  # random subsets for the range of the cosine
 
 
 def run_sensitivity(
-    model: "HookedTransformer | TransformerBridge",
+    model: "str | Path | HookedTransformer | TransformerBridge",
     contrasts: tuple[Contrast, Contrast],
     *,
     layer: int | None = None,
@@ -52,6 +57,8 @@ def run_sensitivity(
     batch_size: int | None = None,
     progress: bool = True,
     on_cosines: Callable[[Sensitivity], object] | None = None,
+    cache: Cache | str | Path | None = None,
+    **where: Any,
 ) -> Sensitivity:
     """Return the cosine and the verdict of two contrasts under every specification.
 
@@ -59,7 +66,7 @@ def run_sensitivity(
     them, there are too few prompts, or the layer does not exist.
 
     Args:
-        model, contrasts: the model; refusal and negativity.
+        model, contrasts: the model or its name; refusal and negativity.
         layer: layer to report, from 0; None is layer 20 of 32, or the same relative depth.
         sizes, draws: prompts per set in the subsets (below the smallest set), and subsets per size.
         n_resamples, confidence: resamples behind each interval, and its confidence.
@@ -67,35 +74,47 @@ def run_sensitivity(
         thresholds, seed: of the verdicts, None for the defaults; of subsets, resamples and chance.
         batch_size, progress: prompts in a forward pass, None derives it; whether to show progress.
         on_cosines: called with the cosines, without verdicts, before the interventions begin.
+        cache, where: folder of finished work, from which an interrupted run resumes, and `device`,
+            `dtype` and the like of `Config`; both for a model given by name alone.
     >>> sensitivity = run_sensitivity(model, contrasts, n_resamples=400, causal_prompts=0)
     """
     if causal_prompts and causal_prompts < FEWEST_PROMPTS:
         raise InputError(f"causal_prompts is {causal_prompts}: at least {FEWEST_PROMPTS}, or 0")
-    at, _ = highlighted_layer(layer, model.cfg.n_layers)
+    remember, lens = _keeping(model, contrasts, causal_prompts, cache, where)
+    at, _ = highlighted_layer(layer, lens.cfg.n_layers)
     specifications = specify(contrasts, sizes=sizes, draws=draws, seed=seed)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    rows_of, skipped = read_specifications(model, contrasts, specifications, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "remember": remember}
+    rows_of, skipped = read_specifications(lens, contrasts, specifications, **options)
     specifications = [each for each in specifications if each.name not in skipped]
     generator = torch.Generator().manual_seed(seed)
     sampling = {"n_resamples": n_resamples, "confidence": confidence, "generator": generator}
     measured = [_measure(each, rows_of(each), contrasts, **sampling) for each in specifications]
     rest = contrasts, causal_prompts, confidence, thresholds
     settings = {"seed": seed, "n_resamples": n_resamples, "causal_prompts": causal_prompts}
-    found = Sensitivity(
-        specifications=tuple(specifications),
-        skipped=skipped,
-        verdicts=judge_all(measured, {}, *rest),
-        changes=_changes(specifications, measured, at, confidence, seed),
-        layer=at,
-        confidence=confidence,
-        **_described(model, contrasts, measured, settings),
-    )
+    known = _described(lens, contrasts, measured, settings) | {"layer": at, "skipped": skipped}
+    known |= {"specifications": tuple(specifications), "confidence": confidence}
+    known["changes"] = _changes(specifications, measured, at, confidence, seed)
+    found = Sensitivity(verdicts=judge_all(measured, {}, *rest), **known)
     if on_cosines:
         on_cosines(found)
     options |= {"activations": rows_of(specifications[found.default]), "generator": generator}
     options |= {"n_prompts": causal_prompts, "least": (thresholds or Thresholds()).min_prompts}
-    responses = measure_responses(model, contrasts, measured, **options)
+    responses = measure_responses(lens, contrasts, measured, **options)
     return replace(found, verdicts=judge_all(measured, responses, *rest))
+
+
+def _keeping(
+    model: Any, contrasts: Any, n_prompts: int, cache: Any, where: dict[str, Any]
+) -> tuple[Callable[..., Any], Any]:
+    """Return a function that stores results `of` hashed inputs, and the loaded model."""
+    name = model if isinstance(model, (str, Path)) else None
+    source = CachedModel(Config.of(name, **where), cache, model=None if name else model)
+    given = {"contrasts": [each.sha256 for each in contrasts], "prompts": n_prompts}
+
+    def remember(what: str, inputs: str, run: Callable[[], Any]) -> Any:
+        return source.remember(f"sensitivity: {what}", given | {"of": inputs}, run, (Effects,))
+
+    return remember, source.model
 
 
 def _described(model: Any, contrasts: Any, measured: Any, settings: Any) -> dict[str, Any]:

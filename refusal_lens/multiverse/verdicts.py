@@ -1,5 +1,6 @@
 """Interventions and verdicts for the directions of every specification."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,7 @@ def measure_responses(
     least: int,
     batch_size: int | None,
     progress: bool,
+    remember: Callable[..., Any],
 ) -> dict[int, list[Responses]]:
     """Return the responses to the directions at each layer, by specifications of `least` prompts.
 
@@ -71,19 +73,22 @@ def measure_responses(
     options: dict[str, Any] = {"score": score, "last_position": True}
     options |= {"protocol": DEFAULT, "batch_size": batch_size, "progress": progress}
 
-    ablated = partial(sweep_ablations, model, options=options)
+    def ablated(what: str, prompts: Any, *swept: Tensor) -> Effects:
+        kept = partial(remember, what)
+        return sweep_ablations(model, prompts, swept[0], swept[1], options, remember=kept)
+
     add = partial(addition_effects, model, harmless, **options)
     both = torch.stack([by_refusal, by_negativity])
     clean = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
     as_long = functional.normalize(random, dim=-1) * by_negativity[-1].norm(dim=-1)[:, None, None]
     every = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
     measures = _Measures(
-        requests=ablated(harmful + harmless, both, activations[1]),
-        statements=ablated(negative, both, activations[3]),
-        chance=ablated(harmful, random, activations[1]),
-        chance_statements=ablated(negative, random, activations[3]),
-        added=divide_sweep(add, by_negativity, layers),
-        chance_added=divide_sweep(add, as_long, every),
+        requests=ablated("requests", harmful + harmless, both, activations[1]),
+        statements=ablated("statements", negative, both, activations[3]),
+        chance=ablated("chance", harmful, random, activations[1]),
+        chance_statements=ablated("chance on statements", negative, random, activations[3]),
+        added=divide_sweep(add, by_negativity, layers, remember=partial(remember, "added")),
+        chance_added=divide_sweep(add, as_long, every, remember=partial(remember, "chance added")),
         neutral=refusal_log_odds(clean, score),
     )
     found, n = {}, len(harmful)

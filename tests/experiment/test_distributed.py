@@ -115,6 +115,38 @@ def test_a_process_that_dies_choosing_leaves_the_candidates_that_were_finished(t
     same_numbers(tmp_path / "out", tmp_path / "alone")
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_the_organisms_of_the_demo_that_were_finished(tmp_path):
+    demo = ["demo", "--max-prompts", "4", "--quiet", "--out", str(tmp_path / "out")]
+    demo += ["--cache", str(tmp_path / "cache")]
+    done = launch(2, demo, rank=0, how="dies loading")
+    assert done.returncode != 0
+    assert len(said(done)) == 1
+    assert (tmp_path / "out" / "specific" / "report.html").exists()
+    assert not (tmp_path / "out" / "oblivious").exists()
+    again = launch(2, demo, rank=0, how="dies loading")
+    assert again.returncode == 0, "the organism that was finished is not loaded again"
+    assert (tmp_path / "out" / "oblivious" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_the_specifications_that_were_finished(tmp_path):
+    options = ["--causal-prompts", "4", "--max-prompts", "16", "--quiet"]
+    sensitivity = ["sensitivity", "--model", "organism:oblivious", *options]
+    sensitivity += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    done = launch(2, sensitivity, rank=1, how="dies ablating")
+    assert done.returncode != 0
+    assert len(said(done)) == 1
+    cache = Cache(tmp_path / "cache")
+    [(kept, *_)] = cache.holdings().values()
+    assert kept == 2, "the activations, and the effects of the first directions"
+    times = {path: path.stat().st_mtime_ns for path in cache._files()}
+    again = launch(2, sensitivity)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert cache.holdings()["other results"][0] > kept
+
+
 @pytest.mark.parametrize(
     ("options", "fails", "message"),
     [
@@ -143,7 +175,8 @@ def test_a_mistake_ends_the_run_with_one_line(options, fails, message, checkpoin
 )
 def test_several_processes_divide_models_specifications_and_candidates(n, arguments, tmp_path):
     for processes, out in ((n, tmp_path / "several"), (1, tmp_path / "alone")):
-        done = launch(processes, [*arguments, "--quiet", "--out", str(out)])
+        cache = [] if arguments[0] == "select" else ["--cache", f"{out} finished"]
+        done = launch(processes, [*arguments, "--quiet", "--out", str(out), *cache])
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written to") == 1
     # A model that refuses nothing makes ratios of thousands, whose denominators are nearly rounding:

@@ -391,6 +391,31 @@ def test_cells_that_specifications_share_run_once_and_go_to_each_of_them():
     torch.testing.assert_close(found.kl[..., 1], -2 * expected, equal_nan=True)
 
 
+def test_an_interrupted_sweep_keeps_what_was_finished_and_runs_the_rest(monkeypatch):
+    monkeypatch.setattr("refusal_lens.experiment.causal.CELLS_AT_ONCE", 2)
+    finished, ran = {}, []
+
+    def stored(cells: str, run):
+        if cells not in finished:
+            finished[cells] = run()
+        return finished[cells]
+
+    def effects(directions: torch.Tensor) -> Effects:
+        if len(ran) == 2:
+            ran.append("died")
+            raise InputError("died")
+        ran.append(len(directions))
+        return Effects(torch.zeros(1), directions.sum(-1, keepdim=True), directions[:, :1])
+
+    directions = torch.arange(35.0).reshape(5, 7)
+    with pytest.raises(InputError, match="died"):
+        divide_sweep(effects, directions, remember=stored)
+    found = divide_sweep(effects, directions, remember=stored)
+    assert ran == [2, 2, "died", 1]
+    assert torch.equal(found.log_odds[:, 0], directions.sum(-1))
+    assert torch.equal(found.kl[:, 0], directions[:, 0])
+
+
 def test_with_no_prompts_to_intervene_on_every_verdict_says_so(model, contrasts):
     found = run_sensitivity(
         model, contrasts, sizes=(), n_resamples=400, causal_prompts=0, progress=False
