@@ -49,6 +49,12 @@ def test_it_can_be_run_where_the_package_is_not_installed(cells):
     assert "%pip install -q .." in code(cells[:2])
 
 
+def test_a_badge_opens_the_page_where_it_is_uploaded(cells):
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    linked = f"[![Open in Colab]({badge})](https://colab.research.google.com/#upload=true)"
+    assert linked in "".join(cells[0]["source"])
+
+
 def test_no_function_is_defined_that_the_package_lacks(cells):
     assert "def " not in code(cells)
     assert "lambda" not in code(cells)
