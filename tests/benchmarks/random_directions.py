@@ -1,17 +1,19 @@
 """How often does a random direction in negativity's place pass for negativity?
 
-    python tests/benchmarks/random_directions.py [--models organism:specific organism:entangled]
-        [--adapters DIR/refuses-0/all ... --base SmolLM2.gguf] [--n 64] [--seed 1] [--out FILE]
+    python tests/benchmarks/random_directions.py [--models organism:specific FILE.gguf+ADAPTER ...]
+        [--n 64] [--seed 1] [--out FILE]
 
 The whole experiment runs on each model. Then each of `n` directions, drawn with the covariance of the
-activations of the highlighted layer within the four prompt sets, takes the place of that layer's
-negativity direction, with its norm, and the same rule judges. The 20 random directions that a run
-compares with stay the same, and so does what the model does to negative statements. Aim: `shared` at
-most 2 times of 64, `partly shared` at most 6 times.
+activations of the judged layer within the four prompt sets, takes the place of that layer's
+negativity direction, with its norm, and the same rule judges, also by what is left without arousal,
+alarm and the refusals' first tokens. The 20 random directions that a run compares with stay the same,
+and so does what the model does to negative statements. Aim: `shared` at most 2 times of 64, `partly
+shared` at most 6 times.
 """
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ import torch
 from torch.nn import functional
 
 import refusal_lens as rl
-from refusal_lens.experiment.causal import PARTS, Causal
+from refusal_lens.experiment.causal import PARTS, Causal, taken_out
 from refusal_lens.experiment.config import some_prompts
 from refusal_lens.experiment.evidence import Earlier, compute_evidence, evidence, responses_of
 from refusal_lens.experiment.verdict import Verdict, judge
 from refusal_lens.interventions import ablation_effects, addition_effects
-from refusal_lens.interventions.cross_ablation import random_directions
+from refusal_lens.interventions.cross_ablation import outside, random_directions
 from refusal_lens.interventions.sweep import affine_references
 
 ANSWERS = ("distinct", "inconclusive", "partly shared", "shared")
@@ -33,47 +35,56 @@ ANSWERS = ("distinct", "inconclusive", "partly shared", "shared")
 def judged(model: Any, name: str, n: int, seed: int) -> tuple[Verdict, list[Verdict]]:
     """The verdict on negativity, and those on random directions in its place."""
     results = rl.run_experiment(rl.Config(model=name), model=model, progress=False)
-    causal, layer, names = results.causal, results.layer, results.contrasts
+    causal, names = results.causal, results.contrasts
     assert isinstance(causal, Causal)
-    cosine = results.statistics["negativity"]
-    acts = {part: rl.get_layer_activations(model, names[part], progress=False) for part in PARTS}
+    layer, cosine = causal.ablation.layer, results.statistics["negativity"]
+    acts = {k: rl.get_layer_activations(model, v, progress=False) for k, v in names.items()}
     classes = [side[:, layer] for part in PARTS for side in acts[part]]
     random = random_directions(*classes, n=n, generator=torch.Generator().manual_seed(seed))
-    norm = (classes[2].mean(0) - classes[3].mean(0)).norm()
+    span = taken_out(model, acts, causal.openings)[-1][layer]
+    # Each direction, whole and without what controls have, with negativity's norm.
+    random = functional.normalize(random, dim=-1) * (classes[2].mean(0) - classes[3].mean(0)).norm()
+    every = torch.cat([random, torch.stack([outside(each, span) for each in random])])
     requests, statements = (some_prompts(names[part], causal.n_prompts) for part in PARTS)
     options = {"score": causal.openings, "last_position": True, "progress": False}
-    both = [*requests.target, *requests.baseline]
-    ablated = ablation_effects(
-        model, both, random, references=affine_references(random, acts["refusal"][1]), **options
+    ablated, on_statements = (
+        ablation_effects(
+            model, prompts, some, references=affine_references(some, acts[part][1]), **options
+        )
+        for prompts, some, part in (
+            ([*requests.target, *requests.baseline], every, "refusal"),
+            (statements.target, random, "negativity"),
+        )
     )
-    on_statements = ablation_effects(
-        model,
-        statements.target,
-        random,
-        references=affine_references(random, acts["negativity"][1]),
-        **options,
-    )
-    as_long = functional.normalize(random, dim=-1) * norm
-    at = torch.full((n,), layer)
-    added = addition_effects(model, requests.baseline, as_long, at, **options)
+    at = torch.full((len(every),), layer)
+    added = addition_effects(model, requests.baseline, every, at, **options)
     geometry = evidence(names, None, cosine, layer=layer)
-    found, n_harmful = [], len(requests.target)
+    found, h = [], len(requests.target)
     for i in range(n):
-        rows = responses_of(causal, layer)
+        rows, alone = responses_of(causal), n + i
         harmful, negative, gained = (x.clone() for x in (rows.harmful, rows.negative, rows.added))
-        harmful[2], negative[2] = ablated.log_odds[i, :n_harmful], on_statements.log_odds[i]
+        harmful[2], negative[2] = ablated.log_odds[i, :h], on_statements.log_odds[i]
         gained[2] = added.log_odds[i]
-        kl = ablated.kl[i, n_harmful:].mean()
-        damage = ablated.kl[i, :n_harmful].mean() / causal.ablation.refusal.target_kl[1].mean()
+        damage = ablated.kl[i, :h].mean() / causal.ablation.refusal.target_kl[1].mean()
+        least = torch.stack([*harmful[:2], ablated.log_odds[alone, :h]])
         rows = rows._replace(
             harmful=harmful,
             negative=negative,
             added=gained,
-            kl=(rows.kl[0], float(kl)),
+            kl=(rows.kl[0], float(ablated.kl[i, h:].mean())),
             earlier=Earlier(layer, harmful[:3], float(damage)),
+            controlled_earlier=Earlier(layer, least, float(damage)),
+            controlled=(ablated.log_odds[alone, :h], added.log_odds[alone]),
+            strongest=None,
         )
+        share = float(every[alone].norm() / every[i].norm())
         pair = [names["refusal"], requests, statements]
-        whole = compute_evidence(geometry, rows, contrasts=pair, confidence=cosine.confidence)
+        whole = compute_evidence(
+            replace(geometry, controlled_norm=share),
+            rows,
+            contrasts=pair,
+            confidence=cosine.confidence,
+        )
         found.append(judge(whole))
     return results.verdict, found
 
