@@ -20,7 +20,8 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
-from ..experiment.wording import WORDS
+from ..experiment.causal import smallest_set
+from ..experiment.wording import WORDS, rule
 from .commands import Compare, ConceptMap, Convert, Multiverse, Report, Select, StoredWork
 from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
 from .show import findings, show, table, verdict
@@ -110,7 +111,9 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
 
     def __call__(self) -> None:
         config = rl.config_of(self.repeat) if self.repeat else self._config()
-        config.contrasts()
+        fewest, needed = smallest_set(config.contrasts()), config.thresholds.min_prompts
+        if fewest < needed and distributed.is_main() and not self.quiet:
+            print(WORDS["few_prompts"].format(fewest=fewest, needed=needed), file=sys.stderr)
         out = replace(self, model=config.model).start()
         cache = rl.Cache(None if self.no_cache else self.cache or default_folder())
         results = rl.run_experiment(config, progress=not self.quiet, cache=cache)
@@ -152,13 +155,15 @@ def main(arguments: list[str] | None = None) -> None:
     commands: dict[str, Callable] = {"demo": Demo, "run": Run, "tokens": Tokens, "report": Report}
     commands |= {"compare": Compare, "convert": Convert, "sensitivity": Multiverse}
     commands |= {"select": Select, "atlas": ConceptMap, "cache": StoredWork}
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+    if (given := sys.argv[1:] if arguments is None else arguments) == ["--explain"]:
+        return show(rule(rl.Config().thresholds))
+    if given == ["--version"]:
         return print(f"refusal-lens {version('refusal_lens')}")
     command = tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="refusal-lens",
         description="Is refusal a mechanism of its own in a chat model, or general negativity? "
-        "--version prints the version.",
+        "--explain prints the rule of the verdict, --version the version.",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

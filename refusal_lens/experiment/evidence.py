@@ -206,6 +206,7 @@ def compute_evidence(
         chance_addition=_chance(-added, _total(gaps)),
         chance_addition_share=_chance(-refused[4], _total(shares)),
         chance_statements=_chance(negative, _total(of_negative)),
+        chance_statement_ablation=_chance(negative, dropped.double().mean()),
         kl_refusal=responses.kl[0],
         kl_negativity=responses.kl[1],
         cross_ablation=ratio([(harmful[0] - harmful[2], dropped)], labels[:1]),

@@ -75,7 +75,8 @@ class Evidence:
         typical_ablation: drop of harmful scores under ablating the median random direction, over the
             drop under ablating refusal.
         chance_ablation, chance_ablation_share, chance_addition, chance_addition_share,
-            chance_statements: the ratios below, of the most effective random direction.
+            chance_statements, chance_statement_ablation: the ratios below, of the most effective
+            random direction.
         kl_refusal, kl_negativity: next-token KL that each ablation causes on harmless prompts, in nats.
         cross_ablation, cross_ablation_share: drop of harmful prompts' scores, and of the share
             refused, under ablating negativity, over the drop under ablating refusal.
@@ -125,6 +126,7 @@ class Evidence:
     chance_addition: float = math.nan
     chance_addition_share: float = math.nan
     chance_statements: float = math.nan
+    chance_statement_ablation: float = math.nan
     kl_refusal: float = math.nan
     kl_negativity: float = math.nan
     cross_ablation: Estimate = Estimate()

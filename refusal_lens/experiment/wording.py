@@ -72,7 +72,8 @@ def effects(verdict: Verdict, names: Names = BUNDLED) -> list[list[str]]:
     """Return rows: an effect that decides, its size relative to refusal's, and what chance does."""
     numbers, rows = vars(verdict.evidence), []
     for measure, what in WORDS["effects"].items():
-        chance = _percent(numbers[CHANCE[measure]]) if measure in CHANCE else ""
+        of = (CHANCE | {"statement_ablation": "chance_statement_ablation"}).get(measure)
+        chance = _percent(numbers[of]) if of else WORDS["no_intervention"]
         rows.append([what.format(**names._asdict()), _percent(numbers[measure]), chance])
     return rows
 

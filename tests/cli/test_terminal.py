@@ -8,6 +8,7 @@ import pytest
 
 from refusal_lens.cli import show
 from refusal_lens.cli.main import main
+from refusal_lens.experiment.wording import effects
 
 COMMANDS = (
     "demo",
@@ -90,6 +91,29 @@ def test_results_wrap_at_the_terminal_s_width_and_names_stay_text(
     assert "a random direction" in shown
     assert "\n\n\n" not in shown
     assert "\033" not in shown
+
+
+def test_what_chance_does_or_that_nothing_was_done_stands_beside_every_effect(quick_results):
+    results = quick_results("specific")
+    beside = {row[0]: row[2] for row in effects(results.verdict, results.names)}
+    assert beside.pop("negative prompts refused, beyond neutral ones") == "no intervention"
+    assert all(re.fullmatch(r"-?\d+ %", chance) for chance in beside.values())
+    # Both are of the same random drop: over the fall under refusal, and over the gap of statements.
+    e = results.verdict.evidence
+    assert (e.chance_statement_ablation > 0) == (e.chance_statements > 0)
+    assert e.chance_statement_ablation != e.chance_statements
+
+
+def test_the_rule_can_be_read_without_a_run_or_a_model(capsys):
+    main(["--explain"])
+    assert "Inconclusive comes first:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n", "told"), [("15", True), ("16", False)])
+def test_too_few_prompts_for_a_verdict_are_said_before_the_run_begins(n, told, tmp_path, capsys):
+    shown = printed(capsys, "run", "--model", str(tmp_path / "none"), "--max-prompts", n)
+    first = f"The smallest set has {n} prompts: below 16 the verdict will be inconclusive."
+    assert (first == shown.splitlines()[0]) == told
 
 
 def test_columns_of_numbers_stand_to_the_right_and_words_to_the_left():
