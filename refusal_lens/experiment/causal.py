@@ -145,7 +145,7 @@ def intervene(
         several=several,
         ablation=ablation,
         addition=addition,
-        constant_token=_constant_token(model, pair, score, options),
+        constant_token=constant_token(model, pair, score, options),
     )
 
 
@@ -289,7 +289,7 @@ def request_scores(model: Any, contrast: Contrast, score: ReplyOpenings, options
     return opening_log_odds(model, sum(sides, ()), score, **options).split([*map(len, sides)])
 
 
-def _constant_token(
+def constant_token(
     model: "HookedTransformer | TransformerBridge",
     pair: Sequence[Contrast],
     refusal: ReplyOpenings,

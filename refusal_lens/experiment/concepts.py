@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 from ..activations.extract import ContrastActivations
 from ..directions.estimators import mean_difference
 from ..interventions import Effects, cross_ablation, openings_of
-from ..interventions.batched_runs import Interventions
-from ..interventions.reply_openings import REFUSAL
+from ..interventions.batched_runs import Interventions, opening_log_odds
+from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references, measured
 from ..prompts.contrast import Contrast
 from ..uncertainty import Gram, cosine_statistics
@@ -102,8 +102,9 @@ class Concepts:
             controlled   log-odds of harmful requests while what controls leave of it is ablated
             sweep        `Effects` on harmful requests of ablating its direction of each layer
             least        the same of what controls leave of it, if there are controls
+            constant, covered   of replies, see `Evidence`
         """
-        what, compute = f"atlas: effects on {name}", lambda: self._run(name)
+        what, compute = f"atlas: effects of {name}", lambda: self._run(name)
         return self.source.remember(what, self.decided_by, compute, (Effects,))
 
     def _run(self, name: str) -> Runs:
@@ -143,7 +144,15 @@ class Concepts:
             "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
             "sweep": self._sweep(mean_difference(*sides).float()),
             "least": None if alone.isnan().all() else self._sweep(alone),
+            "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
+            "covered": torch.nan if here else self._covered(requests),
         }
+
+    def _covered(self, requests: Contrast) -> float:
+        model, few = self.source.model, some_prompts(requests, FEW_PROMPTS).target
+        others = [openings_of(self.source.tokenizer, x) for x in (SYMPATHY, ANSWERING)]
+        odds = [opening_log_odds(model, few, x, **self.options) for x in (self.score, *others)]
+        return float(torch.stack(odds).sigmoid().mean(-1).sum())
 
     def _alone(self, name: str) -> Float[Tensor, "layer d_model"]:
         """What controls leave of a concept's direction at each layer; NaN without controls."""
@@ -250,6 +259,8 @@ class Concepts:
             strongest=lowered_most(harm["sweep"], own["least"] or own["sweep"]),
         )
         used = [pair["refusal"], requests, statements, self.others]
+        constant = harm["constant"] if harm["constant"] == own["constant"] else ""
+        found = replace(found, covered=harm["covered"], constant_token=constant)
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:

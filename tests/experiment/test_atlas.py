@@ -4,6 +4,8 @@ from dataclasses import fields
 
 import pytest
 import torch
+from checkpoints import byte_tokenizer
+from families import BARE, random_model
 from wired import build, tokenizer
 
 import refusal_lens as rl
@@ -91,7 +93,7 @@ def test_a_verdict_is_that_of_the_experiment(control):
     mine, alone = control[0].verdicts["negativity"], control[1]
     assert mine.answer == alone.answer
     assert alone.evidence.controlled_norm < 1  # the control is taken out in both
-    for name in {each.name for each in fields(alone.evidence)} - {"covered"}:
+    for name in (each.name for each in fields(alone.evidence)):
         if name.startswith(("chance", "typical")):
             continue  # a map draws its random directions from the activations of all concepts
         one, other = getattr(mine.evidence, name), getattr(alone.evidence, name)
@@ -140,6 +142,20 @@ def test_an_interrupted_run_resumes_with_the_concepts_that_are_left(tmp_path, mo
     with pytest.raises(LookupError, match="alarm"):
         rl.compare_concepts("organism:specific", CONCEPTS, **options)
     assert ran == ["refusal", "negativity", "arousal", "arousal", "alarm"]
+
+
+def test_a_model_whose_every_reply_begins_alike_gets_no_verdict_here_either():
+    thinking = random_model("GPT-J")
+    thinking.lm_head.bias.data[30] += 100
+    model = rl.from_hugging_face(thinking, byte_tokenizer(), name="thinking")
+    sides = [[f"{side} {x}" for x in "abcdefgh"] for side in ("Rob bank", "Bake cake", "Bad", "A")]
+    refusal, other = rl.Contrast("refusal", *sides[:2]), rl.Contrast("negativity", *sides[2:])
+    options = {"refusal": refusal, "n_resamples": 400, "protocol": rl.Protocol(chat_template=BARE)}
+    atlas = rl.compare_concepts(model, [other], progress=False, **options)
+    evidence = atlas.verdicts["negativity"].evidence
+    assert evidence.constant_token == byte_tokenizer().decode([30])
+    assert evidence.covered < 0.01
+    assert atlas.verdicts["negativity"].answer == "inconclusive"
 
 
 def test_negativity_may_stand_anywhere_among_the_concepts():

@@ -48,7 +48,7 @@ def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_eno
     refusal = openings_of(model.tokenizer, REFUSAL)
     logits = torch.randn(200, model.cfg.d_vocab, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(causal, "first_token_logits", lambda *args, **options: logits)
-    token_of = partial(causal._constant_token, model, [rl.load_contrast("refusal")], refusal, {})
+    token_of = partial(causal.constant_token, model, [rl.load_contrast("refusal")], refusal, {})
     thinks, other, *_ = sorted({*range(60, 90)} - {*refusal.first_tokens})
     assert token_of() == ""
     logits[:, thinks] = 30
