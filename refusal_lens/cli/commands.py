@@ -2,7 +2,7 @@
 
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +13,10 @@ import refusal_lens as rl
 from ..activations import disk
 from ..activations.store import default_folder
 from ..experiment import distributed
+from ..experiment.atlas import LIKENESS
 from ..experiment.wording import WORDS
 from ..prompts.contrast import as_contrast
-from .options import ContrastOptions, Folder, ModelOptions, Number, RefusalOptions, Text
+from .options import MODEL, ContrastOptions, Folder, ModelOptions, Number, RefusalOptions, Text
 from .show import show, table
 
 ENDINGS = (".safetensors", ".npy", ".gguf")  # formats that `convert` writes
@@ -124,9 +125,11 @@ class ConceptMap(ModelOptions):
     Prints the concepts, likest to refusal first, with simultaneous intervals and a verdict each, and
     writes figures and every number. Takes minutes for a small model; an interrupted run resumes.
     A concept of your own is a table with a column of prompts with it and a column without:
-    `--concepts negativity,mine.csv:with:without`. Several models, one after the other: `--model A,B`.
+    `--concepts negativity,mine.csv:with:without`. Several models in one figure: `--model A --model B`.
     """
 
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # type: ignore[assignment]
+    """Hub name, directory, GGUF file or organism:specific; +ADAPTER may follow. Repeat for several."""
     concepts: tuple[str, ...] = rl.bundled_contrasts()  # Bundled names, or FILE:COLUMN:COLUMN.
     layer: Number = None  # Layer to intervene at, from 0. Default: 20 of 32, or the same depth.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
@@ -138,13 +141,20 @@ class ConceptMap(ModelOptions):
         concepts = [_own_concept(text) if ":" in text else text for text in texts]
         options = {name: getattr(self, name) for name in ("layer", "max_prompts", "device")}
         options |= {"cache": self.cache or default_folder(), "n_devices": self.n_devices}
-        models = self.model.split(",")
+        models, atlases = self.model or (MODEL,), []
         for model in models:
             own = re.sub(r"[^\w.-]+", "-", model) if len(models) > 1 else ""
-            out = replace(self, model=model, out=self.out and self.out / own).start("-atlas")
+            out = ModelOptions(model=model, out=self.out and self.out / own).start("-atlas")
             found = rl.compare_concepts(model, concepts, progress=not self.quiet, **options)
             found.save(out)
+            atlases.append(found)
             show(f"{model}, layer {found.layer}", str(found), f"Written to {out}")
+        if len(models) > 1 and distributed.is_main():
+            with disk.whole_directory(self.out or Path("runs/atlas")) as staging:
+                for what in LIKENESS:
+                    figure = atlases[0].beside(*atlases[1:], likeness=what)
+                    (staging / f"models-{what}.html").write_text(rl.plotting.page(figure), "utf-8")
+            show(f"All models in one figure: {self.out or 'runs/atlas'}/models-cosine.html")
 
 
 def _own_concept(text: str) -> "rl.Contrast":

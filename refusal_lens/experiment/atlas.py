@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
-LIKENESS = ("cosine", "cross_ablation", "cross_addition")  # of `Evidence`
+Likeness = Literal["cosine", "cross_ablation", "cross_addition"]  # of `Evidence`
+LIKENESS: tuple[Likeness, ...] = get_args(Likeness)
 ENDS = ("", " lower", " upper")
 
 
@@ -47,7 +48,7 @@ class Atlas(Table):
         model, layer: the model, and the layer of interventions and verdicts.
         directions: mean differences by concept, not normalised.
         cosine, auroc: of the true directions, NaN where not measurable; of each concept's direction
-            (first axis) on each concept's prompts.
+            (second axis) on each concept's prompts.
         likeness: `LIKENESS` of all concepts but refusal; the intervals hold for all at once. Effects
             are NaN in a model that refuses too little to explain.
         verdicts: the answers of `run_experiment` for refusal and each other concept.
@@ -65,7 +66,7 @@ class Atlas(Table):
     layer: int
     directions: dict[str, Float[Tensor, "layer d_model"]]
     cosine: Pairs
-    auroc: Float[Tensor, "concept concept layer"]
+    auroc: Pairs
     likeness: Float[Tensor, "3 others 3"]
     verdicts: dict[str, Verdict]
     separable: Float[Tensor, "3 intervention concept later_layer"] | None
@@ -96,21 +97,31 @@ class Atlas(Table):
         names, options = [*self.directions], {"highlight": self.layer} | theme
         # The principal components of unit vectors are the classical scaling of their cosines.
         units = {k: similarity.unit(v).nan_to_num()[None] for k, v in self.directions.items()}
-        axes, hover = ("first dimension", "second dimension"), {name: [name] for name in names}
-        places = measures.in_components(units)
+        places = torch.cat([*measures.in_components(units).values()])
         area: Any = {"quantity": "AUROC", "limits": (0.0, 1.0)} | options
         found = {
-            "cosines": plotting.concept_map(self.cosine[0], names, **options),
-            "places": plotting.prompts_in_plane(places, hover, axes=axes, **options),
+            "cosines": plotting.concept_map(self.cosine, names, places=places, **options),
             "detection": plotting.concept_map(self.auroc, names, **area),
         }
-        found["places"].update_layout(title_text="Concepts that are near have a high cosine")
         if self.kept is not None:
             left: Any = {"outcomes": names, "quantity": "percent of separation left", **theme}
             left |= {"interventions": [f"ablate {name}" for name in names]}
             left |= {"title": "Representational independence"}
             found["independence"] = plotting.cross_effects(100 * self.kept[0], **left)
         return found
+
+    def beside(self, *others: "Atlas", likeness: Likeness = "cosine", **theme: Any) -> "go.Figure":
+        """Return each concept's likeness to refusal in several models, with simultaneous intervals.
+        >>> shown = again.beside(again, likeness="cross_ablation")
+        """
+        from .. import plotting
+
+        values, at = {}, LIKENESS.index(likeness)
+        for each in (self, *others):
+            rows = zip(each.verdicts, each.likeness[:, :, at].T.tolist(), strict=True)
+            values[f"{each.model}, layer {each.layer}"] = dict(rows)
+        quantity = f"{likeness}, 1 is that of refusal itself".replace("_", "-")
+        return plotting.intervals_by_name(values, quantity=quantity, **theme)
 
     def save(self, folder: str | Path) -> Path:
         """Write `atlas.json`, `atlas.safetensors` and figures as pages; InputError on failure."""
@@ -216,7 +227,7 @@ def _atlas(work: Concepts, runs: dict[str, Runs], cosine: Pairs, origin: dict[st
         layer=work.layer,
         directions={name: mean_difference(*each) for name, each in sides.items()},
         cosine=cosine,
-        auroc=torch.stack(areas).unflatten(0, (len(names), -1)),
+        auroc=torch.stack(areas, 1).unflatten(1, (len(names), -1)),
         likeness=likeness.movedim(-1, 0),
         verdicts={name: judge(each, config.thresholds) for name, each in evidence.items()},
         separable=torch.stack(after[0], 2) if runs else None,

@@ -149,13 +149,13 @@ def projections(activations: Activations, names: Names) -> Projections:
     return found
 
 
-def aurocs(projected: Projections, names: Names) -> Curves:
-    """Return the AUROC of each direction on each contrast; 1/2 is chance, NaN is unknown."""
+def aurocs(projected: Projections, names: Names) -> dict[str, Float[Tensor, "3 layer"]]:
+    """Return the AUROC of each direction on each contrast with its interval; NaN is unknown."""
     found = {}
     for (of, sets), (part, sides) in product(projected.items(), names.items()):
         layers = zip(*(sets[side].unbind(1) for side in sides), strict=True)
-        areas = [auroc_interval(*scores).value for scores in layers]
-        found[f"{of} direction on {part}"] = torch.stack(areas).float()
+        areas = [torch.stack(auroc_interval(*scores)) for scores in layers]
+        found[f"{of} direction on {part}"] = torch.stack(areas, -1).float()
     return found
 
 

@@ -176,7 +176,7 @@ def analyse(
         statistics=statistics,
         metrics=measures.by_metric(sides, directions),
         estimators=measures.by_estimator(sides, paired=paired),
-        auroc=measures.aurocs(projections, names),
+        auroc={k: area[0] for k, area in measures.aurocs(projections, names).items()},
         projections=projections,
         plane=measures.in_plane(sets, directions),
         components=measures.in_components(sets),

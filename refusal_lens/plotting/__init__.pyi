@@ -8,5 +8,6 @@ from .matrices import position_by_layer as position_by_layer
 from .matrices import selection_scores as selection_scores
 from .prompts import projections_by_layer as projections_by_layer
 from .prompts import prompts_in_plane as prompts_in_plane
+from .specification import intervals_by_name as intervals_by_name
 from .specification import specification_curve as specification_curve
 from .theme import page as page

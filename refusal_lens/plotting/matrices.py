@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import InputError, check_tensors
-from .prompts import add_slider
+from .prompts import Step, add_slider
 from .text import escaped, numbers, wrapped, written
-from .theme import SIGNED, UNSIGNED, Theme, check_count, empty, figure, is_layer, layer_axis
+from .theme import SIGNED, UNSIGNED, Theme, check_count, empty, figure, is_layer, layer_axis, styles
 
 Cells = Float[Tensor, "intervention outcome"]
 
@@ -59,9 +59,10 @@ def cosine_matrix(
 
 
 def concept_map(
-    matrix: Float[Tensor, "concept concept layer"],
+    matrix: Float[Tensor, "3 concept concept layer"],
     names: Sequence[str],
     *,
+    places: Float[Tensor, "concept layer 2"] | None = None,
     quantity: str = "cosine",
     limits: tuple[float, float] = (-1.0, 1.0),
     highlight: int = 20,
@@ -70,23 +71,49 @@ def concept_map(
     """A number for every two concepts, with a slider over layers that begins at `highlight`.
 
     Args:
-        matrix, names: numbers, of which NaN stay empty, and the concepts.
+        matrix, names: numbers (NaN stay empty), the ends of their intervals; and the concepts.
+        places: the concepts in a plane, drawn beside the numbers, or below them on a phone's page.
         quantity, limits: name of the numbers, and the ends of their colour scale.
     """
-    check_tensors(matrix=(matrix, "row column layer"))
-    check_count("names", names, len(matrix))
+    check_tensors(matrix=(matrix, "end row column layer"))
+    check_count("names", names, matrix.shape[1])
     chart = figure("Concepts", f"{quantity}, direction by row", theme=theme, height=600)
-    if empty(chart, [matrix], quantity):
+    if empty(chart, matrix[:1], quantity):
         return chart
     labels = [wrapped(name, width=24, lines=1) for name in names]
     text = [[f"{a}, {b}" for b in labels] for a in labels]
-    _heatmap(chart, matrix[..., 0], limits, quantity, "%{text}<br><b>%{z}</b>", text)
+    hover = "%{text}<br><b>%{z}</b>, %{customdata[1]} to %{customdata[2]}"
+    _heatmap(chart, matrix[0, ..., 0], limits, quantity, hover, text)
     axis = {"tickvals": [*range(len(names))], "ticktext": labels}
     chart.update_xaxes(axis, tickangle=-90, side="top")
     chart.update_yaxes(axis, range=[len(names) - 0.5, -0.5])
     chart.update_layout(margin_t=chart.layout.margin.t + 70)  # for the names above
-    add_slider(chart, [({"z": [numbers(x, digits=2)]}, {}) for x in matrix.unbind(-1)], highlight)
+    if places is not None:
+        _beside(chart, places, labels, theme)
+    steps: list[Step] = []
+    for i, ends in enumerate(numbers(matrix.permute(3, 1, 2, 0), digits=2)):
+        steps.append(({"z": [numbers(matrix[0, ..., i], digits=2)], "customdata": [ends]}, {}))
+        for xy, along in () if places is None else zip("xy", places[:, i].T, strict=True):
+            steps[i][0][xy] = [None, numbers(along)]
+    add_slider(chart, steps, highlight)
     return chart
+
+
+def _beside(chart: go.Figure, places: Tensor, labels: list[str], theme: Theme) -> None:
+    """Draw points with names at the right of a heatmap; below it where a page is narrow."""
+    reach, style = 1.2 * float(places.abs().max()), styles(["refusal"], theme)["refusal"]
+    above = [f"{'top' if i % 2 else 'bottom'} center" for i in range(len(labels))]
+    points: Any = {"text": labels, "textposition": above, "textfont_size": 11, "showlegend": False}
+    points |= {"marker": style.marker(8.0), "mode": "markers+text", "cliponaxis": False}
+    chart.add_scatter(**points, xaxis="x2", yaxis="y2", hovertemplate="%{text}<extra></extra>")
+    line = {"range": [-reach, reach], "zeroline": True, "showgrid": True}
+    chart.update_layout(xaxis2=line | {"anchor": "y2", "title": {"text": "near: a high cosine"}})
+    chart.update_layout(yaxis2=line | {"anchor": "x2", "scaleanchor": "x2", "constrain": "domain"})
+    wide = {"xaxis.domain": [0, 0.46], "xaxis2.domain": [0.6, 1], "yaxis2.domain": [0, 1]}
+    tall = {"xaxis.domain": [0, 1], "xaxis2.domain": [0, 1], "yaxis2.domain": [0, 0.4]}
+    tall |= {"yaxis.domain": [0.5, 1], "height": 900}
+    bar = {"colorbar.x": 1.02, "colorbar.y": 0.75, "colorbar.len": 0.5}
+    chart.update_layout(wide, meta={"narrow": [bar, tall, [0]]}).data[0].colorbar.x = 0.47
 
 
 def position_by_layer(

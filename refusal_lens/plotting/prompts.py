@@ -115,10 +115,11 @@ def add_slider(chart: go.Figure, steps: list[Step], highlight: int) -> None:
     """Add a slider over layers; animation frames would start to play when the page opens."""
     shown = highlight if is_layer(highlight, len(steps)) else len(steps) - 1
     data, layout = steps[shown]
-    moved = list(range(len(next(iter(data.values())))))
+    moved = list(range(max(map(len, data.values()))))
     for name, values in data.items():
-        for i in moved:
-            chart.data[i][name] = values[i]
+        for i, value in enumerate(values):
+            if value is not None:
+                chart.data[i][name] = value
     chart.update_layout(layout)
     moves = [
         {"method": "update", "label": str(layer), "args": [*step, moved]}

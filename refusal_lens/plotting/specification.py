@@ -1,6 +1,7 @@
 """The specification curve: one number under many specifications, above their choices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
@@ -103,3 +104,37 @@ def _in_order(options: Any) -> list[str]:
     """The distinct options in order of appearance, or by size if all are whole numbers."""
     found = list(dict.fromkeys(options))
     return sorted(found, key=int) if all(option.isdecimal() for option in found) else found
+
+
+def intervals_by_name(
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    quantity: str = "true cosine with refusal",
+    title: str = "Concepts in several models",
+    theme: Theme = "light",
+) -> go.Figure:
+    """Numbers with their intervals: a row a name (a concept, say), a colour a group (a model, say).
+
+    Args:
+        values: by group and name, a number and the ends of its interval; NaN is not drawn.
+        quantity, title: name of the numbers, with the unit, and the figure's title.
+    """
+    names = [*dict.fromkeys(chain(*values.values()))]
+    height = 190 + max(30, 12 * len(values)) * len(names)
+    chart = figure(title, quantity, theme=theme, height=height)
+    cells = {group: torch.tensor([*each.values()]) for group, each in values.items()}
+    if empty(chart, cells.values(), quantity):
+        return chart
+    for i, (group, style) in enumerate(styles(values, theme).items()):
+        (value, lower, upper), here = cells[group].T, values[group]
+        ends = {"array": numbers(upper - value), "arrayminus": numbers(value - lower), "width": 0}
+        offset = 0.7 * ((i + 0.5) / len(values) - 0.5)
+        points: Any = {"x": numbers(value), "y": [names.index(name) + offset for name in here]}
+        points |= {"text": [wrapped(name) for name in here], "mode": "markers", "error_x": ends}
+        points |= {"name": wrapped(group, width=40, lines=2), "marker": style.marker(8.0)}
+        points |= {"customdata": numbers(torch.stack([lower, upper], -1), digits=2)}
+        hover = "%{text}<br><b>%{x}</b>, %{customdata[0]} to %{customdata[1]}"
+        chart.add_scatter(**points, hovertemplate=hover + "<extra>%{fullData.name}</extra>")
+    chart.update_yaxes(ticktext=[wrapped(name, width=22, lines=1) for name in names])
+    chart.update_yaxes(tickvals=[*range(len(names))], range=[len(names) - 0.5, -0.5])
+    return chart.update_xaxes(title_text=wrapped(quantity), zeroline=True, showgrid=True)

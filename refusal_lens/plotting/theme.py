@@ -115,7 +115,10 @@ def page(chart: go.Figure) -> str:
     height = chart.layout.height if chart.layout.height > 600 else None
     drawn = go.Figure(chart).update_layout(title=None, margin_t=28, height=height)
     options = {"responsive": True, "displaylogo": False}
-    body = drawn.to_html(options, full_html=False, default_height="calc(100vh - 80px)")
+    narrow = json.dumps((drawn.layout.meta or {}).get("narrow", [{}]))  # changes for a phone
+    script = f"if (innerWidth < 700) Plotly.update('{{plot_id}}', ...{narrow})"
+    written: Any = {"full_html": False, "post_script": script}
+    body = drawn.to_html(options, default_height="calc(100vh - 80px)", **written)
     colours = {"background": look.paper_bgcolor, "ink": look.font.color}
     heading = title.split("<br>")[0]
     return Template(_read("page.html")).substitute(colours, heading=heading, title=title, body=body)

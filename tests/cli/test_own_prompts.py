@@ -64,6 +64,9 @@ def test_a_new_concept_on_the_map_is_one_file(tmp_path, monkeypatch, capsys):
     class Found:
         layer = 3
 
+        def beside(self, *others, likeness):
+            return rl.plotting.intervals_by_name({"a": {likeness: (0.0, 0.0, float(len(others)))}})
+
         def save(self, folder):
             asked.append(folder)
 
@@ -84,8 +87,11 @@ def test_a_new_concept_on_the_map_is_one_file(tmp_path, monkeypatch, capsys):
     assert (model, named, most, folder) == ("organism:specific", "negativity", 5, tmp_path / "out")
     assert (own.name, own.target, own.baseline) == ("mine", ("a", "b"), ("x", "y"))
     assert "a table" in capsys.readouterr().out
-    main(["atlas", "--model", "organism:specific,organism:entangled", *out])
-    assert asked[-1] == tmp_path / "out" / "organism-entangled"
+    main(["atlas", "--model", "organism:specific", "--model", "models/a,b.gguf", *out])
+    assert asked[-1] == tmp_path / "out" / "models-a-b.gguf"
+    assert asked[-2][0] == "models/a,b.gguf"
+    figures = {path.stem for path in (tmp_path / "out").glob("*.html")}
+    assert figures == {"models-cosine", "models-cross_ablation", "models-cross_addition"}
 
 
 def test_a_file_without_its_two_columns_is_refused_with_what_to_write(tmp_path, capsys):

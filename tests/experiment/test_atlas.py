@@ -46,19 +46,20 @@ def test_two_names_of_one_direction_are_one_point_and_others_are_apart(atlas):
     here = atlas.cosine[:, :, :, atlas.layer]
     assert here[0, REFUSAL, AROUSAL] == pytest.approx(1, abs=0.01)
     assert here[1, REFUSAL, NEGATIVITY] < 0 < here[2, REFUSAL, NEGATIVITY]
-    steps = atlas.figures()["places"].layout.sliders[0].steps
-    drawn = steps[atlas.layer].args[0]
-    places = torch.tensor([drawn["x"], drawn["y"]])[..., 0].T
+    drawn = atlas.figures()["cosines"].layout.sliders[0].steps[atlas.layer].args[0]
+    places = torch.tensor([drawn["x"][1], drawn["y"][1]]).T
     assert (places[REFUSAL] - places[AROUSAL]).norm() < 0.1
     assert (places[REFUSAL] - places[NEGATIVITY]).norm() > 1
 
 
 def test_a_direction_tells_the_concept_that_it_is_and_no_other(atlas):
-    here = atlas.auroc[:, :, atlas.layer]
+    here, lower, upper = atlas.auroc[..., atlas.layer]
     assert here[AROUSAL, REFUSAL] > 0.99
     assert here[REFUSAL, AROUSAL] > 0.99
     assert abs(here[REFUSAL, NEGATIVITY] - 0.5) < 0.1
     assert abs(here[NEGATIVITY, REFUSAL] - 0.5) < 0.1
+    assert lower[AROUSAL, REFUSAL] > 0.9
+    assert lower[NEGATIVITY, REFUSAL] < here[NEGATIVITY, REFUSAL] < upper[NEGATIVITY, REFUSAL]
 
 
 def test_ablating_arousal_takes_refusal_away_and_leaves_negativity(atlas):
@@ -115,7 +116,7 @@ def test_a_saved_map_is_read_back(atlas, tmp_path):
     assert torch.equal(loaded.kept, atlas.kept)
     assert loaded.to_pandas().equals(atlas.to_pandas())
     pages = {path.stem for path in tmp_path.glob("*.html")}
-    assert pages == {"cosines", "places", "detection", "independence"}
+    assert pages == {"cosines", "detection", "independence"}
     (tmp_path / "atlas.json").write_text('{"saved": {"dict": {}}}')
     with pytest.raises(rl.InputError, match="holds no map of concepts"):
         rl.Atlas.load(tmp_path)
@@ -142,6 +143,15 @@ def test_an_interrupted_run_resumes_with_the_concepts_that_are_left(tmp_path, mo
     with pytest.raises(LookupError, match="alarm"):
         rl.compare_concepts("organism:specific", CONCEPTS, **options)
     assert ran == ["refusal", "negativity", "arousal", "arousal", "alarm"]
+
+
+def test_several_models_stand_side_by_side_in_one_figure(atlas, control):
+    chart = atlas.beside(control[0], likeness="cross_ablation")
+    assert [trace.name for trace in chart.data] == ["aroused, layer 5", "sympathy, layer 5"]
+    wired, specific = chart.data
+    assert wired.x[wired.text.index("arousal")] > 0.9
+    assert [abs(x) < 0.25 for x in specific.x] == [True]
+    assert atlas.beside().layout.xaxis.title.text == "cosine, 1 is that of refusal itself"
 
 
 def test_a_model_whose_every_reply_begins_alike_gets_no_verdict_here_either():

@@ -63,12 +63,15 @@ def every_figure(n_layers: int = 32, *, value: float | None = None, theme: str =
         "norms_by_layer": plotting.norms_by_layer({"refusal": data(n_layers)}, theme=theme),
         "cosine_matrix": plotting.cosine_matrix(data(n_layers, n_layers), theme=theme),
         "position_by_layer": plotting.position_by_layer(data(5, n_layers), theme=theme),
-        "concept_map": plotting.concept_map(data(3, 3, n_layers), ["a", "b", "c"], theme=theme),
+        "concept_map": plotting.concept_map(data(3, 3, 3, n_layers), ["a", "b", "c"], theme=theme),
         "cross_effects": plotting.cross_effects(
             data(n_rows, n_rows),
             interventions=[f"ablate {i}" for i in range(n_rows)],
             outcomes=[f"outcome {i}" for i in range(n_rows)],
             theme=theme,
+        ),
+        "intervals_by_name": plotting.intervals_by_name(
+            {name: {"joy": [0.1, *data(2).tolist()]} for name in "ab"}, theme=theme
         ),
         "prompts_in_plane": plotting.prompts_in_plane(sets, theme=theme),
         "projections_by_layer": plotting.projections_by_layer(
@@ -667,13 +670,45 @@ def test_an_unknown_theme_is_refused():
 
 
 def test_a_map_of_concepts_shows_each_layer_s_numbers_and_leaves_unknown_cells_empty():
-    matrix = torch.eye(3)[..., None].repeat(1, 1, 4)
-    matrix[0, 1] = torch.tensor([0.1, 0.2, 0.3, float("nan")])
+    matrix = torch.eye(3)[..., None].repeat(3, 1, 1, 4)
+    matrix[:, 0, 1] = torch.tensor([0.1, 0.2, 0.3, float("nan")])
+    matrix[1:, 0, 1, 2] = torch.tensor([0.25, 0.35])
     chart = plotting.concept_map(matrix, ["refusal", "joy", "<b>"], highlight=2)
     assert chart.data[0].z[0][1] == 0.3
+    assert list(chart.data[0].customdata[0][1]) == [0.3, 0.25, 0.35]
     drawn = [step.args[0]["z"][0][0][1] for step in chart.layout.sliders[0].steps]
     assert drawn == [0.1, 0.2, 0.3, None]
     assert list(chart.layout.xaxis.ticktext) == ["refusal", "joy", "&lt;b&gt;"]
     assert chart.layout.yaxis.range[0] > chart.layout.yaxis.range[1]  # the first concept on top
     with pytest.raises(InputError, match="2 names for 3 values"):
         plotting.concept_map(matrix, ["a", "b"])
+
+
+def test_the_places_of_concepts_stand_beside_their_numbers_and_move_with_one_slider():
+    places = torch.arange(24.0).view(3, 4, 2)
+    chart = plotting.concept_map(torch.ones(3, 3, 3, 4), ["a", "b", "c"], places=places)
+    _, points = chart.data
+    assert chart.layout.xaxis.domain[1] < chart.layout.xaxis2.domain[0]
+    step = chart.layout.sliders[0].steps[1]
+    assert step.args[0]["x"] == [None, [2, 10, 18]]
+    assert list(step.args[2]) == [0, 1]
+    assert list(points.y) == [7, 15, 23]
+    assert "innerWidth < 700" in plotting.page(chart)
+    narrow = chart.layout.meta["narrow"][1]
+    assert narrow["yaxis2.domain"][1] < narrow["yaxis.domain"][0]
+
+
+def test_each_model_has_a_colour_and_each_concept_a_row_with_its_interval():
+    nan = float("nan")
+    values = {
+        "one": {"joy": (0.2, 0.1, 0.4), "fear": (nan, nan, nan)},
+        "two": {"fear": (1.0, 0.0, 2.0)},
+    }
+    chart = plotting.intervals_by_name(values)
+    one, two = chart.data
+    assert (list(one.x), list(two.x)) == ([0.2, None], [1])
+    assert (one.error_x.array[0], one.error_x.arrayminus[0]) == (0.2, 0.1)
+    assert list(chart.layout.yaxis.ticktext) == ["joy", "fear"]
+    assert abs(two.y[0] - 1) < 0.5
+    assert one.marker.color != two.marker.color
+    assert "undefined" in notes(plotting.intervals_by_name({"one": {"joy": (nan,) * 3}}))[0]
