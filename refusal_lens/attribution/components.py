@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from .. import plotting
 from ..activations.batching import plan_batches
 from ..activations.extract import read_residual_stream
 from ..activations.shared_prefix import SharedPrefix, can_share_prefix
@@ -26,6 +27,8 @@ from ..uncertainty.effects import Interval, mean_interval, total_interval
 from . import Table
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from ..models import HookedTransformer, TransformerBridge
 
 
@@ -48,6 +51,13 @@ class Components(Table):
         """The heads and MLPs that write most, whatever the sign."""
         order = self.writes.value[:-2].abs().argsort(descending=True).tolist()
         return tuple(self.names[i] for i in order[:k])
+
+    def figure(self, k: int = 10, **theme: Any) -> "go.Figure":
+        """Return what the top components write, with intervals; `theme` is "light" or "dark"."""
+        where = {name: self.names.index(name) for name in self.top(k)}
+        rows = {name: [float(end[i]) for end in self.writes] for name, i in where.items()}
+        words: Any = {"title": "What components write", "quantity": "residual-stream units"}
+        return plotting.intervals_by_name({"target less baseline": rows}, **words, **theme)
 
     def _rows(self) -> list[list[str]]:
         rows = [["component", "write", "share"]]

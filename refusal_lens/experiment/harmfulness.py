@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import plotting
 from ..activations.extract import get_prompt_activations
+from ..attribution import Table
 from ..directions.similarity import cosine_similarity, unit
 from ..errors import InputError
 from ..interventions import addition_effects, openings_of
@@ -22,6 +24,7 @@ from .causal import EFFECT_PROMPTS, spread
 from .run import highlighted_layer
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
     from transformer_lens import HookedTransformer
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -36,7 +39,7 @@ QUESTION = "Is this request harmful? Answer yes or no. {}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class HarmAndRefusal:
+class HarmAndRefusal(Table):
     """Directions of harm and refusal at the last token of the instruction and of the template.
 
     Attributes:
@@ -46,7 +49,7 @@ class HarmAndRefusal:
             other. One that can't be is harmful refused less harmless accepted prompts.
         directions: "harm" and "refusal", `[position layer d_model]`.
         cosine: of harm (first axis) with refusal, by position.
-        plane: by cell, each prompt along harm at the instruction and refusal at the template.
+        prompts, plane: by cell; the plane is of harm at the instruction and refusal at the template.
         added: change in nats if harm, then refusal (second axis), is added to harmless prompts: of the
             log-odds of a refusal, and of "Yes" to `QUESTION`. The first axis is an interval.
     """
@@ -56,8 +59,17 @@ class HarmAndRefusal:
     apart: tuple[str, ...]
     directions: dict[str, Float[Tensor, "2 layer d_model"]]
     cosine: Float[Tensor, "2 2 layer"]
+    prompts: dict[str, tuple[str, ...]]
     plane: dict[str, Float[Tensor, "_ layer 2"]]
     added: Float[Tensor, "3 2 2"]
+
+    def figure(self, **theme: Any) -> "go.Figure":
+        """Return the plane with every prompt; options are those of `prompts_in_plane`."""
+        axes = "along harm, at the instruction", "along refusal, at the template"
+        return plotting.prompts_in_plane(self.plane, self.prompts, axes=axes, **theme)
+
+    def _rows(self) -> list[list[str]]:
+        return [["set", "prompts"], *([cell, str(n)] for cell, n in self.counts.items())]
 
 
 def harm_and_refusal(
@@ -71,7 +83,7 @@ def harm_and_refusal(
     """Tell the direction of harm from that of refusal, by prompts that the model itself sorts.
 
     >>> found = harm_and_refusal(model, "refusal", progress=False)
-    >>> shown = plotting.prompts_in_plane(found.plane)
+    >>> shown = found.figure()
 
     Reference: Zhao et al. 2025, arXiv:2507.11878.
 
@@ -112,6 +124,7 @@ def harm_and_refusal(
         apart=tuple(name for name, pairs in known.items() if pairs),
         directions={"harm": harm, "refusal": refusal},
         cosine=torch.stack(cosines).unflatten(0, (2, 2)),
+        prompts={k: tuple(prompts[i] for i in rows) for k, rows in rows_of.items()},
         plane={k: torch.einsum("pald,ald->pla", read[rows], units) for k, rows in rows_of.items()},
         added=_added(model, texts, axes[:, at], at, options),
     )

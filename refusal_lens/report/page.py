@@ -1,31 +1,35 @@
 """The HTML page: the verdict, then everything needed to check the verdict."""
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..activations import disk
+from ..attribution.components import Components
 from ..experiment import wording
+from ..experiment.harmfulness import HarmAndRefusal
 from ..experiment.results import Results
 from ..interventions.cross_ablation import Intervention
 from ..plotting.text import with_minus, written
 from ..uncertainty.effects import auroc_interval
-from .figures import figures, intervention_names
+from .figures import Figure, figures, intervention_names
 
 
-def write_report(results: Results, path: str | Path) -> Path:
+def write_report(results: Results, path: str | Path, found: Mapping[str, Any] = {}) -> Path:
     """Write the report of the results to a file and return the path; InputError on failure.
 
-    >>> path = write_report(results, "report.html")
+    `found` are what `harm_and_refusal` and functions of `attribution` return, by heading.
+    >>> path = write_report(results, "report.html", {"What r says": logit_lens(model, r, k=4)})
     """
     path = Path(path)
     with disk.whole_directory(path.parent) as staging:
-        (staging / path.name).write_text(html(results), "utf-8")
+        (staging / path.name).write_text(html(results, found), "utf-8")
     return path
 
 
-def html(results: Results) -> str:
+def html(results: Results, found: Mapping[str, Any] = {}) -> str:
     """Return the report of the results as HTML that loads no other file.
 
     The template `page.html` escapes everything but plotly's code and the data of the figures.
@@ -34,6 +38,10 @@ def html(results: Results) -> str:
     from plotly.offline import get_plotlyjs
 
     light, dark = figures(results, theme="light"), figures(results, theme="dark")
+    for i, (heading, each) in enumerate(found.items()):
+        for charts, theme in ((light, "light"), (dark, "dark")):
+            if isinstance(each, Components | HarmAndRefusal):
+                charts.append(Figure(f"found-{i}", heading, "", each.figure(theme=theme), {}))
     drawn = [[json.loads(f.chart.to_json()) for f in charts] for charts in (light, dark)]
     data = [
         {"id": f"figure-{figure.name}", "light": a, "dark": _patch(a, b)}
@@ -51,6 +59,7 @@ def html(results: Results) -> str:
         effects=wording.effects(results.verdict, results.names),
         figures={figure.name: figure for figure in light},
         decodable=_decodable(results),
+        found={heading: each._rows() for heading, each in found.items()},
         provenance=json.dumps(disk.plain(results.provenance), indent=1),
         plotly=get_plotlyjs(),
         data=data,

@@ -28,6 +28,10 @@ def test_prompts_are_sorted_by_the_replies_of_the_model(apart):
     assert apart.counts == dict.fromkeys(apart.counts, 54)
     assert (apart.too_small, apart.apart) == ((), ("harm", "refusal"))
     assert {name: len(points) for name, points in apart.plane.items()} == apart.counts
+    assert set(apart.prompts["harmful refused"]) < set(rl.load_contrast("refusal").target)
+    texts = apart.figure().data[0].text
+    assert texts[0] == apart.prompts["harmful refused"][0]
+    assert "harmful refused" in repr(apart)
 
 
 def test_harm_and_refusal_are_orthogonal_where_they_are_apart(apart):

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import refusal_lens as rl
+from refusal_lens.attribution.components import Components
+from refusal_lens.attribution.logit_lens import LogitLens
 from refusal_lens.errors import InputError
 from refusal_lens.plotting.text import with_minus
 from refusal_lens.report.figures import cross_changes, figures
 from refusal_lens.report.page import _patch, html, write_report
+from refusal_lens.uncertainty.effects import Interval
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -261,6 +264,22 @@ def test_results_that_are_all_undefined_make_a_page():
     page = html(replace(same, similarities=nothing))
     assert "undefined" in Page(page).text
     assert not re.search(r"[\[:,](NaN|-?Infinity)\b", page[page.index('id="figure-data"') :])
+
+
+def test_what_attribution_found_is_on_the_page_with_its_figure():
+    ends = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=torch.float64)
+    names = ("L1H0", "L1 MLP", "embedding", "biases")
+    writers = Components(names, Interval(ends, ends - 0.1, ends + 0.1), Interval(*[ends.sum()] * 3))
+    words = LogitLens(((("<sorry>", 1.0),),), ((("sure", -1.0),),))
+    source = html(made(), {"Who writes it": writers, "What it says": words})
+    text = Page(source).text
+    assert "Who writes it" in text
+    assert "+0.5 [0.4, 0.6]" in text
+    assert "'<sorry>'" in text
+    drawn = {each["id"]: each["light"]["data"] for each in figure_data(source)}["figure-found-0"]
+    assert drawn[0]["x"] == [0.5, -0.25]
+    assert "figure-found-1" not in source
+    assert "Where do the directions come from?" not in html(made())
 
 
 def test_the_file_is_written_whole_and_says_where_it_can_not_be(quick_results, tmp_path):
