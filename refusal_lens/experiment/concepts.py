@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.functional import normalize
 
 from ..activations.extract import ContrastActivations
@@ -102,7 +101,7 @@ class Concepts:
             controlled   log-odds of harmful requests while what controls leave of it is ablated
             sweep        `Effects` on harmful requests of ablating its direction of each layer
             least        the same of what controls leave of it, if there are controls
-            constant, covered   of replies, see `Evidence`
+            alone, constant, covered   what controls leave of it; of replies, see `Evidence`
         """
         what, compute = f"atlas: effects of {name}", lambda: self._run(name)
         return self.source.remember(what, self.decided_by, compute, (Effects,))
@@ -113,7 +112,7 @@ class Concepts:
         prompts, n = contrast.target + contrast.baseline, len(contrast.target)
         every, here = torch.cat([self.directions, random]), self.names.index(name)
         several = self._unmodified["several"]  # the refusal's; zeros stand behind the others
-        every = functional.pad(every[:, None], (0, 0, 0, len(several) - 1))
+        every = torch.nn.functional.pad(every[:, None], (0, 0, 0, len(several) - 1))
         every[0] = several
         references = affine_references(every, sides.baseline, hook=self.options["protocol"].hook)
         ablate = Interventions(every, None, references, last_position=True)
@@ -144,6 +143,7 @@ class Concepts:
             "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
             "sweep": self._sweep(mean_difference(*sides).float()),
             "least": None if alone.isnan().all() else self._sweep(alone),
+            "alone": alone,
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
             "covered": torch.nan if here else self._covered(requests),
         }
@@ -233,7 +233,7 @@ class Concepts:
             return found
         harm, own, i = runs[self.refusal], runs[name], 1 + self.names.index(name)
         known, earlier = self._unmodified, partial(Earlier.of, harm["sweep"], layer=self.layer)
-        alone, whole = self._alone(name)[self.layer], self.directions[i - 1]
+        alone, whole = own["alone"][self.layer], self.directions[i - 1]
         found = replace(
             found,
             highlighted=self.highlighted,
