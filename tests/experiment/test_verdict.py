@@ -159,7 +159,7 @@ def test_what_negativity_does_by_arousal_alarm_or_words_is_no_obstacle_to_distin
     verdict = judge(replace(moving, **controlled(0.05, 0.1)))
     assert verdict.answer == "distinct"
     assert ("controlled_addition", "below") in [(r.measure, r.finding) for r in verdict.reasons]
-    assert "by what it shares with arousal, alarm" in plain_sentence(verdict)
+    assert "what negativity shares with arousal, alarm" in plain_sentence(verdict)
     # The control: what is left of negativity moves refusal as well, or little of it is left.
     assert judge(replace(moving, **controlled(0.05, 0.4))).answer == "partly shared"
     assert judge(replace(moving, **controlled(0.05, 0.1, norm=0.4))).answer == "inconclusive"
