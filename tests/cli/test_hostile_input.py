@@ -157,8 +157,12 @@ DIRECTION_CASES = {
     ),
     "cosine_matrix: another width": (lambda w: rl.cosine_matrix(R, N[:, 1:]), "differ in d_model"),
     "concept_map: too few names": (
-        lambda w: plotting.concept_map(R[:, :4, None], ["one"]),
+        lambda w: plotting.concept_map(R[:3, :4, None, None].expand(3, 4, 4, 1), ["one"]),
         "names for",
+    ),
+    "intervals_by_name: no interval": (
+        lambda w: plotting.intervals_by_name({"model": {"joy": (0.1, 0.2)}}),
+        "give a number and its two ends",
     ),
     "cosine_matrix: one axis": (lambda w: rl.cosine_matrix(R[0], N), "a has shape"),
     "standardised_cosine: negative variance": (
