@@ -211,7 +211,10 @@ def judged_layer(sweep: Effects, layer: int) -> int:
     Else it is the strongest layer, if it does more. The prompts of the sweep are not those on which
     the effects are measured (cross-fitting).
     """
-    refused, best = (sweep.log_odds > 0).double().mean(-1), strongest_layer(sweep)
+    refused, best = (
+        (~(sweep.log_odds <= 0)).double().mean(-1),
+        strongest_layer(sweep),
+    )  # NaN: refused
     enough = (sweep.unchanged > 0).double().mean() / 2
     return layer if refused[layer] <= enough or refused[best] >= refused[layer] else best
 

@@ -62,7 +62,7 @@ class Concepts:
         self.others = causal.other_prompts(self.contrasts[self.refusal], most)
         self.quick = self.options | {"score": self.score.first_tokens, "last_position": True}
         self.highlighted = self.layer
-        hashes = [each.sha256 for each in self.contrasts.values()]
+        hashes = [(name, each.sha256) for name, each in self.contrasts.items()]
         self.decided_by = {"concepts": hashes, "layer": self.layer, "seed": config.seed}
         self.decided_by |= {"openings": self.score.texts, "protocol": config.protocol.to_dict()}
         self.decided_by["least gap"] = config.thresholds.min_refused_gap
@@ -142,7 +142,7 @@ class Concepts:
             "added": self._measured(requests.baseline, added, self.score)[0],
             "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
             "sweep": self._sweep(mean_difference(*sides).float()),
-            "least": None if alone.isnan().all() else self._sweep(alone),
+            "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
             "covered": torch.nan if here else self._covered(requests),
@@ -207,7 +207,6 @@ class Concepts:
             layer = causal.judged_layer(sweep, self.highlighted)
             settled = layer, self.score, self.options
             several = causal.refusal_directions(model, self.others, sides, *settled)
-            prompts = self.some[self.refusal].target
             harmful, harmless = ((side > 0).double().mean() for side in requests)
             least = self.source.config.thresholds.min_refused_gap
             n = causal.N_RANDOM if harmful - harmless > least else 0  # else inconclusive anyway
@@ -215,7 +214,10 @@ class Concepts:
             generator = torch.Generator().manual_seed(self.source.config.seed)
             draw = partial(cross_ablation.random_directions, *rows, n=n, generator=generator)
             found = {"requests": requests, "random": draw(), "added": draw(), "layer": layer}
-            everywhere = self._ablated(prompts, several, last=False)
+            requested = some_prompts(
+                self.some[self.refusal], causal.EFFECT_PROMPTS if n else FEW_PROMPTS
+            )
+            everywhere = self._ablated(requested.target, several, last=False)
             strongest = causal.strongest_layer(sweep)
             return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 
@@ -232,7 +234,8 @@ class Concepts:
         if not runs:
             return found
         harm, own, i = runs[self.refusal], runs[name], 1 + self.names.index(name)
-        known, earlier = self._unmodified, partial(Earlier.of, harm["sweep"], layer=self.layer)
+        known = self._unmodified
+        earlier: Any = partial(Earlier.of, harm["sweep"], layer=self.layer, last=self.highlighted)
         alone, whole = own["alone"][self.layer], self.directions[i - 1]
         found = replace(
             found,
@@ -255,7 +258,7 @@ class Concepts:
             kl=(float(harm["kl"][1]), float(harm["kl"][i])),
             controlled_earlier=own["least"] and earlier(own["least"]),
             controlled=None if alone.isnan().any() else (own["controlled"], own["added"][2]),
-            everywhere=known["everywhere"][:n],
+            everywhere=known["everywhere"],
             strongest=lowered_most(harm["sweep"], own["least"] or own["sweep"]),
         )
         used = [pair["refusal"], requests, statements, self.others]

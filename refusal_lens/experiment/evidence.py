@@ -37,9 +37,9 @@ class Earlier(NamedTuple):
     damage: float
 
     @classmethod
-    def of(cls, refusal: Effects, negativity: Effects, layer: int) -> "Earlier":
-        """Find the layer in two sweeps over the same harmful prompts."""
-        means = negativity.log_odds[: layer + 1].mean(-1).nan_to_num(nan=torch.inf)
+    def of(cls, refusal: Effects, negativity: Effects, layer: int, last: int = 0) -> "Earlier":
+        """Find the layer, up to `layer` or `last`, in two sweeps over the same harmful prompts."""
+        means = negativity.log_odds[: max(layer, last) + 1].mean(-1).nan_to_num(nan=torch.inf)
         best = int(means.argmin())
         rows = [refusal.unchanged, refusal.log_odds[layer], negativity.log_odds[best]]
         damage = negativity.kl[best].mean() / refusal.kl[layer].mean()
@@ -80,7 +80,7 @@ class Responses(NamedTuple):
     kl: tuple[float, float] = (math.nan, math.nan)
     controlled_earlier: Earlier | None = None
     controlled: tuple[Float[Tensor, " harmful"], Float[Tensor, " harmless"]] | None = None
-    everywhere: Float[Tensor, " harmful"] | None = None
+    everywhere: Float[Tensor, " harmful"] = torch.tensor([math.nan])
     strongest: Float[Tensor, "2 harmful"] | None = None
 
 
@@ -127,10 +127,15 @@ def evidence(
         constant_token=causal.constant_token,
         strongest_layer=causal.strongest,
         n_directions=len(causal.several),
-        controlled_norm=float(norms[0] / norms[1]),
+        controlled_norm=left_of(norms[0], norms[1], controls=causal.controlled_sweep is not None),
     )
     responses = responses_of(causal)
     return compute_evidence(geometry, responses, contrasts=pair, confidence=cosine.confidence)
+
+
+def left_of(norm: Tensor, whole: Tensor, *, controls: bool) -> float:
+    """Share of a norm that controls leave; 0 if that is only rounding, NaN without controls."""
+    return float((norm / whole).nan_to_num(0.0)) if controls else math.nan
 
 
 def responses_of(causal: Causal) -> Responses:
@@ -141,7 +146,7 @@ def responses_of(causal: Causal) -> Responses:
     everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
     refusal, least = causal.sweep["refusal"], None
     if causal.controlled_sweep is not None:
-        least = Earlier.of(refusal, causal.controlled_sweep, layer)
+        least = Earlier.of(refusal, causal.controlled_sweep, layer, causal.highlighted)
     return Responses(
         harmful=causal.ablation.refusal.target_log_odds[rows],
         harmless=causal.ablation.refusal.baseline_log_odds[first],
@@ -149,7 +154,7 @@ def responses_of(causal: Causal) -> Responses:
         neutral=causal.ablation.negativity.baseline_log_odds[first],
         added=causal.addition.refusal.baseline_log_odds[rows],
         requests=causal.requests,
-        earlier=Earlier.of(refusal, causal.sweep["negativity"], layer),
+        earlier=Earlier.of(refusal, causal.sweep["negativity"], layer, causal.highlighted),
         controlled_earlier=least,
         kl=tuple(causal.ablation.refusal.baseline_kl[first[1:]].mean(-1).tolist()),
         controlled=(
@@ -188,7 +193,6 @@ def compute_evidence(
     clusters = {"harmful": labels[:1], "gap": of_gap, "swept": swept_labels}
     samples = _controlled(responses, gaps, shares)
     further: Any = {k: ratio(each, clusters[of]) for k, (each, of) in samples.items()}
-    everywhere = harmful[1] if responses.everywhere is None else responses.everywhere
     return replace(
         geometry,
         refused_harmful=float(refused[0][0].mean()),
@@ -196,7 +200,7 @@ def compute_evidence(
         refused_negative=float(refused[2][0].mean()),
         ablated_harmful=float(refused[0][1].mean()),
         ablated_harmless=float(refused[1][1].mean()),
-        everywhere_harmful=float(_refused(everywhere).mean()),
+        everywhere_harmful=float(_refused(responses.everywhere).mean()),
         refused_gap=Estimate(*map(float, total(whole, clusters=all_labels[: len(whole)]))),
         gap=Estimate(*map(float, total(gaps, clusters=of_gap))),
         refusal_ablation=ratio(_over_gap(dropped, gaps, 0), of_gap),

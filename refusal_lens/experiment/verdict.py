@@ -58,7 +58,7 @@ class Evidence:
     Attributes:
         layer, n_prompts: the layer of the two directions, and prompts in the smallest of four sets.
         highlighted: the highlighted layer: `layer`, unless ablating refusal lets no requests through
-            there; then `layer` is the one at which it does most, on other prompts.
+            there; then `layer` is the one at which it does most, on other prompts if there are enough.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
         constant_token: a token with which the reply to every prompt of the four sets begins, and no
@@ -290,7 +290,7 @@ def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
 
 
 def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
-    beyond = [name for name in CHANCE if _beyond(e, name, t.margin)]
+    beyond = [name for name in CHANCE if _beyond(e, name, t)]
 
     def reasons(names: Sequence[str]) -> list[Reason]:
         others = [Reason(name, "reported") for name in RATIOS if name not in names]
@@ -300,7 +300,7 @@ def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
         if e.kl_negativity > t.max_damage * e.kl_refusal:
             return "inconclusive", [Reason("kl_negativity", "damage", t.max_damage * e.kl_refusal)]
         return "shared", reasons(ABLATION)
-    refused_alike = _beyond(e, "statement_own_ablation", t.margin) and all(
+    refused_alike = _beyond(e, "statement_own_ablation", t) and all(
         getattr(e, name).lower > t.margin for name in STATEMENTS
     )
     above = [name for name in RATIOS if getattr(e, name).lower > t.margin]
@@ -309,13 +309,15 @@ def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
         return "shared", reasons((*STATEMENTS, *above))
     earlier = [name for name in EARLIER if name in beyond]
     upstream = len(earlier) == 2 and e.earlier_ablation.lower > t.shared_from
+    upstream &= e.n_directions == 1  # several directions remove more than the sweep's one
     if upstream and e.earlier_damage <= t.max_damage:
         return "shared", reasons(EARLIER)
     # A score that moves counts in part if the share refused may move with it.
     moving = [
-        names
-        for names in (ABLATION, ADDITION)
-        if names[1] in beyond or (names[0] in beyond and not getattr(e, names[1]).upper < t.margin)
+        (score, share)
+        for score, share in (ABLATION, ADDITION)
+        if share in beyond
+        or (score in beyond and not any(x.upper < t.margin for x in _shares(e, share)))
     ]
     if moving or refused_alike:
         found = [name for names in moving for name in names if name in beyond]
@@ -324,31 +326,37 @@ def _decide(e: Evidence, t: Thresholds) -> tuple[Answer, list[Reason]]:
 
 
 def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answer, list[Reason]]:
-    """Distinct if negativity is shown to do nothing or no more than chance; else inconclusive."""
+    """Distinct if negativity is shown to do nothing or no more than chance; else inconclusive.
+
+    Controls may account for what adding does and for scores, but not for refusals that go away.
+    """
     found: list[Reason] = []
     for name in RATIOS:
-        ratio, chance, both_ways = getattr(e, name), getattr(e, CHANCE[name]), name in ABLATION
-        small = _small(ratio, t.margin, both_ways)
-        controlled = e.controlled_norm >= t.min_controlled_norm
-        controlled &= _small(getattr(e, CONTROLLED[name]), t.margin, both_ways)
+        ratio, chance = getattr(e, name), getattr(e, CHANCE[name])
         # A share must be small as well, for random directions may move it, too.
-        by_chance = ratio.lower <= chance and ratio.upper < chance + t.margin
+        by_chance = -t.margin < ratio.lower <= chance and ratio.upper < chance + t.margin
         by_chance &= ratio.value < t.margin or not name.endswith("share")
-        by_chance &= ratio.lower > -t.margin or not both_ways
-        if small:
-            found.append(Reason(name, "within" if both_ways else "below", t.margin))
-        elif controlled:
-            found.append(Reason(CONTROLLED[name], "within" if both_ways else "below", t.margin))
+        excused = name != ABLATION[1] and e.controlled_norm >= t.min_controlled_norm
+        if _small(ratio, t.margin):
+            found.append(Reason(name, "within", t.margin))
+        elif excused and _small(getattr(e, CONTROLLED[name]), t.margin):
+            found.append(Reason(CONTROLLED[name], "within", t.margin))
         elif by_chance:
             found.append(Reason(name, "chance", chance))
         else:
-            found.append(Reason(name, "undecided", t.margin))
+            named = CONTROLLED[name] if excused and ratio.lower > t.margin else name
+            found.append(Reason(named, "undecided", t.margin))
     found += [Reason(name, "above", t.margin) for name in earlier]
-    # The most effective of many layers has an effect by chance as well, but no large one.
-    controlled = e.controlled_norm >= t.min_controlled_norm
-    most = e.controlled_earlier_ablation if controlled else e.earlier_ablation
-    if not earlier and not most.upper < t.shared_from and not most.value <= e.chance_ablation:
-        found.append(Reason("earlier_ablation", "undecided", t.shared_from))
+    ratio, least = e.earlier_ablation, e.controlled_earlier_ablation
+    share = e.earlier_ablation_share
+    if not earlier and share.lower > t.margin and share.value > e.chance_ablation_share:
+        found.append(Reason("earlier_ablation_share", "above", t.margin))
+    elif not earlier and not ratio.upper < t.shared_from and not ratio.value <= e.chance_ablation:
+        # The most effective of many layers has an effect by chance as well, but no large one.
+        controlled = e.controlled_norm >= t.min_controlled_norm
+        small = controlled and least.upper < t.shared_from
+        name = CONTROLLED["earlier_ablation"] if controlled else "earlier_ablation"
+        found.append(Reason(name, "below" if small else "undecided", t.shared_from))
     if not e.statement_share.upper < t.margin:  # by whatever direction
         found.append(Reason("statement_share", "undecided", t.margin))
     if undecided := [reason for reason in found if reason.finding in ("undecided", "above")]:
@@ -356,18 +364,26 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
     return "distinct", [*found, Reason("statement_share", "reported")]
 
 
-def _small(ratio: Estimate, margin: float, both_ways: bool) -> bool:
-    return ratio.upper < margin and (not both_ways or ratio.lower > -margin)
+def _shares(e: Evidence, name: str) -> tuple[Estimate, Estimate]:
+    """A ratio, and the same of what controls leave of negativity."""
+    return getattr(e, name), getattr(e, CONTROLLED[name])
 
 
-def _beyond(e: Evidence, name: str, margin: float) -> bool:
+def _small(ratio: Estimate, margin: float) -> bool:
+    return -margin < ratio.lower and ratio.upper < margin
+
+
+def _beyond(e: Evidence, name: str, t: Thresholds) -> bool:
     """Whether a ratio is above the margin and above that of every random direction.
 
-    Where controls were measured, so must be what is left without what they have.
+    Where controls were measured, so must be what is left without what they have; where they leave too
+    little, nothing is told.
     """
+    if name in CONTROLLED and e.controlled_norm < t.min_controlled_norm:
+        return False
     ratios: list[Estimate] = [getattr(e, name), getattr(e, CONTROLLED.get(name, name))]
     known = [ratio for ratio in ratios if not math.isnan(ratio.value)] or ratios
-    return all(r.lower > margin and r.value > getattr(e, CHANCE[name]) for r in known)
+    return all(r.lower > t.margin and r.value > getattr(e, CHANCE[name]) for r in known)
 
 
 def _geometry(answer: Answer, cosine: Estimate) -> Reason:

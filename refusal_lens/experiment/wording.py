@@ -60,7 +60,8 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     if first.measure == "statement_share":
         sentence += f" {WORDS['both_refusals' if verdict.answer == 'shared' else 'both_effects']}"
     measures = [reason.measure for reason in verdict.reasons]
-    controlled = verdict.answer == "distinct" and not {*measures}.isdisjoint(CONTROLLED.values())
+    moved = [x for x, y in CONTROLLED.items() if y in measures and getattr(e, x).value > 0]
+    controlled = verdict.answer == "distinct" and moved
     said = {"covered": "covered" in measures, "controlled": controlled}
     said |= {"several": e.n_directions > 1, "other_layer": e.layer != e.highlighted >= 0}
     sentence = " ".join([sentence, *(WORDS[each] for each, holds in said.items() if holds)])

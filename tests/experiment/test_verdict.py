@@ -158,8 +158,8 @@ def test_what_negativity_does_by_arousal_alarm_or_words_is_no_obstacle_to_distin
     assert judge(moving).answer == "partly shared"
     verdict = judge(replace(moving, **controlled(0.05, 0.1)))
     assert verdict.answer == "distinct"
-    assert ("controlled_addition", "below") in [(r.measure, r.finding) for r in verdict.reasons]
-    assert "what negativity shares with arousal, alarm" in plain_sentence(verdict)
+    assert ("controlled_addition", "within") in [(r.measure, r.finding) for r in verdict.reasons]
+    assert "what negativity shares with its controls" in plain_sentence(verdict)
     # The control: what is left of negativity moves refusal as well, or little of it is left.
     assert judge(replace(moving, **controlled(0.05, 0.4))).answer == "partly shared"
     assert judge(replace(moving, **controlled(0.05, 0.1, norm=0.4))).answer == "inconclusive"
@@ -169,8 +169,49 @@ def test_refusal_that_only_the_controls_part_of_negativity_removes_is_not_shared
     by_ablation = replace(SHARED, statement_share=near(0))
     assert judge(by_ablation).answer == "shared"
     assert judge(replace(by_ablation, **controlled(0.8, 0.8))).answer == "shared"
-    assert judge(replace(by_ablation, **controlled(0.1, 0.1))).answer == "distinct"
-    assert judge(replace(by_ablation, **controlled(0.1, 0.1, norm=0.4))).answer == "inconclusive"
+    # Controls may hold the mechanism itself: refusals that go away forbid `distinct`.
+    for norm in (0.8, 0.4, 0.0):
+        verdict = judge(replace(by_ablation, **controlled(0.1, 0.1, norm=norm)))
+        assert verdict.answer == "inconclusive"
+        assert "cross_ablation_share" in {reason.measure for reason in verdict.reasons}
+
+
+def test_refusals_that_an_earlier_layers_negativity_removes_forbid_distinct_whatever_controls_do():
+    earlier = {"earlier_ablation": near(0.9), "earlier_ablation_share": near(0.9)}
+    verdict = judge(replace(DISTINCT, **earlier, **controlled(0.1, 0.1)))
+    assert verdict.answer == "inconclusive"
+    assert verdict.reasons[0].measure == "earlier_ablation_share"
+    scores = {"earlier_ablation": near(0.9), "earlier_ablation_share": near(0)}
+    assert judge(replace(DISTINCT, **scores)).answer == "inconclusive"
+    excused = judge(replace(DISTINCT, **scores, **controlled(0.1, 0.1)))
+    assert excused.answer == "distinct"
+    assert "an earlier layer's negativity lowers the refusal score" in verdict_text(excused)
+
+
+def test_earlier_layers_decide_nothing_where_refusal_is_several_directions():
+    upstream = replace(
+        DISTINCT, earlier_ablation=near(0.9), earlier_ablation_share=near(0.9), n_directions=3
+    )
+    assert judge(replace(upstream, n_directions=1)).answer == "shared"
+    assert judge(upstream).answer == "inconclusive"
+
+
+def test_scores_count_in_part_only_if_the_share_that_controls_leave_may_move_too():
+    both = {"cross_ablation": near(0.4), "cross_ablation_share": near(0.4)}
+    still = controlled(0.4, 0) | {"controlled_ablation_share": near(0, 0.02)}
+    assert judge(replace(DISTINCT, **both, **controlled(0.4, 0))).answer == "partly shared"
+    assert judge(replace(DISTINCT, **both, **still)).answer == "inconclusive"
+
+
+def test_adding_negativity_that_lowers_refusal_is_an_effect_as_well():
+    assert judge(replace(DISTINCT, cross_addition=near(-0.9))).answer == "inconclusive"
+
+
+def test_an_undecided_number_is_the_one_that_is_printed():
+    verdict = judge(replace(SHARED, statement_share=near(0), **controlled(0.3, 0.3)))
+    text = verdict_text(verdict)
+    assert "what controls leave of negativity lowers" in text
+    assert "95 % [90, 100] of what ablating refusal does: neither" not in text
 
 
 @pytest.mark.parametrize(
@@ -184,8 +225,8 @@ def test_refusal_that_only_the_controls_part_of_negativity_removes_is_not_shared
 )
 def test_a_verdict_says_where_the_strongest_layer_disagrees(evidence, ratio, disagrees):
     verdict = judge(replace(evidence, strongest_layer=11, strongest_ablation=near(ratio)))
-    assert ("this layer disagrees" in verdict_text(verdict)) == disagrees
-    assert "At layer 11, where ablating refusal does most" in verdict_text(verdict)
+    assert ("which disagrees" in verdict_text(verdict)) == disagrees
+    assert "Where ablating refusal does most (layer 11)" in verdict_text(verdict)
 
 
 def test_a_verdict_names_a_layer_other_than_the_highlighted_one_and_several_directions():
