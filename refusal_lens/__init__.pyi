@@ -41,6 +41,7 @@ from .interventions import add_direction as add_direction
 from .interventions import find_refusal_tokens as find_refusal_tokens
 from .interventions import refusal_log_odds as refusal_log_odds
 from .interventions.direction import Direction as Direction
+from .interventions.doses import dose_response as dose_response
 from .interventions.replies import compare_replies as compare_replies
 from .interventions.selection import Selection as Selection
 from .interventions.selection import select_direction as select_direction

@@ -392,6 +392,14 @@ SLIPS = {
         lambda m: rl.add_direction(m, R[0]),
         "missing .*'layer'; it takes mod",
     ),
+    "dose_response: too deep": (
+        lambda m: rl.dose_response(m, "refusal", "negativity", layer=99),
+        "no layer 99: choose 0 to 31",
+    ),
+    "dose_response: no layer": (
+        lambda m: rl.dose_response(m, "refusal", "negativity"),
+        "missing .*'layer'; it takes mod",
+    ),
     "add_direction: too deep": (lambda m: rl.add_direction(m, R[0], 32), "no layer 32: choose -1"),
     "add_direction: half": (
         lambda m: rl.add_direction(m, R[0], 1.5),

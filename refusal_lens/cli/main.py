@@ -104,6 +104,7 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     resamples: int = 10_000  # Resamples for intervals and nulls.
     confidence: float = 0.95  # Confidence of every interval.
     interventions: Flag = True  # Only compare the directions: quick, but inconclusive.
+    doses: Flag = False  # Also add and take away growing doses of both directions; slower.
     repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
     cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
     no_cache: Flag = False  # Neither store nor use finished work.

@@ -57,4 +57,5 @@ def findings(results: "rl.Results") -> "list[Table | Text | str]":
         table(head, rows) if explained else "\n".join(results.verdict_lines()),
         table(["measure", "cosine", "the published rule would say"], cosines),
         "\n".join(results.uncertainty()),
+        *([f"doses:\n{results.causal.doses}"] if results.causal and results.causal.doses else []),
     ]

@@ -23,6 +23,7 @@ from ..interventions import (
 )
 from ..interventions.batched_runs import Interventions, first_token_logits, opening_log_odds
 from ..interventions.cross_ablation import CHANCE_PROMPTS, N_PARTS, outside, random_directions
+from ..interventions.doses import DOSES, N_PROMPTS, DoseResponse, dose_response
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references, measured
 from ..models.forward import effective_unembedding
@@ -71,6 +72,7 @@ class Causal:
         several: orthogonal directions of `ablation.layer`, ablated together as refusal.
         ablation, addition: effects of ablating and adding the directions of the judged layer.
         constant_token: text of a token, no refusal's first, with which every reply begins; or "".
+        doses: effects of growing doses of the two directions; None unless asked for.
     """
 
     openings: ReplyOpenings
@@ -85,6 +87,7 @@ class Causal:
     ablation: CrossEffects
     addition: CrossEffects
     constant_token: str = ""
+    doses: DoseResponse | None = None
 
 
 def intervene(
@@ -101,17 +104,14 @@ def intervene(
     The layer is `judged_layer`'s. Processes divide the layers of the sweeps, and the cross-effects.
 
     Args:
-        model: the model.
-        contrasts, activations: the prompts and activations of refusal and negativity.
-        layer: the highlighted layer.
+        model, contrasts, activations: the model, and prompts and activations of both contrasts.
+        layer, bar: the highlighted layer, and the bar of the run, which has the `steps`.
         config: the seed of the random directions, the refusals' openings, protocol and batch size.
-        bar: the bar of the run, which has the `steps`.
     """
     bar.begin("scoring requests")
     sides = activations["refusal"], activations["negativity"]
     score = openings_of(tokenizer_of(model), config.refusal_openings or REFUSAL)
-    options: dict[str, Any] = {"protocol": config.protocol, "batch_size": config.batch_size}
-    options["progress"] = bar
+    options: Any = {"protocol": config.protocol, "batch_size": config.batch_size, "progress": bar}
     odds = request_scores(model, contrasts["refusal"], score, options)
     n_prompts, n_random = (EFFECT_PROMPTS, N_RANDOM) if (odds[0] > 0).any() else (FEW_PROMPTS, 0)
     pair = [some_prompts(contrasts[part], n_prompts) for part in PARTS]
@@ -120,18 +120,20 @@ def intervene(
     sweeps, controlled = _sweeps(model, contrasts, activations, others, score, spans, options)
     highlighted, layer = layer, judged_layer(sweeps["refusal"], layer)
     several = refusal_directions(model, others, sides[0], layer, score, options)
-    shared = options | {"layer": layer, "score": score, "taken_out": [x[layer] for x in spans]}
+    given = options | {"layer": layer, "score": score, "taken_out": [x[layer] for x in spans]}
     classes = [side[:, layer] for both in sides for side in both]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(random_directions, *classes, n=n_random, generator=generator)
 
     def cross(kind: Any, random: Tensor) -> CrossEffects:
         bar.begin(kind)
-        these = shared | {"intervention": kind, "random": random, "several": several}
+        these = given | {"intervention": kind, "random": random, "several": several}
         return cross_effects(model, (pair[0], pair[1]), sides, **these)
 
-    kinds = ("ablation", "addition")
-    ablation, addition = divide([partial(cross, kind, draw()) for kind in kinds])
+    tasks: list[Any] = [partial(cross, kind, draw()) for kind in ("ablation", "addition")]
+    shared = options | {"layer": layer, "score": score, "generator": generator}
+    tasks += [partial(_dosed, model, contrasts, activations=sides, **shared)] * config.doses
+    ablation, addition, *doses = divide(tasks)
     bar.begin("scoring replies")
     return Causal(
         openings=score,
@@ -146,6 +148,7 @@ def intervene(
         ablation=ablation,
         addition=addition,
         constant_token=constant_token(model, pair, score, options),
+        doses=doses[0] if doses else None,
     )
 
 
@@ -172,7 +175,13 @@ def _sweeps(
     return sweeps, sweep(CONTROLLED, torch.stack(alone)) if len(spans) > 1 else None
 
 
-def steps(contrasts: Mapping[str, Contrast], n_layers: int) -> dict[str, int]:
+def _dosed(model: Any, contrasts: Mapping[str, Contrast], **options: Any) -> DoseResponse:
+    """`Causal.doses`."""
+    options["progress"].begin("doses")
+    return dose_response(model, *(contrasts[part] for part in PARTS), **options)
+
+
+def steps(contrasts: Mapping[str, Contrast], n_layers: int, *, doses: bool) -> dict[str, int]:
     """Return the steps of `intervene`, and how often each runs a prompt at most."""
     sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
     n = min(EFFECT_PROMPTS, max(map(len, sides)))
@@ -183,6 +192,7 @@ def steps(contrasts: Mapping[str, Contrast], n_layers: int) -> dict[str, int]:
     found |= {f"ablating {name}, every layer": n * n_layers for name in swept}
     found["ablation"] = 2 * ((N_PARTS + 6) * n + random)
     found["addition"] = 2 * N_PARTS * n + random
+    found |= {"doses": 3 * N_PROMPTS * len(DOSES) * (2 + N_RANDOM)} if doses else {}
     return found | {"scoring replies": 4 * n + 8 * min(n, FEW_PROMPTS)}
 
 

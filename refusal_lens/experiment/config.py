@@ -46,6 +46,7 @@ class Config:
         max_prompts: most prompts of every set, spread from first to last; None uses all.
         refusal_openings: how a refusal's reply begins; None takes `reply_openings.REFUSAL`.
         interventions: ablate and add the directions; without, the verdict is inconclusive.
+        doses: with the interventions, also add and take away growing doses (`Causal.doses`).
         n_resamples, confidence: resamples for intervals and nulls, and the intervals' confidence.
         thresholds: thresholds of the verdict.
     """
@@ -65,6 +66,7 @@ class Config:
     max_prompts: int | None = None
     refusal_openings: tuple[str, ...] | None = None
     interventions: bool = True
+    doses: bool = False
     n_resamples: int = 10_000
     confidence: float = 0.95
     thresholds: Thresholds = field(default_factory=Thresholds)

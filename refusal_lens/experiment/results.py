@@ -12,6 +12,7 @@ from torch import Tensor
 from ..activations import disk
 from ..errors import InputError, lenient
 from ..interventions import ContrastEffects, CrossEffects, Effects, Intervention, ReplyOpenings
+from ..interventions.doses import DoseResponse
 from ..prompts.contrast import Contrast
 from ..prompts.protocol import Protocol
 from ..uncertainty import Cause, Caution, CosineStatistics, Unmeasured
@@ -33,7 +34,7 @@ DIRECTIONS = "/directions/"  # path of the directions among the packed tensors
 SAVED = (  # the only dataclasses and enums in saved results
     *(Config, Contrast, Protocol, Thresholds, CosineStatistics, Unmeasured, Estimate, Evidence),
     *(Reason, Verdict, Causal, ReplyOpenings, Effects, CrossEffects, ContrastEffects),
-    *(Cause, Caution, Intervention),
+    *(Cause, Caution, Intervention, DoseResponse),
 )
 
 

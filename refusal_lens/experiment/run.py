@@ -77,7 +77,7 @@ def run_experiment(
     layer, _ = highlighted_layer(config.layer, n_layers)
     n_prompts = sum(len(c.target) + len(c.baseline) for c in contrasts.values())
     planned = {"reading prompts": n_prompts}
-    planned |= steps(contrasts, n_layers) if config.interventions else {}
+    planned |= steps(contrasts, n_layers, doses=config.doses) if config.interventions else {}
     with RunBar(planned | {"statistics": n_prompts}, shown=progress and is_main()) as bar:
         return _run(source, contrasts, origin, layer, bar)
 
@@ -120,6 +120,7 @@ def _interventions(
     config = source.config
     key = prompts | {"layer": how["layer"], "seed": config.seed}
     key["openings"] = config.refusal_openings or REFUSAL
+    key |= {"doses": True} if config.doses else {}  # keys without doses stay as they were
     key["controls"] = [contrasts[name].sha256 for name in NUISANCES if name in contrasts]
 
     def run() -> Causal:

@@ -145,7 +145,7 @@ def cross_effects(
         **options: `batch_size` and `progress` of `run_interventions`.
     """
     sides = [side for contrast in contrasts for side in (contrast.target, contrast.baseline)]
-    _check(sides, layer, model.cfg.n_layers)
+    check_sides(sides, layer, model.cfg.n_layers)
     directions = _directions(activations, layer, taken_out)
     if intervention == "addition":
         random = functional.normalize(random, dim=-1) * directions[1].norm()
@@ -245,7 +245,8 @@ def _contrast_effects(
     return ContrastEffects(*log_odds, *kl, *map(torch.stack, zip(*scores, strict=True)))
 
 
-def _check(sides: Sequence[Sequence[str]], layer: int, n_layers: int) -> None:
+def check_sides(sides: Sequence[Sequence[str]], layer: int, n_layers: int) -> None:
+    """InputError if a model of so many layers lacks the layer, or a side its halves."""
     if not 0 <= layer < n_layers:
         raise InputError(f"there is no layer {layer}: choose 0 to {n_layers - 1}")
     if (fewest := min(map(len, sides))) < FEWEST_PROMPTS:

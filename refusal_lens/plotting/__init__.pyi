@@ -1,4 +1,5 @@
 from .depth import cosine_by_layer as cosine_by_layer
+from .depth import dose_response as dose_response
 from .depth import log_odds_by_ablated_layer as log_odds_by_ablated_layer
 from .depth import norms_by_layer as norms_by_layer
 from .matrices import concept_map as concept_map

@@ -167,6 +167,37 @@ def norms_by_layer(
     return chart
 
 
+def dose_response(
+    shares: Mapping[str, Values],
+    kl: Mapping[str, Values],
+    *,
+    interval: Bands | None = None,
+    title: str = "Share of prompts refused with growing doses of a direction",
+    theme: Theme = "light",
+) -> go.Figure:
+    """The share of prompts refused over the next-token KL on harmless prompts, on a log axis.
+
+    Args:
+        shares, kl: `[dose]` by direction; KL in nats.
+        interval, title, theme: as for `cosine_by_layer`.
+    """
+    curves = named_curves(shares, "share refused", theme, ".2f")
+    for name, values in shares.items():
+        check_tensors(**{f"curve {name!r}": (values, "dose"), "its KL": (kl.get(name), "dose")})
+    chart = figure(title, "shaded: 95 % intervals, and 95 % of random directions", theme=theme)
+    if empty(chart, [curve.values for curve in curves], "share refused"):
+        return chart
+    add_bands(chart, "95 %", interval, curves, 0.2)
+    draw_curves(chart, curves, "share of prompts refused")
+    shaded = [curve for curve in curves if curve.bands]
+    for trace, curve in zip(cast(Any, chart.data), [*shaded, *curves], strict=True):
+        costs = numbers(kl[curve.name])
+        trace.x = [None if i is None else costs[i] for i in trace.x]
+    axis = {"type": "log", "range": (-3, 1.3), "dtick": 1, "unifiedhovertitle": None}
+    chart.update_xaxes(axis, title_text="next-token KL on harmless prompts (nats)")
+    return chart.update_layout(hovermode="closest", yaxis_range=(-0.04, 1.04))
+
+
 def cosine_limits(values: list[float]) -> tuple[float, float]:
     """Axis limits in whole quarters, so that figures of different runs compare by eye."""
     low = min([-0.25, *((v - 0.02) // 0.25 / 4 for v in values)])

@@ -111,6 +111,9 @@ def _interventions(results: Results, theme: Theme) -> list[Figure]:
             theme=theme,
         )
         found.append(_figure(results, f"cross-{verb}", chart))
+    if doses := results.causal.doses:
+        for name, way in (("doses-added", "added"), ("doses-taken", "taken away")):
+            found.append(_figure(results, name, doses.figure(way, theme=theme)))
     return found
 
 

@@ -261,6 +261,10 @@ PLOT_CASES = {
         lambda w: plotting.cross_effects(R, interventions=["a"], outcomes=["b"]),
         "1 interventions",
     ),
+    "dose_response figure: no KL": (
+        lambda w: plotting.dose_response({"a": CURVE}, {}),
+        "its KL is a NoneType",
+    ),
     "prompts_in_plane: two axes": (lambda w: plotting.prompts_in_plane({"a": R}), "has shape"),
     "projections_by_layer: two depths": (
         lambda w: plotting.projections_by_layer({"a": R, "b": R[:, 1:]}),
@@ -471,6 +475,10 @@ MODEL_CASES = {
             progress=False,
         ),
         "one layer to each",
+    ),
+    "dose_response: no such layer": (
+        lambda w: rl.dose_response(w.model, CONTRAST, CONTRAST, layer=9, progress=False),
+        "no layer 9",
     ),
     "interventions.cross_effects: no such layer": (
         lambda w: cross_effects(
