@@ -95,11 +95,11 @@ class DoseResponse:
         table = self.to_pandas(kls.tolist()).query("way == @way and effect == 'refused'")
         middle, *ends = torch.tensor(table.iloc[:, -3:].to_numpy()).T
         shares, *sides = (end[:2, 1:].clamp(0, 1) for end in self.effects(way)["refused"])
-        costs, around = self.kl[way][:2, 1:].mean(-1), zip(*sides, strict=True)
+        costs, around = self.kl[way][:2, 1:].mean(-1), [*zip(*sides, strict=True)]
         return plotting.dose_response(
             dict(zip(names, (*shares, middle), strict=True)),
             dict(zip(names, (*costs, kls), strict=True)),
-            interval=dict(zip(names, (*around, ends), strict=True)),
+            interval=dict(zip(names, (*around, tuple(ends)), strict=True)),
             title=f"Share refused with layer {self.layer}'s directions {way}",
             **options,
         )
