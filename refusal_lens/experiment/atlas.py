@@ -112,7 +112,7 @@ class Atlas(Table):
 
     def beside(self, *others: "Atlas", likeness: Likeness = "cosine", **theme: Any) -> "go.Figure":
         """Return each concept's likeness to refusal in several models, with simultaneous intervals.
-        >>> shown = again.beside(again, likeness="cross_ablation")
+        >>> shown = atlas.beside(atlas, likeness="cross_ablation")
         """
         from .. import plotting
 

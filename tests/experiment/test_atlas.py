@@ -150,7 +150,7 @@ def test_several_models_stand_side_by_side_in_one_figure(atlas, control):
     assert [trace.name for trace in chart.data] == ["aroused, layer 5", "sympathy, layer 5"]
     wired, specific = chart.data
     assert wired.x[wired.text.index("arousal")] > 0.9
-    assert [abs(x) < 0.25 for x in specific.x] == [True]
+    assert all(abs(x) < 0.25 for x in specific.x)
     assert atlas.beside().layout.xaxis.title.text == "cosine, 1 is that of refusal itself"
 
 
