@@ -51,7 +51,7 @@ class Multiverse(ContrastOptions, ModelOptions):
     layer: Number = None  # Layer to report, from 0. Default: 20 of 32, or the same depth.
     causal_prompts: int = 24  # Prompts of each set to intervene on; 0: fast, without verdicts.
     seed: int = 0  # Seed of subsets and resamples.
-    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
 
     def __call__(self) -> None:
         config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
@@ -129,14 +129,13 @@ class ConceptMap(ModelOptions):
     """
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # type: ignore[assignment]
-    """Hub name, directory, GGUF file or organism:specific; +ADAPTER may follow. Repeat for several."""
+    """As in `run`, with the same default. Repeat for several models."""
     concepts: tuple[str, ...] = rl.bundled_contrasts()  # Bundled names, or FILE:COLUMN:COLUMN.
     layer: Number = None  # Layer to intervene at, from 0. Default: 20 of 32, or the same depth.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
-    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
 
     def __call__(self) -> None:
-        """Run the command."""
         texts = ",".join(self.concepts).split(",")
         concepts = [_own_concept(text) if ":" in text else text for text in texts]
         options = {name: getattr(self, name) for name in ("layer", "max_prompts", "device")}
@@ -169,7 +168,7 @@ class StoredWork:
     """Show what the cache of activations and results holds, or clear it."""
 
     action: Annotated[Literal["info", "clear"], tyro.conf.Positional] = "info"  # Show or remove.
-    cache: Folder = None  # Default: $REFUSAL_LENS_CACHE, or a folder among the user's caches.
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
 
     def __call__(self) -> None:
         cache = rl.Cache(self.cache or default_folder())

@@ -28,24 +28,24 @@ from .show import findings, show, table, verdict
 
 ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
 ADAPTERS = ("refuses", "refuses_negativity_too")  # of a real chat model
+PROMPTS = tyro.conf.arg(metavar="PROMPT ...", help="One prompt or several.", help_behavior_hint="")
 
 
 @dataclass(frozen=True)
 class Demo:
     """Run the experiment on the three bundled organisms, side by side.
 
-    Needs no GPU, no token and no network. Each organism is a small model with a known answer:
-    `specific` has a refusal mechanism of its own, `entangled` refuses everything negative, and
-    `oblivious` never refuses. `--real` takes a real chat model instead, SmolLM2-135M-Instruct, which
-    never refuses, by itself and as two bundled adapters teach it to refuse; a quarter of an hour.
+    Needs no GPU, no token and no network. Each organism is a small model with a known answer: in
+    one, `specific`, refusal is a mechanism of its own; `entangled` refuses everything negative; and
+    the third, `oblivious`, never refuses. With `--real` a real chat model instead, by itself and as
+    two bundled adapters teach it to refuse: SmolLM2-135M-Instruct, in a quarter of an hour.
     """
 
     real: Flag = False  # A real chat model instead; needs the model, and the extra `lora`.
     model: str = "smollm2"  # With --real: the model's hub name, directory or GGUF file.
-
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
-    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
     quiet: Flag = False  # Print nothing but the results.
     verbose: Flag = False  # Log progress and problems on stderr.
 
@@ -94,7 +94,7 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     """
 
     layer: Number = None  # Layer to highlight, from 0. Default: 20 of 32, or the same depth.
-    controls: tuple[str, ...] = ("positivity", "alarm")  # Bundled contrasts to compare as well.
+    controls: tuple[str, ...] = ("positivity", "alarm", "arousal")  # Contrasts to compare, too.
     position: str = "-1"  # Token to read: -1 is the last one; or last_prompt_token.
     revision: Text = None  # Branch, tag or commit on the hub.
     dtype: Text = None  # bfloat16, float32, ... Default: bfloat16 on a GPU.
@@ -106,7 +106,7 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     interventions: Flag = True  # Only compare the directions: quick, but inconclusive.
     doses: Flag = False  # Also add and take away growing doses of both directions; slower.
     repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
-    cache: Folder = None  # Folder for finished work. Default: a folder among the user's caches.
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
     no_cache: Flag = False  # Neither store nor use finished work.
     explain: Flag = False  # Print every reason, and the rule with its thresholds.
 
@@ -137,9 +137,9 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
 class Tokens(ProtocolOptions):
     """Show every token of a formatted prompt, and the tokens whose activations are extracted."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.Positional]  # One prompt or several.
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, PROMPTS]
     model: str = "organism:specific"  # Hub name, directory or organism; only tokenizes.
-    generation_prompt: Flag = True  # End with the header of the assistant's reply.
+    generation_prompt: Flag = True  # Leave out the header of the assistant's reply.
     position: tuple[str, ...] = ("-1",)  # Positions to read, as in `run --position`.
     revision: Text = None  # Branch, tag or commit on the hub.
 
@@ -160,16 +160,16 @@ def main(arguments: list[str] | None = None) -> None:
         return show(rule(rl.Config().thresholds))
     if given == ["--version"]:
         return print(f"refusal-lens {version('refusal_lens')}")
-    command = tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="refusal-lens",
-        description="Is refusal a mechanism of its own in a chat model, or general negativity? "
-        "--explain prints the rule of the verdict, --version the version.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    quiet, verbose = (getattr(command, name, False) for name in ("quiet", "verbose"))
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="refusal-lens",
+            description="Is refusal a mechanism of its own in a chat model, or general negativity? "
+            "--explain prints the rule of the verdict, --version the version.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        quiet, verbose = (getattr(command, name, False) for name in ("quiet", "verbose"))
         with _log_on_stderr(quiet=quiet, verbose=verbose), distributed.command():
             command()
         sys.stdout.flush()

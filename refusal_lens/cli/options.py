@@ -73,7 +73,6 @@ class ContrastOptions(RefusalOptions):
     against: str = "negativity"  # Bundled contrast to compare refusal with.
     against_target: Text = None  # Your own prompts for the other contrast, as with --target.
     against_baseline: Text = None  # Their baseline; required with --against-target.
-
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
 
     def concepts(self) -> dict[str, Any]:

@@ -72,13 +72,11 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
 def effects(verdict: Verdict, names: Names = BUNDLED) -> list[list[str]]:
     """Return rows: an effect that decides, its size relative to refusal's, and what chance does."""
     numbers, rows = vars(verdict.evidence), []
-    whole = {controlled: name for name, controlled in CONTROLLED.items()}
+    chances = CHANCE | {"statement_ablation": "chance_statement_ablation"}
     for measure, what in WORDS["effects"].items():
-        of = (CHANCE | {"statement_ablation": "chance_statement_ablation"}).get(
-            whole.get(measure, measure)
-        )
+        of, effect = chances.get(measure.replace("controlled", "cross")), _percent(numbers[measure])
         chance = _percent(numbers[of]) if of else WORDS["no_intervention"]
-        rows.append([what.format(**names._asdict()), _percent(numbers[measure]), chance])
+        rows.append([what.format(**names._asdict()), effect, chance if "%" in effect else effect])
     return rows
 
 

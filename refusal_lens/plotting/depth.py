@@ -84,7 +84,8 @@ def cosine_by_layer(
         if values is not None:
             whose = {f"curve {first.name!r}": (first.values, "layer")}
             check_tensors(**whose, **{label: (values, "layer")})
-            add_curve(chart, Curve(label, values.clamp(-1, 1), style), width=1.6, legendrank=950)
+            options = {"legendrank": 950, "showlegend": values is ceiling or len(curves) < 4}
+            add_curve(chart, Curve(label, values.clamp(-1, 1), style), width=1.6, **options)
     drawn = draw_curves(chart, curves, "cosine similarity")
     chart.update_yaxes(range=cosine_limits(drawn))
     if is_layer(strongest, len(first.values), "strongest"):

@@ -152,7 +152,7 @@ def intervention_names(results: Results) -> dict[Intervention, str]:
     """Return the name of each intervention, from the names of the contrasts."""
     a, b = results.names[:2]
     alone = f"{a} without {b}", f"{b} without {a}"
-    less = f"{b} without the refusals' first tokens", f"{b} without controls"
+    less = f"{b}, first tokens taken out", f"{b}, controls taken out"
     where = [f"{name}, {how}" for how in ("to zero", "at every token") for name in (a, b)]
     names = ("nothing", a, b, *alone, *less, *where, "a random direction")
     return dict(zip(Intervention, names, strict=True))

@@ -1,13 +1,14 @@
 """What the commands print: wrapped, in the user's words, with nothing left behind."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 
 import pytest
 
+from refusal_lens import Config
 from refusal_lens.cli import show
-from refusal_lens.cli.main import main
+from refusal_lens.cli.main import Run, main
 from refusal_lens.experiment.wording import effects
 
 COMMANDS = (
@@ -19,6 +20,7 @@ COMMANDS = (
     "report",
     "sensitivity",
     "select",
+    "atlas",
     "cache",
 )
 
@@ -40,6 +42,20 @@ def test_help_says_of_a_flag_what_it_does_and_no_truth_value(command, capsys):
     shown = printed(capsys, command, "--help")
     assert "usage: refusal-lens" in shown
     assert not re.search(r"default:\s+(True|False|None)", " ".join(shown.split()))
+
+
+def test_a_command_s_defaults_are_python_s():
+    shared = [f.name for f in fields(Run) if f.name in vars(Config) and f.name != "interventions"]
+    assert {"controls", "seed", "confidence", "refusal"} <= {*shared}
+    assert {n: getattr(Run, n) for n in shared} == {n: getattr(Config, n) for n in shared}
+
+
+def test_help_tells_where_finished_work_lies_and_what_a_negative_flag_leaves_out(capsys):
+    for command in ("demo", "run", "sensitivity", "atlas", "cache"):
+        assert "$REFUSAL_LENS_CACHE" in printed(capsys, command, "--help")
+    shown = printed(capsys, "tokens", "--help")
+    assert "Leave out the header" in shown
+    assert "(default: )" not in shown
 
 
 def test_the_same_option_has_the_same_name_in_every_command(capsys):
@@ -96,8 +112,9 @@ def test_results_wrap_at_the_terminal_s_width_and_names_stay_text(
 def test_what_chance_does_or_that_nothing_was_done_stands_beside_every_effect(quick_results):
     results = quick_results("specific")
     beside = {row[0]: row[2] for row in effects(results.verdict, results.names)}
+    assert len(beside) == len(effects(results.verdict, results.names))  # no two rows read alike
     assert beside.pop("negative prompts refused, beyond neutral ones") == "no intervention"
-    assert all(re.fullmatch(r"-?\d+ %", chance) for chance in beside.values())
+    assert all(re.fullmatch(r"-?\d+ %|not measurable", x) for x in beside.values())
     # Both are of the same random drop: over the fall under refusal, and over the gap of statements.
     e = results.verdict.evidence
     assert (e.chance_statement_ablation > 0) == (e.chance_statements > 0)
@@ -106,7 +123,9 @@ def test_what_chance_does_or_that_nothing_was_done_stands_beside_every_effect(qu
 
 def test_the_rule_can_be_read_without_a_run_or_a_model(capsys):
     main(["--explain"])
-    assert "Inconclusive comes first:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Inconclusive comes first:" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("n", "told"), [("15", True), ("16", False)])

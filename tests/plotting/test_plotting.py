@@ -237,6 +237,9 @@ def test_the_legend_lists_curves_and_the_subtitle_explains_bands(curve):
     )
     listed = [t.name for t in figure.data if t.showlegend is not False]
     assert listed == ["noise ceiling", "corrected for noise", "a", "b", "c"]
+    more = plotting.cosine_by_layer(curves | {"d": curve}, ceiling=curve + 0.5, unbiased=curve)
+    listed = [t.name for t in more.data if t.showlegend is not False]
+    assert listed == ["noise ceiling", "a", "b", "c", "d"]  # at most five
     for explained in (
         "shaded: 95 % intervals",
         "lighter: for all layers at once",
