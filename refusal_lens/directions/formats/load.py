@@ -140,8 +140,9 @@ def _choose_tensor(tensors: Mapping[str, Tensor], key: str | None, path: Path) -
     name = names[0] if key is None and len(names) == 1 else key
     if name is None or name not in names:
         listed = ", ".join(repr(known)[:40] for known in names[:10])
-        advice = "leave key= out" if "" in names else f"holds {listed}: name one with key="
-        raise InputError(f"{path} has no tensor named {str(key)[:40]!r}: {advice}")
+        advice = "leave key= out" if "" in names else f"{listed}: name one with key="
+        problem = "several tensors" if key is None else f"no tensor named {str(key)[:40]!r}"
+        raise InputError(f"{path} has {problem}: {advice}")
     return name
 
 
