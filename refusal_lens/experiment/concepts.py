@@ -59,7 +59,6 @@ class Concepts:
         self.score = openings_of(self.source.tokenizer, config.refusal_openings or REFUSAL)
         self.options: dict[str, Any] = {"protocol": config.protocol, "progress": False}
         self.options |= {"batch_size": config.batch_size}
-        self.others = causal.other_prompts(self.contrasts[self.refusal], most)
         self.quick = self.options | {"score": self.score.first_tokens, "last_position": True}
         self.highlighted = self.layer
         hashes = [(name, each.sha256) for name, each in self.contrasts.items()]
@@ -196,13 +195,28 @@ class Concepts:
         return measured(model, prompts, runs, 1 + every, score, options)
 
     @cached_property
+    def _requests(self) -> tuple[Tensor, Tensor]:
+        """Log-odds of a refusal behind all harmful and behind all harmless requests."""
+        whole, how = self.contrasts[self.refusal], (self.score, self.options)
+
+        def compute() -> Any:
+            return causal.request_scores(self.source.model, whole, *how)
+
+        return self.source.remember("atlas: scores of requests", self.decided_by, compute)
+
+    @cached_property
+    def others(self) -> Contrast:
+        """The requests on which layers are swept: few where none is refused."""
+        most = causal.EFFECT_PROMPTS if (self._requests[0] > 0).any() else FEW_PROMPTS
+        return causal.other_prompts(self.contrasts[self.refusal], most)
+
+    @cached_property
     def _unmodified(self) -> Runs:
         """Log-odds of all requests, and random directions to ablate and to add."""
 
         def compute() -> Runs:
             model, sides = self.source.model, self.activations[self.refusal]
-            whole = self.contrasts[self.refusal]
-            requests = causal.request_scores(model, whole, self.score, self.options)
+            requests = self._requests
             sweep = self._sweep(mean_difference(*sides).float())
             layer = causal.judged_layer(sweep, self.highlighted)
             settled = layer, self.score, self.options
