@@ -123,7 +123,7 @@ def intervals_by_name(
     height = 190 + max(30, 12 * len(values)) * len(names)
     chart = figure(title, quantity, theme=theme, height=height)
     cells = {group: torch.tensor([*each.values()]) for group, each in values.items()}
-    if wrong := [group for group, each in cells.items() if each.shape[1:] != (3,)]:
+    if wrong := [group for group, each in cells.items() if each.numel() and each.shape[1:] != (3,)]:
         raise InputError(f"values of {wrong[0]} are no intervals: give a number and its two ends")
     if empty(chart, cells.values(), quantity):
         return chart

@@ -71,7 +71,7 @@ def every_figure(n_layers: int = 32, *, value: float | None = None, theme: str =
             theme=theme,
         ),
         "intervals_by_name": plotting.intervals_by_name(
-            {name: {"joy": [0.1, *data(2).tolist()]} for name in "ab"}, theme=theme
+            {name: {"joy": data(3).tolist()} if n_layers else {} for name in "ab"}, theme=theme
         ),
         "prompts_in_plane": plotting.prompts_in_plane(sets, theme=theme),
         "projections_by_layer": plotting.projections_by_layer(
