@@ -42,9 +42,7 @@ FEWEST_PROMPTS = 4  # smallest set on which interventions run
 CELLS_AT_ONCE = 256  # cells of a sweep that are stored together
 N_RANDOM = 20  # random directions, ablated and added for comparison
 MOST_DIRECTIONS = 3  # of refusal, ablated together where one does not let requests through
-DEEPEST = (
-    0.8  # depth up to which a layer is chosen, as Arditi et al. do; later ones write the reply
-)
+DEEPEST = 0.8  # share of the layers among which one is chosen, as Arditi et al. do
 PARTS = ("refusal", "negativity")
 NUISANCES = ("arousal", "alarm")  # concepts that are taken out of negativity
 CONTROLLED = "what controls leave of it"
@@ -221,10 +219,8 @@ def judged_layer(sweep: Effects, layer: int) -> int:
     Else it is the strongest layer, if it does more. The prompts of the sweep are not those on which
     the effects are measured (cross-fitting).
     """
-    refused, best = (
-        (~(sweep.log_odds <= 0)).double().mean(-1),
-        strongest_layer(sweep),
-    )  # NaN: refused
+    refused = (~(sweep.log_odds <= 0)).double().mean(-1)  # an unknown score counts as refused
+    best = strongest_layer(sweep)
     enough = (sweep.unchanged > 0).double().mean() / 2
     return layer if refused[layer] <= enough or refused[best] >= refused[layer] else best
 

@@ -19,7 +19,7 @@ from .causal import PARTS, Causal, deepest, other_prompts, smallest_set
 from .config import some_prompts
 from .verdict import Estimate, Evidence
 
-BOTH = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
+CONTROLLED, WHOLE = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
 
 
 class Earlier(NamedTuple):
@@ -120,20 +120,23 @@ def evidence(
         return geometry
     pair = [contrasts["refusal"], *(some_prompts(contrasts[p], causal.n_prompts) for p in PARTS)]
     pair.append(other_prompts(contrasts["refusal"], causal.n_prompts))
-    norms = [causal.addition.norms[causal.addition.rows(part)[0]] for part in BOTH]
+    parts = [causal.addition.rows(part)[0] for part in (CONTROLLED, WHOLE)]
+    norms = causal.addition.norms[parts]
     geometry = replace(
         geometry,
         covered=sum(causal.replies["harmful"].values()),
         constant_token=causal.constant_token,
         strongest_layer=causal.strongest,
         n_directions=len(causal.several),
-        controlled_norm=left_of(norms[0], norms[1], controls=causal.controlled_sweep is not None),
+        controlled_norm=share_left(
+            norms[0], norms[1], controls=causal.controlled_sweep is not None
+        ),
     )
     responses = responses_of(causal)
     return compute_evidence(geometry, responses, contrasts=pair, confidence=cosine.confidence)
 
 
-def left_of(norm: Tensor, whole: Tensor, *, controls: bool) -> float:
+def share_left(norm: Tensor, whole: Tensor, *, controls: bool) -> float:
     """Share of a norm that controls leave; 0 if that is only rounding, NaN without controls."""
     return float((norm / whole).nan_to_num(0.0)) if controls else math.nan
 
@@ -142,7 +145,7 @@ def responses_of(causal: Causal) -> Responses:
     """Return the scores on which the evidence rests."""
     first = [causal.ablation.rows(Intervention(kind))[0] for kind in ("none", *PARTS)]
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
-    layer, here = causal.ablation.layer, causal.ablation.rows(BOTH[0])[0]
+    layer, here = causal.ablation.layer, causal.ablation.rows(CONTROLLED)[0]
     everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
     refusal, least = causal.sweep["refusal"], None
     if causal.controlled_sweep is not None:
