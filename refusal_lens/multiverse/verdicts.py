@@ -9,8 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from ..activations.progress import RunBar
 from ..experiment.causal import divide_sweep, sweep_ablations
 from ..experiment.config import some_prompts, spread
+from ..experiment.distributed import is_main
 from ..experiment.evidence import Earlier, Responses, compute_evidence
 from ..experiment.verdict import Evidence, Thresholds, Verdict, judge
 from ..interventions import Effects, addition_effects, openings_of, refusal_log_odds
@@ -56,8 +58,7 @@ def measure_responses(
     """Return the responses to the directions at each layer, by specifications of `least` prompts.
 
     `n_prompts` of each set run under the default protocol, which gave the four sides' `activations`.
-    Replies are scored by the refusal openings' first tokens alone, which is fast and counts sympathy
-    that begins alike.
+    Replies are scored by openings' first tokens alone: fast, but sympathy may begin alike.
     """
     judged = [i for i, each in enumerate(measured) if each.evidence[0].n_prompts >= least]
     if not n_prompts or not judged:
@@ -70,27 +71,32 @@ def measure_responses(
     random = torch.stack(drawn)  # with the covariance of the activations at each layer
     parts = zip(*(measured[i][2:5] for i in judged), strict=True)
     by_refusal, by_negativity, layers = map(torch.stack, parts)
-    options: dict[str, Any] = {"score": score, "last_position": True}
-    options |= {"protocol": DEFAULT, "batch_size": batch_size, "progress": progress}
-
-    def ablated(what: str, prompts: Any, *swept: Tensor) -> Effects:
-        kept = partial(remember, what)
-        return sweep_ablations(model, prompts, swept[0], swept[1], options, remember=kept)
-
-    add = partial(addition_effects, model, harmless, **options)
     both = torch.stack([by_refusal, by_negativity])
-    clean = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
     as_long = functional.normalize(random, dim=-1) * by_negativity[-1].norm(dim=-1)[:, None, None]
-    every = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
-    measures = _Measures(
-        requests=ablated("requests", harmful + harmless, both, activations[1]),
-        statements=ablated("statements", negative, both, activations[3]),
-        chance=ablated("chance", harmful, random, activations[1]),
-        chance_statements=ablated("chance on statements", negative, random, activations[3]),
-        added=divide_sweep(add, by_negativity, layers, remember=partial(remember, "added")),
-        chance_added=divide_sweep(add, as_long, every, remember=partial(remember, "chance added")),
-        neutral=refusal_log_odds(clean, score),
-    )
+    own = torch.arange(len(random))[:, None].expand(-1, N_RANDOM)
+    runs: dict[str, tuple[Any, ...]] = {  # prompts, directions, then references or layers
+        "requests": (harmful + harmless, both, activations[1]),
+        "statements": (negative, both, activations[3]),
+        "chance": (harmful, random, activations[1]),
+        "chance_statements": (negative, random, activations[3]),
+        "added": (harmless, by_negativity, layers),
+        "chance_added": (harmless, as_long, own),
+    }
+    planned = {k: len(prompts) * each[..., 0].numel() for k, (prompts, each, _) in runs.items()}
+    clean = first_token_logits(model, neutral, batch_size=batch_size, progress=False)
+    effects = {}
+    with RunBar(planned, shown=progress and is_main()) as bar:
+        options: Any = {"batch_size": batch_size, "progress": bar, "protocol": DEFAULT}
+        options |= {"score": score, "last_position": True}
+        for what, (prompts, directions, at) in runs.items():
+            bar.begin(what)
+            kept: Any = {"remember": partial(remember, what)}
+            sweep = partial(sweep_ablations, model, prompts, options=options)
+            if what.endswith("added"):
+                sweep = partial(divide_sweep, partial(addition_effects, model, prompts, **options))
+            effects[what] = sweep(directions, at, **kept)
+        bar.update(bar.total - bar.n)
+    measures = _Measures(**effects, neutral=refusal_log_odds(clean, score))
     found, n = {}, len(harmful)
     for row, (i, at) in enumerate(zip(judged, layers.clamp_min(0).tolist(), strict=True)):
         found[i] = [_responses(measures, row, layer, own, n) for layer, own in enumerate(at)]
