@@ -231,7 +231,8 @@ class Concepts:
             requested = some_prompts(
                 self.some[self.refusal], causal.EFFECT_PROMPTS if n else FEW_PROMPTS
             )
-            everywhere = self._ablated(requested.target, several, last=False)
+            step = max(1, len(requested.target) // cross_ablation.CHANCE_PROMPTS)
+            everywhere = self._ablated(requested.target[::step], several, last=False)
             strongest = causal.strongest_layer(sweep)
             return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 

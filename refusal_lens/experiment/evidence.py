@@ -66,7 +66,7 @@ class Responses(NamedTuple):
         kl: mean KL on harmless prompts of the two ablations, in nats.
         controlled: harmful prompts while negativity without controls is ablated, and harmless ones
             while it is added.
-        everywhere: harmful prompts while refusal is ablated at every token.
+        everywhere: some harmful prompts while refusal is ablated at every token.
         strongest: `lowered_most` of the sweeps.
     """
 
@@ -203,7 +203,7 @@ def compute_evidence(
         refused_negative=float(refused[2][0].mean()),
         ablated_harmful=float(refused[0][1].mean()),
         ablated_harmless=float(refused[1][1].mean()),
-        everywhere_harmful=float(_refused(responses.everywhere).mean()),
+        everywhere_harmful=float(_refused(responses.everywhere).nanmean()),
         refused_gap=Estimate(*map(float, total(whole, clusters=all_labels[: len(whole)]))),
         gap=Estimate(*map(float, total(gaps, clusters=of_gap))),
         refusal_ablation=ratio(_over_gap(dropped, gaps, 0), of_gap),

@@ -70,7 +70,7 @@ class Evidence:
             same of scores, of the prompts that interventions run on.
         n_directions: directions that are ablated together as refusal.
         ablated_harmful, ablated_harmless: shares refused while refusal is ablated.
-        everywhere_harmful: share of harmful prompts refused while it is ablated at every token.
+        everywhere_harmful: share of some harmful prompts refused while it is ablated at every token.
         refusal_ablation: drop of harmful scores under ablating refusal, over the gap of scores.
         typical_ablation: drop of harmful scores under ablating the median random direction, over the
             drop under ablating refusal.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
 N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
 N_PARTS = 6  # the directions of an addition, but for random ones
-CHANCE_PROMPTS = 10  # at least so many prompts, if there are, under random directions
+CHANCE_PROMPTS = 10  # at least so many prompts, if there are, where only some run
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
 
@@ -92,7 +92,7 @@ class CrossEffects:
             Rows are NaN where a direction has no part orthogonal to the other, and where nothing
             ran: statements are run with the two directions ablated, whole; a random direction runs
             on some harmful and negative prompts under ablation and some harmless ones under
-            addition; nothing is added "to zero".
+            addition, an ablation at every token on some harmful ones; nothing is added "to zero".
         read_layers: the layers of the class scores.
         refusal, negativity: effects on the prompts of each contrast.
     """
@@ -190,15 +190,20 @@ def _runs(
     if added_after is None:
         own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
         yield Interventions(directions), [N_PARTS, N_PARTS + 1], requests
-        yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], requests
+        yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], _some(of)
         on_statements, negative = these._replace(references=others), statements[:n_negative]
         yield on_statements, [0, 1], statements
-        yield on_statements, random, negative[:: max(1, n_negative // CHANCE_PROMPTS)]
+        yield on_statements, random, _some(negative)
         these = these._replace(references=own)
     else:
         these, of = these._replace(layers=[added_after] * len(directions)), requests[n_harmful:]
     yield these, known, requests
-    yield these, random, of[:: max(1, len(of) // CHANCE_PROMPTS)]
+    yield these, random, _some(of)
+
+
+def _some(prompts: range) -> range:
+    """Some of the prompts of one set, for what is shown beside the effects that decide."""
+    return prompts[:: max(1, len(prompts) // CHANCE_PROMPTS)]
 
 
 def random_directions(

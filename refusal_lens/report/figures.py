@@ -132,8 +132,7 @@ def cross_changes(effects: CrossEffects) -> tuple[Interval, list[int]]:
     ]
     random = effects.rows(Intervention.RANDOM)
     left_out = {Intervention.NONE, Intervention.RANDOM}
-    odds = effects.refusal.baseline_log_odds
-    ran = odds.isfinite().any(-1).tolist()
+    ran = columns[added].isfinite().any(-1).tolist()
     known = zip(effects.interventions, ran, strict=True)
     rows = [i for i, (each, runs) in enumerate(known) if runs and each not in left_out]
     if random:

@@ -77,7 +77,7 @@ def _decodable(results: Results) -> list[list[str]]:
             area = auroc_interval(part.target_scores[i, -1], part.baseline_scores[i, -1])
             value, low, high = (written(float(each), ".2f") for each in area)
             cells.append("not measured" if value == "undefined" else f"{value} ({low} to {high})")
-        if intervention is not Intervention.RANDOM:
+        if intervention is not Intervention.RANDOM and {*cells[1:]} != {"not measured"}:
             rows.append(cells)
     return rows
 

@@ -599,7 +599,7 @@ def test_cross_additions_add_at_the_last_token_of_requests_and_nothing_to_zero(p
             as_alone(planted, hooks, prompts, tokens, found[row])
 
 
-def test_ablations_at_every_token_are_affine_and_of_requests_alone(planted):
+def test_ablations_at_every_token_are_affine_and_of_harmful_requests_alone(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
     effects, tokens, random = planted_effects(planted, pair, activations, **options)
@@ -609,11 +609,11 @@ def test_ablations_at_every_token_are_affine_and_of_requests_alone(planted):
         direction = directions[Intervention[name]]
         references = activations[0][1].mean(0) @ direction / direction.norm()
         hooks = ablate_direction(planted, direction, references)
-        for prompts, found, contrast in every_side(effects):
-            if contrast:  # statements
-                assert found[row].isnan().all()
-            else:
+        for prompts, found, _ in every_side(effects):
+            if prompts == HARMFUL:
                 as_alone(planted, hooks, prompts, tokens, found[row])
+            else:
+                assert found[row].isnan().all()
 
 
 def test_negativity_is_ablated_and_added_without_what_is_taken_out(planted):
