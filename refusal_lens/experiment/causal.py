@@ -259,9 +259,10 @@ def taken_out(
     activations: Mapping[str, ContrastActivations],
     score: ReplyOpenings,
 ) -> list[Float[Tensor, "layer _ d_model"]]:
-    """What controls take out of negativity at each layer, as `cross_effects` takes it of one.
+    """Rows that controls take out of negativity at each layer; `cross_effects` is given one layer's.
 
-    Without activations of arousal or alarm there are only the refusals' first tokens.
+    First the unembeddings of the refusals' first tokens alone, then these with the directions of
+    arousal and alarm, if there are activations of one of them.
     """
     unembedding = effective_unembedding(model).T
     first = unembedding[[*score.first_tokens]] - unembedding.mean(0)

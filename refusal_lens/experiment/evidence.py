@@ -234,7 +234,10 @@ def compute_evidence(
 def _controlled(
     responses: Responses, gaps: Sequence[Tensor], shares: Sequence[Tensor]
 ) -> dict[str, tuple[list[tuple[Tensor, Tensor]], str]]:
-    """Samples of the ratios without controls and at the strongest layer, and whose clusters count."""
+    """Samples of each further ratio, and the prompts that are sampled: harmful, gap or swept.
+
+    Further ratios are those of what controls leave of negativity, and that of the strongest layer.
+    """
     found: dict[str, tuple[list[tuple[Tensor, Tensor]], str]] = {}
     for which, of in ("", torch.clone), ("_share", _refused):
         harmful, harmless = of(responses.harmful[:2]), of(responses.harmless[0])
