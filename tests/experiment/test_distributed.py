@@ -25,7 +25,8 @@ PROGRAM = Path(__file__).parents[1] / "one_of_several.py"
 # 1e-7: another number of processes makes other batches, and moved one of them by 18 %.
 RATIOS = (
     *("refusal_ablation", "typical_ablation", "chance_ablation", "cross_ablation"),
-    *("cross_addition", "statement_ablation", "earlier_ablation", "earlier_damage"),
+    *("cross_addition", "statement_ablation", "chance_statement_ablation"),
+    *("earlier_ablation", "earlier_damage"),
 )
 OPTIONS = ("--max-prompts", "12", "--resamples", "400", "--batch-size", "6", "--controls", "alarm")
 
