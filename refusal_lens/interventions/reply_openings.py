@@ -76,7 +76,7 @@ class Mass:
         children = [(*node, token) for token in self._tree[node][1]]
         odds = {child: math.exp(self._reached[child][row]) for child in children}
         for child in sorted(children, key=odds.__getitem__):
-            if odds[child] > self._spare[row]:
+            if odds[child] > self._spare[row] / 2:
                 break
             self._spare[row] -= odds.pop(child)
         return [*odds]
