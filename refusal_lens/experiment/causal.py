@@ -188,7 +188,7 @@ def steps(contrasts: Mapping[str, Contrast], n_layers: int, *, doses: bool) -> d
     swept = [contrasts[part].name for part in PARTS]
     swept += [CONTROLLED] if {*NUISANCES} & {*contrasts} else []
     found |= {f"ablating {name}, every layer": n * n_layers for name in swept}
-    found["ablation"] = 2 * ((N_PARTS + 5) * n + random)
+    found["ablation"] = 2 * ((N_PARTS + 5) * n + CHANCE_PROMPTS + random)
     found["addition"] = 2 * N_PARTS * n + random
     found |= {"doses": 3 * N_PROMPTS * len(DOSES) * (2 + N_RANDOM)} if doses else {}
     return found | {"scoring replies": 4 * n + 8 * min(n, FEW_PROMPTS)}

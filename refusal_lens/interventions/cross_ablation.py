@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
 N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
 N_PARTS = 6  # the directions of an addition, but for random ones
+N_VARIANTS = 6  # other ways to ablate the first two of them
 CHANCE_PROMPTS = 10  # at least so many prompts, if there are, where only some run
 
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
@@ -43,7 +44,8 @@ class Intervention(StrEnum):
     An ablation sets the component, at every layer, to the mean of the baseline prompts of the
     prompts' own contrast: harmless for requests. It acts at the prompt's last token, where the
     directions were read; the two `..._EVERYWHERE` act at every token, and the two `..._TO_ZERO`
-    remove the component there. What is taken out of negativity is the part along the unembeddings of
+    remove the component there. The two `..._RESAMPLED` set it to that of one baseline prompt, another
+    for each prompt (resample ablation). What is taken out of negativity is the part along the unembeddings of
     the refusals' first tokens (its direct effect on them) and, in `..._CONTROLLED`, along the
     directions of controls as well.
     """
@@ -59,6 +61,8 @@ class Intervention(StrEnum):
     NEGATIVITY_TO_ZERO = "negativity, to zero"
     REFUSAL_EVERYWHERE = "refusal, at every token"
     NEGATIVITY_EVERYWHERE = "negativity, at every token"
+    REFUSAL_RESAMPLED = "refusal, to one harmless prompt's"
+    NEGATIVITY_RESAMPLED = "negativity, to one harmless prompt's"
     RANDOM = "random"
 
 
@@ -92,7 +96,8 @@ class CrossEffects:
             Rows are NaN where a direction has no part orthogonal to the other, and where nothing
             ran: statements are run with the two directions ablated, whole; a random direction runs
             on some harmful and negative prompts under ablation and some harmless ones under
-            addition, an ablation at every token on some harmful ones; nothing is added "to zero".
+            addition, an ablation at every token, or to one harmless prompt's component, on some
+            harmful ones; nothing is added "to zero".
         read_layers: the layers of the class scores.
         refusal, negativity: effects on the prompts of each contrast.
     """
@@ -149,12 +154,12 @@ def cross_effects(
     directions = _directions(activations, layer, taken_out)
     if intervention == "addition":
         random = functional.normalize(random, dim=-1) * directions[1].norm()
-    directions = torch.cat([directions, directions[:2], directions[:2], random])
+    directions = torch.cat([directions, directions[:2].repeat(N_VARIANTS // 2, 1), random])
     norms = functional.pad(directions.norm(dim=-1), (1, 0))
     if intervention == "ablation" and several is not None:
-        # The refusal's directions in its three rows, and zeros behind the others.
+        # The refusal's directions in its four rows, and zeros behind the others.
         directions = functional.pad(directions[:, None], (0, 0, 0, len(several) - 1))
-        directions[[0, N_PARTS, N_PARTS + 2]] = several
+        directions[[0, *range(N_PARTS, N_PARTS + N_VARIANTS, 2)]] = several
     read_layers, sizes = later_layers(layer, model.cfg.n_layers), [*map(len, sides)]
     baselines = [baseline for _, baseline in activations]
     added_after = layer if intervention == "addition" else None
@@ -185,12 +190,16 @@ def _runs(
     n_harmful, n_harmless, n_negative, _ = sizes
     requests, statements = range(n_harmful + n_harmless), range(n_harmful + n_harmless, sum(sizes))
     known = [i for i in range(N_PARTS) if not directions[i].isnan().any()]
-    random, of = [*range(N_PARTS + 4, len(directions))], requests[:n_harmful]
+    random, of = [*range(N_PARTS + N_VARIANTS, len(directions))], requests[:n_harmful]
     these = Interventions(directions, last_position=True)
     if added_after is None:
         own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
         yield Interventions(directions), [N_PARTS, N_PARTS + 1], requests
         yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], _some(of)
+        for prompt in _some(of):
+            drawn = baselines[0][prompt % len(baselines[0]), None]
+            one = affine_references(directions, drawn, hook=protocol.hook)
+            yield these._replace(references=one), [N_PARTS + 4, N_PARTS + 5], range(prompt, prompt + 1)
         on_statements, negative = these._replace(references=others), statements[:n_negative]
         yield on_statements, [0, 1], statements
         yield on_statements, random, _some(negative)

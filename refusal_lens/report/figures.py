@@ -152,8 +152,9 @@ def intervention_names(results: Results) -> dict[Intervention, str]:
     a, b = results.names[:2]
     alone = f"{a} without {b}", f"{b} without {a}"
     less = f"{b}, first tokens taken out", f"{b}, controls taken out"
-    where = [f"{name}, {how}" for how in ("to zero", "at every token") for name in (a, b)]
-    names = ("nothing", a, b, *alone, *less, *where, "a random direction")
+    ways = "to zero", "at every token", "resampled"
+    others = [f"{name}, {how}" for how in ways for name in (a, b)]
+    names = ("nothing", a, b, *alone, *less, *others, "a random direction")
     return dict(zip(Intervention, names, strict=True))
 
 

@@ -616,6 +616,27 @@ def test_ablations_at_every_token_are_affine_and_of_harmful_requests_alone(plant
                 assert found[row].isnan().all()
 
 
+def test_a_resampled_component_is_that_of_one_harmless_prompt_for_each_harmful_one(planted):
+    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
+    effects, tokens, random = planted_effects(planted, pair, activations, **options)
+    directions = every_direction(activations, random)
+    for name in ("REFUSAL", "NEGATIVITY"):
+        [row] = effects.rows(Intervention[f"{name}_RESAMPLED"])
+        direction = directions[Intervention[name]]
+        components = activations[0][1] @ direction / direction.norm()
+        for prompts, found, _ in every_side(effects):
+            if prompts != HARMFUL:
+                assert found[row].isnan().all()
+                continue
+            for i, prompt in enumerate(prompts):
+                hooks = at_the_last_token(ablate_direction(planted, direction, components[i]))
+                as_alone(planted, hooks, [prompt], tokens, found[row, i : i + 1])
+        [affine] = effects.rows(Intervention[name])
+        both = effects.refusal.target_log_odds
+        assert (both[row] - both[affine]).abs().max() > 0.01  # the control: a prompt is not the mean
+
+
 def test_negativity_is_ablated_and_added_without_what_is_taken_out(planted):
     activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
     spans = [drawn(1, 32, seed=5), drawn(3, 32, seed=6)]
@@ -654,11 +675,11 @@ def test_cross_effects_score_the_classes_at_later_layers(planted):
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
     effects, *_ = planted_effects(planted, pair, activations, **options)
     assert effects.rows(Intervention.NONE) == [0]
-    assert effects.rows(Intervention.RANDOM) == [11, 12]
+    assert effects.rows(Intervention.RANDOM) == [13, 14]
     assert effects.read_layers == (2, 3)
     expected = held_out_scores(*(side[:, [2, 3]] for side in activations[0]))
     torch.testing.assert_close(effects.refusal.target_scores[0], expected[0], atol=1e-3, rtol=1e-3)
-    assert effects.negativity.baseline_scores.shape == (13, 2, 4)
+    assert effects.negativity.baseline_scores.shape == (15, 2, 4)
 
 
 def test_random_directions_are_added_with_the_norm_of_negativity(planted):
