@@ -130,7 +130,7 @@ class Concepts:
         these = ablate.at([*((0, here) if here else range(m)), *range(m, len(every))], "cpu")
         odds = self._measured(few.target + few.baseline, these, self.score, len(few.target))[0]
         others = normalize(self._unmodified["added"], dim=-1) * own.norm()
-        alone = self._alone(name)
+        alone, swept = self._alone(name), self._unmodified["sweep"]  # of refusal
         axes = torch.cat([own[None], alone[self.layer, None], others])
         added = Interventions(axes, [self.layer] * len(axes), None, True)
         return {
@@ -140,7 +140,7 @@ class Concepts:
             "odds": odds,
             "added": self._measured(requests.baseline, added, self.score)[0],
             "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
-            "sweep": self._sweep(mean_difference(*sides).float()),
+            "sweep": self._sweep(mean_difference(*sides).float()) if here else swept,
             "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
@@ -212,7 +212,7 @@ class Concepts:
 
     @cached_property
     def _unmodified(self) -> Runs:
-        """Log-odds of all requests, and random directions to ablate and to add."""
+        """Log-odds of all requests, refusal's sweep, random directions to ablate and to add."""
 
         def compute() -> Runs:
             model, sides = self.source.model, self.activations[self.refusal]
@@ -228,6 +228,7 @@ class Concepts:
             generator = torch.Generator().manual_seed(self.source.config.seed)
             draw = partial(cross_ablation.random_directions, *rows, n=n, generator=generator)
             found = {"requests": requests, "random": draw(), "added": draw(), "layer": layer}
+            found["sweep"] = sweep
             requested = some_prompts(
                 self.some[self.refusal], causal.EFFECT_PROMPTS if n else FEW_PROMPTS
             )
@@ -236,7 +237,7 @@ class Concepts:
             strongest = causal.strongest_layer(sweep)
             return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 
-        return self.source.remember("atlas: requests", self.decided_by, compute)
+        return self.source.remember("atlas: requests", self.decided_by, compute, (Effects,))
 
     def evidence(self, name: str, runs: dict[str, Runs], confidence: float) -> Evidence:
         """The evidence on refusal and one concept; geometry alone without runs."""

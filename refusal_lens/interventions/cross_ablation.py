@@ -45,9 +45,9 @@ class Intervention(StrEnum):
     prompts' own contrast: harmless for requests. It acts at the prompt's last token, where the
     directions were read; the two `..._EVERYWHERE` act at every token, and the two `..._TO_ZERO`
     remove the component there. The two `..._RESAMPLED` set it to that of one baseline prompt, another
-    for each prompt (resample ablation). What is taken out of negativity is the part along the unembeddings of
-    the refusals' first tokens (its direct effect on them) and, in `..._CONTROLLED`, along the
-    directions of controls as well.
+    for each prompt (resample ablation). What is taken out of negativity is the part along the
+    unembeddings of the refusals' first tokens (its direct effect on them) and, in `..._CONTROLLED`,
+    along the directions of controls as well.
     """
 
     NONE = "none"
@@ -198,8 +198,10 @@ def _runs(
         yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], _some(of)
         for prompt in _some(of):
             drawn = baselines[0][prompt % len(baselines[0]), None]
-            one = affine_references(directions, drawn, hook=protocol.hook)
-            yield these._replace(references=one), [N_PARTS + 4, N_PARTS + 5], range(prompt, prompt + 1)
+            one = these._replace(
+                references=affine_references(directions, drawn, hook=protocol.hook)
+            )
+            yield one, [N_PARTS + 4, N_PARTS + 5], range(prompt, prompt + 1)
         on_statements, negative = these._replace(references=others), statements[:n_negative]
         yield on_statements, [0, 1], statements
         yield on_statements, random, _some(negative)

@@ -72,7 +72,10 @@ class Mass:
         self._spare = [TOLERANCE] * n_rows
 
     def likely(self, node: Node, row: int) -> list[Node]:
-        """The nodes right behind a node, without those that the row's tolerance has room for."""
+        """The nodes right behind a node, without those that the row's tolerance has room for.
+
+        A node may take half of what is left of it, so that many small ones find room.
+        """
         children = [(*node, token) for token in self._tree[node][1]]
         odds = {child: math.exp(self._reached[child][row]) for child in children}
         for child in sorted(children, key=odds.__getitem__):

@@ -634,7 +634,7 @@ def test_a_resampled_component_is_that_of_one_harmless_prompt_for_each_harmful_o
                 as_alone(planted, hooks, [prompt], tokens, found[row, i : i + 1])
         [affine] = effects.rows(Intervention[name])
         both = effects.refusal.target_log_odds
-        assert (both[row] - both[affine]).abs().max() > 0.01  # the control: a prompt is not the mean
+        assert (both[row] - both[affine]).abs().max() > 0.01  # a prompt is not the mean
 
 
 def test_negativity_is_ablated_and_added_without_what_is_taken_out(planted):
