@@ -14,7 +14,7 @@ from ..prompts.tokenize import ChatInputs
 from .shared_prefix import can_share_prefix
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 WORKING_SHARE = 0.015  # of the weights' bytes, on a CPU, where no batch size is given
 WORKING_FLOOR = 2**23  # bytes, so that a small model gets more than one prompt in a batch
@@ -38,9 +38,7 @@ class Rows(NamedTuple):
     combine: Callable[[list[Tensor]], Tensor] = partial(torch.stack, dim=2)  # what points hold
 
 
-def checked_rows(
-    model: "HookedTransformer | TransformerBridge", inputs: ChatInputs, labels: Sequence[str] | None
-) -> Rows:
+def checked_rows(model: "HookedModel", inputs: ChatInputs, labels: Sequence[str] | None) -> Rows:
     """Return the rows of a run; check that they are left-padded and fit the model's context."""
     tokens, mask = inputs.tokens.cpu(), inputs.mask.cpu()
     n_rows, width = tokens.shape
@@ -63,7 +61,7 @@ def checked_rows(
 
 
 def plan_batches(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     inputs: ChatInputs,
     *,
     batch_size: int | None = None,
@@ -89,15 +87,13 @@ def plan_batches(
     return plan
 
 
-def tokens_that_fill_a_gpu(model: "HookedTransformer | TransformerBridge") -> int:
+def tokens_that_fill_a_gpu(model: "HookedModel") -> int:
     """How many tokens keep a fast GPU busy while the CPU launches their pass, in any model."""
     weights = sum(weight.numel() for weight in model.blocks.parameters())
     return int(OPERATIONS_IN_A_BLOCK * model.cfg.n_layers / (2 * weights))
 
 
-def _fitting(
-    model: "HookedTransformer | TransformerBridge", width: int, n_positions: int, *, n_shared: int
-) -> int:
+def _fitting(model: "HookedModel", width: int, n_positions: int, *, n_shared: int) -> int:
     """How many prompts of this width make a batch, from the free memory and the weights."""
     cfg, size = model.cfg, next(model.parameters()).element_size()
     device = input_device(model)

@@ -19,7 +19,7 @@ from .progress import RunBar, bar_of
 from .shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 
 class ContrastActivations(NamedTuple):
@@ -32,7 +32,7 @@ class ContrastActivations(NamedTuple):
 
 
 def get_layer_activations(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     *,
     protocol: Protocol = Protocol(),  # noqa: B008 (frozen)
@@ -56,7 +56,7 @@ def get_layer_activations(
 
 
 def extract(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: Sequence[Contrast],
     *,
     protocol: Protocol = Protocol(),  # noqa: B008
@@ -100,7 +100,7 @@ def by_contrast(
 
 
 def get_prompt_activations(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     *,
     protocol: Protocol = Protocol(),  # noqa: B008
@@ -139,7 +139,7 @@ def get_prompt_activations(
 
 
 def read_residual_stream(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     inputs: ChatInputs,
     *,
     batch_size: int | None = None,
@@ -183,7 +183,7 @@ def read_residual_stream(
 
 
 def _run_batch(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     rows: Rows,
     batch: list[int],
     prefix: SharedPrefix,

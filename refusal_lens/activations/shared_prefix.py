@@ -10,10 +10,10 @@ from torch import Tensor
 from ..models.forward import generation, input_device, of_rows
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 
-def can_share_prefix(model: "HookedTransformer | TransformerBridge", longest: int) -> bool:
+def can_share_prefix(model: "HookedModel", longest: int) -> bool:
     """Whether prompts of up to `longest` tokens keep their activations when a prefix runs once."""
     # Batches are padded behind the prefix, so positions must be rotary, taken from the mask. A hook
     # may address a token by its index.
@@ -32,7 +32,7 @@ class SharedPrefix:
     Hooks may add rows from layer to layer, so each layer keeps its own number of recorded rows.
     """
 
-    def __init__(self, model: "HookedTransformer | TransformerBridge"):
+    def __init__(self, model: "HookedModel"):
         self._model = model
         self._layers = generation(model).prefix_layers(model)
         self._mask = torch.ones(1, 0, dtype=torch.long, device=input_device(model))

@@ -29,7 +29,7 @@ from . import Table
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -107,7 +107,7 @@ class Interchange(Table):
 
 
 def component_writes(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     direction: Float[Tensor, " d_model"],
     layer: int,
@@ -171,7 +171,7 @@ def same_writers(
 
 
 def interchange(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     components: Sequence[str],
     direction: Float[Tensor, " d_model"],
@@ -220,7 +220,7 @@ def interchange(
 
 
 def written_by_component(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     units: Float[Tensor, "direction d_model"],
     layer: int,
@@ -299,7 +299,7 @@ def _points(model: Any, layer: int) -> dict[str, tuple[str, Any]]:
 
 
 def _measured(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     inputs: ChatInputs,
     rows: list[int],
     points: Sequence[tuple[str, Any]],

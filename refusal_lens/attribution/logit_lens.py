@@ -16,7 +16,7 @@ from ..models.load import tokenizer_of
 from . import Table
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 Tokens = tuple[tuple[str, float], ...]
 
@@ -41,7 +41,7 @@ class LogitLens(Table):
 
 
 def logit_lens(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     direction: Float[Tensor, "layer d_model"],
     *,
     k: int = 8,
@@ -68,7 +68,7 @@ def logit_lens(
 
 
 def without_direct_effect(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     direction: Float[Tensor, "*layer d_model"],
     tokens: RefusalTokens | Iterable[int],
 ) -> Float[Tensor, "*layer d_model"]:
@@ -94,7 +94,7 @@ def without_direct_effect(
     return (wide - (wide @ span) @ span.T).to(direction.dtype)
 
 
-def _readout(model: "HookedTransformer | TransformerBridge") -> Float[Tensor, "d_model d_vocab"]:
+def _readout(model: "HookedModel") -> Float[Tensor, "d_model d_vocab"]:
     """The unembedding with the final norm, less what the norm and the softmax drop."""
     unembedding = effective_unembedding(model)
     if "LN" in str(model.cfg.normalization_type):  # a layer norm drops the mean over dimensions

@@ -15,7 +15,7 @@ from ..experiment.distributed import is_main, own_device
 from ..prompts.protocol import Protocol
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -44,7 +44,7 @@ class ModelOptions:
             disk.check_writable(out)
         return out
 
-    def load(self) -> "HookedTransformer | TransformerBridge":
+    def load(self) -> "HookedModel":
         """Return the model, on the device of this process."""
         device = own_device(self.device, self.n_devices)
         return rl.load_model(self.model, device=device, n_devices=self.n_devices)

@@ -32,8 +32,8 @@ from .verdict import Estimate, Evidence, Reason, Thresholds, Verdict, judge
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from ..models import HookedModel
 
 Likeness = Literal["cosine", "cross_ablation", "cross_addition"]  # of `Evidence`
 LIKENESS: tuple[Likeness, ...] = get_args(Likeness)
@@ -156,7 +156,7 @@ class Atlas(Table):
 
 
 def compare_concepts(
-    model: "str | Path | HookedTransformer | TransformerBridge",
+    model: "str | Path | HookedModel",
     concepts: Sequence[str | Contrast] = BUNDLED,
     *,
     progress: bool = True,

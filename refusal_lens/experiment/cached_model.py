@@ -25,8 +25,7 @@ from .distributed import divide, in_shares, is_main, own_device
 from .serialise import pack, unpack
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 ALGORITHM = 3  # increase when a change of this package changes cached numbers
 PACKAGES = ("transformer_lens", "transformers", "torch")
@@ -48,7 +47,7 @@ class CachedModel:
         config: Config,
         cache: Cache | str | Path | None,
         *,
-        model: "HookedTransformer | TransformerBridge | None" = None,
+        model: "HookedModel | None" = None,
     ):
         self.config, self.cache = config, cache if isinstance(cache, Cache) else Cache(cache)
         self.identity: dict[str, Any] = {}
@@ -75,7 +74,7 @@ class CachedModel:
         }
 
     @cached_property
-    def model(self) -> "HookedTransformer | TransformerBridge":
+    def model(self) -> "HookedModel":
         """The model, loaded on first use."""
         options: Any = {"device": self._device, "dtype": self._dtype, "revision": self._revision}
         return load_model(self.config.model, n_devices=self.config.n_devices, **options)

@@ -33,8 +33,7 @@ from .config import Config, some_prompts, spread
 from .distributed import divide, in_shares
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 EFFECT_PROMPTS = 32  # prompts of each set on which directions are ablated and added
 FEW_PROMPTS = 8  # the same where nothing is refused, and for scores of sympathy and answers
@@ -89,7 +88,7 @@ class Causal:
 
 
 def intervene(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: Mapping[str, Contrast],
     activations: Mapping[str, ContrastActivations],
     *,
@@ -151,7 +150,7 @@ def intervene(
 
 
 def _sweeps(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: Mapping[str, Contrast],
     activations: Mapping[str, ContrastActivations],
     requests: Contrast,
@@ -226,7 +225,7 @@ def judged_layer(sweep: Effects, layer: int) -> int:
 
 
 def refusal_directions(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     requests: Contrast,
     sides: ContrastActivations,
     layer: int,
@@ -255,7 +254,7 @@ def refusal_directions(
 
 
 def taken_out(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     activations: Mapping[str, ContrastActivations],
     score: ReplyOpenings,
 ) -> list[Float[Tensor, "layer _ d_model"]]:
@@ -273,7 +272,7 @@ def taken_out(
 
 
 def sweep_ablations(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     directions: Float[Tensor, "*cell d_model"],
     baseline: Float[Tensor, "baseline layer d_model"],
@@ -300,7 +299,7 @@ def request_scores(model: Any, contrast: Contrast, score: ReplyOpenings, options
 
 
 def constant_token(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     pair: Sequence[Contrast],
     refusal: ReplyOpenings,
     options: dict[str, Any],
@@ -317,7 +316,7 @@ def constant_token(
 
 
 def _replies(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     pair: Sequence[Contrast],
     effects: CrossEffects,
     options: dict[str, Any],

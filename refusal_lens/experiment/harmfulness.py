@@ -25,8 +25,8 @@ from .run import highlighted_layer
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from ..models import HookedModel
 
 FEWEST = 8  # prompts of a cell on which a direction may rest
 DIAGONAL = ("harmful refused", "harmless accepted")
@@ -73,7 +73,7 @@ class HarmAndRefusal(Table):
 
 
 def harm_and_refusal(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     *,
     layer: int | None = None,

@@ -33,8 +33,7 @@ from .verdict import judge
 from .wording import Names
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ PUBLISHED_LAYER, PUBLISHED_DEPTH = 20, 32  # the published layer, and its model'
 def run_experiment(
     config: Config | Mapping[str, Any] | str | None = None,
     *,
-    model: "HookedTransformer | TransformerBridge | None" = None,
+    model: "HookedModel | None" = None,
     progress: bool = True,
     cache: Cache | str | Path | None = None,
     **options: Any,

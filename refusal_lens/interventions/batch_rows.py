@@ -13,8 +13,7 @@ from ..models.forward import drop_earlier_positions
 from .hooks import EMBEDDING, Hook, can_join_rows, projection_hooks, stream_after
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 ROOM_ON_CPU, ROOM_ON_GPU = 2**28, 2**33  # bytes of the keys, values and logits of a pass
 
@@ -40,7 +39,7 @@ class Interventions(NamedTuple):
         return Interventions(directions, layers, references, self.last_position)
 
 
-def most_rows(model: "HookedTransformer | TransformerBridge", n_recorded: int) -> int:
+def most_rows(model: "HookedModel", n_recorded: int) -> int:
     """How many rows may run at a time, each with its own keys and values of so many tokens."""
     cfg, weight = model.cfg, next(model.parameters())
     width = 2 * cfg.n_layers * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
@@ -49,7 +48,7 @@ def most_rows(model: "HookedTransformer | TransformerBridge", n_recorded: int) -
 
 
 def last_logits(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     tokens: Int[Tensor, "_ pos"],
     start: Float[Tensor, "row pos d_model"],
     hooks: list[Hook],
@@ -70,7 +69,7 @@ def last_logits(
 
 
 def joining_hooks(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     start: Float[Tensor, "prompt pos d_model"],
     these: Interventions,
 ) -> list[Hook]:
@@ -91,7 +90,7 @@ def joining_hooks(
 
 
 def hooks_by_row(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     these: Interventions,
     rows: Int[Tensor, " row"],
     *,

@@ -32,8 +32,7 @@ from .opening_scores import opening_scores
 from .reply_openings import ReplyOpenings
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 8192, 16384  # in one pass; more tokens take memory and save no time
 
@@ -53,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 def first_token_logits(
-    model: "HookedTransformer | TransformerBridge", prompts: Sequence[str], **options: Any
+    model: "HookedModel", prompts: Sequence[str], **options: Any
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Next-token logits of the unmodified model after each prompt, float32, on the CPU.
 
@@ -66,7 +65,7 @@ def first_token_logits(
 
 
 def opening_log_odds(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     openings: ReplyOpenings,
     **options: Any,
@@ -83,7 +82,7 @@ def opening_log_odds(
 
 
 def run_interventions(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     interventions: Interventions,
     *,
@@ -150,9 +149,7 @@ def padded(
     return tokens.to(device), mask.to(device, torch.long)
 
 
-def _recorded(
-    model: "HookedTransformer | TransformerBridge", shared: list[int], these: Interventions
-) -> SharedPrefix:
+def _recorded(model: "HookedModel", shared: list[int], these: Interventions) -> SharedPrefix:
     """The keys and values of the tokens that all prompts begin with, under each intervention."""
     prefix = SharedPrefix(model)
     if shared:
@@ -163,7 +160,7 @@ def _recorded(
 
 
 def checked_ids(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     protocol: Protocol,
     max_tokens: int = 0,
@@ -182,7 +179,7 @@ def checked_ids(
 
 
 def _forward(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     tokens: Int[Tensor, "prompt pos"],
     mask: Int[Tensor, "_ pos"],
     these: Interventions,

@@ -26,8 +26,7 @@ from .reply_openings import ReplyOpenings
 from .sweep import affine_references, measured
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 ROUNDING = 1e-6  # an orthogonal part of at most this share of the norm is rounding noise
 N_READ_LAYERS, FEWEST_PROMPTS = 4, 4
@@ -120,7 +119,7 @@ class CrossEffects:
 
 
 def cross_effects(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: tuple[Contrast, Contrast],
     activations: tuple[Sides, Sides],
     *,

@@ -23,8 +23,7 @@ from .reply_openings import ReplyOpenings, openings_of
 from .sweep import addition_effects
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 SIGNS = {"added": 1, "taken away": -1}
 DOSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -115,7 +114,7 @@ def _first_dose(doses: Sequence[float], curves: Tensor, level: float) -> list[fl
 
 
 def dose_response(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     refusal: Contrast,
     negativity: Contrast,
     *,

@@ -17,8 +17,7 @@ from ..errors import InputError, InterventionError, check_tensors
 from ..models.forward import input_device, undisturbed
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 Hook = tuple[str, Callable[..., Tensor | None]]  # hook point and `fn(x, hook) -> new x`, or None
 EMBEDDING = -1  # layer number of the embedding's output, before block 0
@@ -30,7 +29,7 @@ _rows_join: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 def ablate_direction(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     direction: Float[Tensor, "*batch d_model"],
     reference: Float[Tensor, "*directions"] | float | None = None,
 ) -> list[Hook]:
@@ -67,7 +66,7 @@ def ablate_direction(
 
 
 def add_direction(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     direction: Float[Tensor, "*batch d_model"],
     layer: int,
 ) -> list[Hook]:
@@ -95,7 +94,7 @@ def add_direction(
 
 
 def projection_hooks(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     units: Float[Tensor, "*batch d_model"],
     reference: Float[Tensor, "*directions"] | float | None = None,
 ) -> list[Hook]:
@@ -128,7 +127,7 @@ def _last_block(point: str) -> int:
     return int(point.split(".")[1]) - (not point.endswith("hook_resid_post"))
 
 
-def stream_points(model: "HookedTransformer | TransformerBridge") -> list[str]:
+def stream_points(model: "HookedModel") -> list[str]:
     """The hook points between which a block reads or writes the residual stream, in order."""
     names = [stream_after(model, EMBEDDING)]
     for layer in range(model.cfg.n_layers):
@@ -137,7 +136,7 @@ def stream_points(model: "HookedTransformer | TransformerBridge") -> list[str]:
     return names
 
 
-def stream_after(model: "HookedTransformer | TransformerBridge", layer: int) -> str:
+def stream_after(model: "HookedModel", layer: int) -> str:
     """The hook point of the residual stream after a layer; -1 is after the embedding."""
     n_layers = model.cfg.n_layers
     if not EMBEDDING <= layer < n_layers:
@@ -145,9 +144,7 @@ def stream_after(model: "HookedTransformer | TransformerBridge", layer: int) -> 
     return "blocks.0.hook_resid_pre" if layer == EMBEDDING else f"blocks.{layer}.hook_resid_post"
 
 
-def check_directions(
-    model: "HookedTransformer | TransformerBridge", directions: Float[Tensor, "*batch d_model"]
-) -> None:
+def check_directions(model: "HookedModel", directions: Float[Tensor, "*batch d_model"]) -> None:
     """Raise InputError unless directions are finite and of the model's width."""
     check_tensors(direction=(directions, "*batch d_model"))
     width = model.cfg.d_model
@@ -158,9 +155,7 @@ def check_directions(
         raise InputError("the direction holds NaN or infinite values: choose another layer")
 
 
-def _check_rows(
-    model: "HookedTransformer | TransformerBridge", direction: Float[Tensor, "*batch d_model"]
-) -> None:
+def _check_rows(model: "HookedModel", direction: Float[Tensor, "*batch d_model"]) -> None:
     """Raise InputError for what is no direction of the model, or holds one for each layer."""
     check_directions(model, direction)
     if direction.ndim > 2 or (direction.ndim == 2 and len(direction) == model.cfg.n_layers):
@@ -176,7 +171,7 @@ def _for_rows(values: Float[Tensor, "*batch width"], x: Tensor) -> Tensor:
     return values.to(x.device).unsqueeze(-2)
 
 
-def check_interventions(model: "HookedTransformer | TransformerBridge") -> None:
+def check_interventions(model: "HookedModel") -> None:
     """Raise InputError unless additions and ablations are measured to be complete.
 
     Three passes over four tokens, once for each model, measure that
@@ -203,7 +198,7 @@ def check_interventions(model: "HookedTransformer | TransformerBridge") -> None:
     _checked.add(model)
 
 
-def can_join_rows(model: "HookedTransformer | TransformerBridge") -> bool:
+def can_join_rows(model: "HookedModel") -> bool:
     """Whether rows of other prompts can join a pass at the embedding's output, measured once.
 
     Not where blocks read more of the prompt than the residual stream (Gemma 4's per-layer inputs

@@ -13,12 +13,11 @@ from .batch_rows import Interventions, hooks_by_row, last_logits, most_rows
 from .reply_openings import Mass, Node, ReplyOpenings
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 
 def opening_scores(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     openings: ReplyOpenings,
     tokens: Int[Tensor, "prompt pos"],
     these: Interventions,
@@ -59,7 +58,7 @@ def opening_scores(
 
 
 def _next_token(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     tokens: Int[Tensor, "prompt pos"],
     these: Interventions,
     prefix: SharedPrefix | None,

@@ -16,8 +16,7 @@ from .batched_runs import first_token_logits
 from .reply_openings import OPENINGS
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 EPSILON = 1e-8
 FIRST_WORDS: dict[str, list[str]] = OPENINGS["first_words"]  # by a marker in the chat template
@@ -92,7 +91,7 @@ def next_token_kl(
 
 
 def find_refusal_tokens(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     refused: Sequence[str],
     answered: Sequence[str],
     *,

@@ -20,8 +20,8 @@ from .reply_openings import Mass, ReplyOpenings, openings_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from ..models import HookedModel
 
 ROWS = 16  # prompts in a pass
 NOT_SHOWN = "[reply not shown]"
@@ -58,7 +58,7 @@ class Replies(tuple[Reply, ...]):
 
 
 def compare_replies(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: str | Sequence[str] | Contrast,
     *,
     ablate: Any = None,
@@ -146,7 +146,7 @@ def _bare(text: str) -> str:
 
 
 def _scores(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     openings: ReplyOpenings,
     ids: list[list[int]],
     hooks: Any,
@@ -166,7 +166,7 @@ def _scores(
 
 
 def _continued(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     ids: list[list[int]],
     hooks: Any,
     max_tokens: int,

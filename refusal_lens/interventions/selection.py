@@ -35,8 +35,8 @@ from .sweep import ablation_effects, addition_effects
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+
+    from ..models import HookedModel
 
 FILE = "candidates.json"
 HELD_OUT = 4  # without validation prompts, every fourth prompt of the contrast is held out
@@ -113,7 +113,7 @@ class Selection:
 
 
 def select_direction(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     validation: Contrast | None = None,
     *,
@@ -171,7 +171,7 @@ def select_direction(
 
 
 def candidate_directions(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrast: Contrast,
     *,
     protocol: Protocol,
@@ -206,7 +206,7 @@ def _saved(folder: str | Path | None, identity: dict[str, Any]) -> dict[str, Any
 
 
 def _measure(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     directions: Float[Tensor, "pos layer d_model"],
     positions: tuple[int, ...],
     prompts: Contrast,

@@ -16,8 +16,7 @@ from .refusal_metric import RefusalTokens, next_token_kl, refusal_log_odds
 from .reply_openings import ReplyOpenings
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-    from transformer_lens.model_bridge import TransformerBridge
+    from ..models import HookedModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Effects:
 
 
 def ablation_effects(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     *,
@@ -69,7 +68,7 @@ def ablation_effects(
 
 
 def addition_effects(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     directions: Float[Tensor, "*intervention d_model"],
     layers: Int[Tensor, "..."],
@@ -129,7 +128,7 @@ def affine_references(
 
 
 def measured(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     runs: Iterable[tuple[Interventions, Sequence[int], Sequence[int]]],
     n_rows: int,
@@ -160,7 +159,7 @@ def measured(
 
 
 def _effects(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     prompts: Sequence[str],
     these: Interventions,
     score: RefusalTokens | ReplyOpenings | tuple[int, ...],

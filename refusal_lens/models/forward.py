@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from . import HookedTransformer, TransformerBridge
+    from . import HookedModel
 
 
-def generation(model: "HookedTransformer | TransformerBridge") -> ModuleType:
+def generation(model: "HookedModel") -> ModuleType:
     """The module of this package for a model's kind: `hooked_transformer` or `bridge`."""
     is_bridge = hasattr(model, "original_model")
     return import_module(".bridge" if is_bridge else ".hooked_transformer", __package__)
 
 
-def input_device(model: "HookedTransformer | TransformerBridge") -> torch.device:
+def input_device(model: "HookedModel") -> torch.device:
     """The device that takes the tokens: the first of a model's devices."""
     return next(model.parameters()).device
 
@@ -36,14 +36,14 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def hook_points(model: "HookedTransformer | TransformerBridge", hook: str) -> list[str]:
+def hook_points(model: "HookedModel", hook: str) -> list[str]:
     """Hook points along the layer axis; `every_stream` adds the embedding to `resid_post`."""
     if hook == "every_stream":
         return ["blocks.0.hook_resid_pre", *hook_points(model, "resid_post")]
     return [f"blocks.{layer}.hook_{hook}" for layer in range(model.cfg.n_layers)]
 
 
-def drop_earlier_positions(model: "HookedTransformer | TransformerBridge") -> tuple[str, Any]:
+def drop_earlier_positions(model: "HookedModel") -> tuple[str, Any]:
     """A hook that leaves the last position alone to the unembedding."""
     # In a bridge, Hugging Face's GPT-2 gives the stream its former shape after the last block.
     points = "unembed.hook_in", hook_points(model, "resid_post")[-1]
@@ -51,7 +51,7 @@ def drop_earlier_positions(model: "HookedTransformer | TransformerBridge") -> tu
 
 
 def effective_unembedding(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
 ) -> Float[Tensor, "d_model d_vocab"]:
     """Return the unembedding with the final norm's weight multiplied in, on the CPU."""
     unembedding = model.W_U.detach()
@@ -65,7 +65,7 @@ def effective_unembedding(
 
 
 @contextmanager
-def undisturbed(model: "HookedTransformer | TransformerBridge") -> Iterator[None]:
+def undisturbed(model: "HookedModel") -> Iterator[None]:
     """Disable gradients and dropout inside; restore the mode of every module afterwards."""
     # The module tree of a TransformerBridge lacks the Hugging Face model.
     modules = {*model.modules(), *getattr(model, "original_model", model).modules()}
@@ -80,7 +80,7 @@ def undisturbed(model: "HookedTransformer | TransformerBridge") -> Iterator[None
             module.training = True
 
 
-def without_logits(model: "HookedTransformer | TransformerBridge") -> dict[str, Any]:
+def without_logits(model: "HookedModel") -> dict[str, Any]:
     """Arguments that end a forward pass before the unembedding and keep no cache."""
     return generation(model).without_logits(model)
 

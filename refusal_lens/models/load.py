@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from . import HookedTransformer, TransformerBridge
+    from . import HookedModel
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 ATTENTION = "eager"  # TransformerLens hooks the attention patterns, which no other kind computes
@@ -41,7 +41,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     n_devices: int = 1,
-) -> "HookedTransformer | TransformerBridge":
+) -> "HookedModel":
     """Load a chat model in evaluation mode, with unprocessed weights that are held once.
 
     >>> model = load_model("organism:specific")
@@ -83,7 +83,7 @@ def load_model(
 
 def from_hugging_face(
     hf_model: "PreTrainedModel", tokenizer: "Tokenizer | None", *, name: str | None = None
-) -> "HookedTransformer | TransformerBridge":
+) -> "HookedModel":
     """Wrap a model that the caller loaded with Hugging Face, without a copy of its weights.
 
     >>> model = from_hugging_face(AutoModelForCausalLM.from_pretrained(path), tokenizer)
@@ -135,7 +135,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL, *, revision: str | None = None) ->
     return tokenizer
 
 
-def model_provenance(model: "HookedTransformer | TransformerBridge") -> dict[str, str | None]:
+def model_provenance(model: "HookedModel") -> dict[str, str | None]:
     """Return where a model came from, in JSON's types; unknown values are `None`."""
     name = getattr(model.cfg, "model_name", None)
     unknown = {"model": name, "revision": None, "weights_sha256": None}
@@ -186,10 +186,10 @@ def as_model(model: Any) -> Any:
 
 
 _named = lru_cache(maxsize=1)(load_model)
-READERS["HookedTransformer"] = as_model
+READERS["HookedModel"] = as_model
 
 
-def tokenizer_of(model: "HookedTransformer | TransformerBridge") -> Any:
+def tokenizer_of(model: "HookedModel") -> Any:
     """The tokenizer of a model with hooks; InputError for a model of Hugging Face."""
     if not hasattr(model, "run_with_cache"):
         advice = "use refusal_lens.from_hugging_face(model, tokenizer)"

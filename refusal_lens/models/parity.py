@@ -15,7 +15,7 @@ from .forward import hook_points, input_device, undisturbed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from . import HookedTransformer, TransformerBridge
+    from . import HookedModel
 
 N_TOKENS = 8
 OTHER_ROUNDING = 1e-4  # relative; sums are taken in another order, whatever the dtype
@@ -46,9 +46,7 @@ def hugging_face_pass(hf_model: "PreTrainedModel") -> Pass:
     return Pass(torch.stack(outputs), logits[0, -1].cpu(), has_adapter)
 
 
-def check_parity(
-    model: "HookedTransformer | TransformerBridge", theirs: Pass, *, name: str
-) -> None:
+def check_parity(model: "HookedModel", theirs: Pass, *, name: str) -> None:
     """Raise InputError if a model, `name` in messages, computes something else than `theirs`.
 
     Relative differences must be below `rounding_bound` in the median over tokens: where experts are

@@ -23,7 +23,7 @@ from ..prompts.tokenize import ChatInputs, build_inputs_with_chat_template
 from .specifications import Specification
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 PADDED_ROWS = 32  # default batch size of prompts whose position is padding
 
@@ -40,7 +40,7 @@ Streams = dict[Context, Float[Tensor, "stream d_model"]]
 
 
 def read_specifications(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: tuple[Contrast, Contrast],
     specifications: list[Specification],
     *,
@@ -82,9 +82,7 @@ def read_specifications(
     return activations, skipped
 
 
-def contexts(
-    model: "HookedTransformer | TransformerBridge", prompts: Sequence[str], protocol: Protocol
-) -> list[Context]:
+def contexts(model: "HookedModel", prompts: Sequence[str], protocol: Protocol) -> list[Context]:
     """Return the context of each prompt under a protocol of one position."""
     tokenizer: Any = model.tokenizer
     inputs = build_inputs_with_chat_template(tokenizer, prompts, protocol=protocol)
@@ -97,7 +95,7 @@ def contexts(
 
 
 def read_contexts(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     wanted: Iterable[Context],
     *,
     batch_size: int | None = None,
@@ -141,7 +139,7 @@ def _inputs(rows: list[tuple[tuple[int, ...], list[int]]]) -> ChatInputs:
     return ChatInputs(tokens, mask, starts + lengths - 1, "every_stream")
 
 
-def _read_padding(model: "HookedTransformer | TransformerBridge", batch: list[Context]) -> Streams:
+def _read_padding(model: "HookedModel", batch: list[Context]) -> Streams:
     """Return the activation at each context's last padding token, which no token attends to."""
     device = input_device(model)
     last = [len(each.ids) + each.padding - 1 for each in batch]

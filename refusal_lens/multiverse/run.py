@@ -35,7 +35,7 @@ from .specifications import Family, Specification, specify
 from .verdicts import Measured, judge_all, measure_responses
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 SIZES = (5, 10, 20, 50, 96)  # prompts (pairs, if paired) in a subset
 CAUSAL_PROMPTS = 24  # prompts of each set under interventions
@@ -43,7 +43,7 @@ SUBSETS = 2000  # random subsets for the range of the cosine
 
 
 def run_sensitivity(
-    model: "str | Path | HookedTransformer | TransformerBridge",
+    model: "str | Path | HookedModel",
     contrasts: tuple[Contrast, Contrast],
     *,
     layer: int | None = None,

@@ -25,7 +25,7 @@ from ..prompts.protocol import DEFAULT
 from ..uncertainty import CosineEstimate, Gram
 
 if TYPE_CHECKING:
-    from ..models import HookedTransformer, TransformerBridge
+    from ..models import HookedModel
 
 
 N_RANDOM = 8  # random directions at each layer
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 
 def measure_responses(
-    model: "HookedTransformer | TransformerBridge",
+    model: "HookedModel",
     contrasts: tuple[Contrast, Contrast],
     measured: list[Measured],
     *,
