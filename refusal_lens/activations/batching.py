@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..models import HookedModel
 
 WORKING_SHARE = 0.015  # of the weights' bytes, on a CPU, where no batch size is given
-WORKING_FLOOR = 2**23  # bytes, so that a small model gets more than one prompt in a batch
+WORKING_FLOOR = 2**25  # bytes, so that a small model gets a few dozen prompts in a batch
 PREFIX_PAYS = 256  # tokens that a shared prefix must save on a CPU to be worth a pass of its own
 # The CPU takes 2.4 ms to launch a block of TransformerLens, whatever the batch holds. An H200 does
 # these operations in at least 3 ms; with fewer it waits for the CPU.

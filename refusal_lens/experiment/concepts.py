@@ -116,8 +116,7 @@ class Concepts:
         references = affine_references(every, sides.baseline, hook=self.options["protocol"].hook)
         ablate = Interventions(every, None, references, last_position=True)
         own = self.directions[here]
-        first = self.score.first_tokens  # quick, for their log-odds are not used
-        _, kl, stream = self._measured(prompts, ablate.at(range(m), "cpu"), first)
+        _, kl, stream = self._measured(prompts, ablate.at(range(m), "cpu"), ())
         rows = stream.split([n, len(prompts) - n], dim=1)
         scores = [cross_ablation.held_out_scores(*each) for each in zip(*rows, strict=True)]
         areas = auroc_interval(*(torch.stack(side) for side in zip(*scores, strict=True)))
