@@ -13,6 +13,8 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import refusal_lens as rl
 from refusal_lens.experiment import atlas, cached_model, causal, concepts, measures
 from refusal_lens.interventions import ReplyOpenings
 
+RESULTS = Path(__file__).parent / "results"
 REQUIRED = 600
 BARE = 8, 128  # prompts and tokens of a bare pass
 STEPS: list[tuple[Any, str, str]] = [
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=14)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "atlas.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = rl.load_model(arguments.model, device="cpu")
@@ -97,18 +101,32 @@ def main() -> None:
     chosen = rl.bundled_contrasts()[: arguments.concepts]
     options: Any = {"max_prompts": arguments.prompts, "device": "cpu", "progress": False}
     timed(rl.compare_concepts, "the rest", rows, ["outside"])(arguments.model, chosen, **options)
-    print(f"{len(chosen)} concepts, {arguments.threads} threads; bare: {bare:,.0f} tokens a second")
-    print(f"| {'step':34} |  wall |   CPU | passes |  tokens | tokens a second |")
-    print(f"|{'---|' * 6}")
     rows.pop("outside")
+    text = table(rows, arguments, bare)
+    print(text)
+    arguments.out.write_text(text)
+
+
+def table(rows: dict[str, Row], arguments: argparse.Namespace, bare: float) -> str:
+    """The steps, the slowest first, as Markdown."""
+    software = f"torch {torch.__version__}, transformer_lens {version('transformer_lens')}"
+    lines = [
+        "# How long a map of many concepts takes",
+        "",
+        f"`python tests/benchmarks/atlas.py {Path(arguments.model).name}`: {arguments.concepts} "
+        f"concepts of {arguments.prompts} pairs, nothing cached, {arguments.threads} threads; "
+        f"{software}. Bare: {bare:,.0f} tokens a second.",
+        "",
+        f"| {'step':34} |  wall |   CPU | passes |  tokens | tokens a second |",
+        f"|{'---|' * 6}",
+    ]
     for step, (wall, cpu, passes, n) in sorted(rows.items(), key=lambda row: -row[1][0]):
-        print(
+        lines.append(
             f"| {step:34} | {wall:5.1f} | {cpu:5.1f} | {passes:6.0f} | {n:7.0f} | {n / wall:15.0f} |"
         )
     total = sum(row[0] for row in rows.values())
-    print(
-        f"in all {total:.0f} s, required {REQUIRED} s: {'met' if total <= REQUIRED else 'MISSED'}"
-    )
+    met = "met" if total <= REQUIRED else "MISSED"
+    return "\n".join([*lines, "", f"In all {total:.0f} s, required {REQUIRED} s: {met}.", ""])
 
 
 if __name__ == "__main__":
