@@ -215,7 +215,7 @@ def cross_effects(
     check_count("interventions", interventions, len(effects))
     check_count("outcomes", outcomes, effects.shape[1])
     subtitle = quantity + (", with its interval" if interval else "")
-    chart = figure(title, subtitle, theme=theme, height=160 + 30 * max(len(interventions), 2))
+    chart = figure(title, subtitle, theme=theme, height=160 + 27 * max(len(interventions), 2))
     if empty(chart, [effects], quantity):
         return chart
     largest = max(map(abs, _limits(effects)))
