@@ -22,7 +22,7 @@ from ..interventions import (
     openings_of,
 )
 from ..interventions.batched_runs import Interventions, first_token_logits, opening_log_odds
-from ..interventions.cross_ablation import CHANCE_PROMPTS, N_PARTS, outside, random_directions
+from ..interventions.cross_ablation import N_PARTS, outside, random_directions, sampled
 from ..interventions.doses import DOSES, N_PROMPTS, DoseResponse, dose_response
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references, measured
@@ -182,13 +182,13 @@ def steps(contrasts: Mapping[str, Contrast], n_layers: int, *, doses: bool) -> d
     """Return the steps of `intervene`, and how often each runs a prompt at most."""
     sides = [side for part in PARTS for side in (contrasts[part].target, contrasts[part].baseline)]
     n = min(EFFECT_PROMPTS, max(map(len, sides)))
-    random = N_RANDOM * len(range(0, n, max(1, n // CHANCE_PROMPTS)))
+    some = len(sampled(range(n)))
     found = {"scoring requests": len(sides[0]) + len(sides[1])}
     swept = [contrasts[part].name for part in PARTS]
     swept += [CONTROLLED] if {*NUISANCES} & {*contrasts} else []
     found |= {f"ablating {name}, every layer": n * n_layers for name in swept}
-    found["ablation"] = 2 * ((N_PARTS + 5) * n + CHANCE_PROMPTS + random)
-    found["addition"] = 2 * N_PARTS * n + random
+    found["ablation"] = 2 * ((N_PARTS + 4) * n + (2 + N_RANDOM) * some)
+    found["addition"] = 2 * N_PARTS * n + N_RANDOM * some
     found |= {"doses": 3 * N_PROMPTS * len(DOSES) * (2 + N_RANDOM)} if doses else {}
     return found | {"scoring replies": 4 * n + 8 * min(n, FEW_PROMPTS)}
 

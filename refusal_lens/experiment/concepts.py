@@ -185,8 +185,7 @@ class Concepts:
         """Log-odds, KL and later stream; random directions run on some of the first `n` prompts."""
         model, every = self.source.model, len(these.directions)
         read = cross_ablation.later_layers(self.layer, model.cfg.n_layers)
-        few = range(n or len(prompts))
-        few = few[:: max(1, len(few) // cross_ablation.CHANCE_PROMPTS)]
+        few = cross_ablation.sampled(range(n or len(prompts)))
         whole = every - (len(self._unmodified["random"]) if score is self.score else 0)
         parts = (range(whole), range(len(prompts))), (range(whole, every), few)
         runs = [(these, [*which], some) for which, some in parts if which]
@@ -231,8 +230,8 @@ class Concepts:
             requested = some_prompts(
                 self.some[self.refusal], causal.EFFECT_PROMPTS if n else FEW_PROMPTS
             )
-            step = max(1, len(requested.target) // cross_ablation.CHANCE_PROMPTS)
-            everywhere = self._ablated(requested.target[::step], several, last=False)
+            some = cross_ablation.sampled(requested.target)
+            everywhere = self._ablated(some, several, last=False)
             strongest = causal.strongest_layer(sweep)
             return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 

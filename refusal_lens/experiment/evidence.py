@@ -19,8 +19,6 @@ from .causal import PARTS, Causal, deepest, other_prompts, smallest_set
 from .config import some_prompts
 from .verdict import Estimate, Evidence
 
-CONTROLLED, WHOLE = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
-
 
 class Earlier(NamedTuple):
     """Of layers 0 to the judged one, the layer whose negativity direction lowers refusal most.
@@ -120,17 +118,15 @@ def evidence(
         return geometry
     pair = [contrasts["refusal"], *(some_prompts(contrasts[p], causal.n_prompts) for p in PARTS)]
     pair.append(other_prompts(contrasts["refusal"], causal.n_prompts))
-    parts = [causal.addition.rows(part)[0] for part in (CONTROLLED, WHOLE)]
-    norms = causal.addition.norms[parts]
+    parts = Intervention.NEGATIVITY_CONTROLLED, Intervention.NEGATIVITY
+    left, whole = (causal.addition.norms[causal.addition.rows(part)[0]] for part in parts)
     geometry = replace(
         geometry,
         covered=sum(causal.replies["harmful"].values()),
         constant_token=causal.constant_token,
         strongest_layer=causal.strongest,
         n_directions=len(causal.several),
-        controlled_norm=share_left(
-            norms[0], norms[1], controls=causal.controlled_sweep is not None
-        ),
+        controlled_norm=share_left(left, whole, controls=causal.controlled_sweep is not None),
     )
     responses = responses_of(causal)
     return compute_evidence(geometry, responses, contrasts=pair, confidence=cosine.confidence)
@@ -145,7 +141,7 @@ def responses_of(causal: Causal) -> Responses:
     """Return the scores on which the evidence rests."""
     first = [causal.ablation.rows(Intervention(kind))[0] for kind in ("none", *PARTS)]
     rows = [*first, *causal.ablation.rows(Intervention.RANDOM)]
-    layer, here = causal.ablation.layer, causal.ablation.rows(CONTROLLED)[0]
+    layer, here = causal.ablation.layer, causal.ablation.rows(Intervention.NEGATIVITY_CONTROLLED)[0]
     everywhere = causal.ablation.rows(Intervention.REFUSAL_EVERYWHERE)[0]
     refusal, least = causal.sweep["refusal"], None
     if causal.controlled_sweep is not None:

@@ -8,7 +8,7 @@ gets a refusal score and, at later layers, the score of a linear classifier of i
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ N_PARTS = 6  # the directions of an addition, but for random ones
 N_VARIANTS = 6  # other ways to ablate the first two of them
 CHANCE_PROMPTS = 10  # at least so many prompts, if there are, where only some run
 
+Prompts = TypeVar("Prompts", range, tuple[str, ...])
 Sides = tuple[Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
 
 
@@ -194,25 +195,24 @@ def _runs(
     if added_after is None:
         own, others = (affine_references(directions, x, hook=protocol.hook) for x in baselines)
         yield Interventions(directions), [N_PARTS, N_PARTS + 1], requests
-        yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], _some(of)
-        for prompt in _some(of):
+        yield Interventions(directions, None, own), [N_PARTS + 2, N_PARTS + 3], sampled(of)
+        for prompt in sampled(of):
             drawn = baselines[0][prompt % len(baselines[0]), None]
-            one = these._replace(
-                references=affine_references(directions, drawn, hook=protocol.hook)
-            )
-            yield one, [N_PARTS + 4, N_PARTS + 5], range(prompt, prompt + 1)
+            one = affine_references(directions, drawn, hook=protocol.hook)
+            alone = range(prompt, prompt + 1)
+            yield these._replace(references=one), [N_PARTS + 4, N_PARTS + 5], alone
         on_statements, negative = these._replace(references=others), statements[:n_negative]
         yield on_statements, [0, 1], statements
-        yield on_statements, random, _some(negative)
+        yield on_statements, random, sampled(negative)
         these = these._replace(references=own)
     else:
         these, of = these._replace(layers=[added_after] * len(directions)), requests[n_harmful:]
     yield these, known, requests
-    yield these, random, _some(of)
+    yield these, random, sampled(of)
 
 
-def _some(prompts: range) -> range:
-    """Some of the prompts of one set, for what is shown beside the effects that decide."""
+def sampled(prompts: Prompts) -> Prompts:
+    """Ten or more prompts of a set, evenly spaced, for what is shown beside the effects that decide."""
     return prompts[:: max(1, len(prompts) // CHANCE_PROMPTS)]
 
 

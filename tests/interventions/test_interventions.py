@@ -543,11 +543,16 @@ def as_alone(model, hooks, prompts, tokens, found):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
-def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted):
-    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
+def planted_ablations(model):
+    """Activations, ablations of the directions of layer 1, refusal tokens, and the directions."""
+    activations = sides(model, REFUSAL), sides(model, NEGATIVITY)
     pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
-    effects, tokens, random = planted_effects(planted, pair, activations, **options)
-    directions = every_direction(activations, random)
+    effects, tokens, random = planted_effects(model, pair, activations, **options)
+    return activations, effects, tokens, every_direction(activations, random)
+
+
+def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted):
+    activations, effects, tokens, directions = planted_ablations(planted)
     for prompts, found, contrast in every_side(effects):
         as_alone(planted, [], prompts, tokens, found[0])
         for intervention, direction in directions.items():
@@ -563,10 +568,7 @@ def test_cross_ablations_set_each_contrasts_prompts_to_its_own_baseline(planted)
 
 
 def test_removals_of_the_whole_component_act_on_every_token_of_requests(planted):
-    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
-    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
-    effects, tokens, random = planted_effects(planted, pair, activations, **options)
-    directions = every_direction(activations, random)
+    _, effects, tokens, directions = planted_ablations(planted)
     for name in ("REFUSAL", "NEGATIVITY"):
         [row] = effects.rows(Intervention[f"{name}_TO_ZERO"])
         hooks = ablate_direction(planted, directions[Intervention[name]])
@@ -600,10 +602,7 @@ def test_cross_additions_add_at_the_last_token_of_requests_and_nothing_to_zero(p
 
 
 def test_ablations_at_every_token_are_affine_and_of_harmful_requests_alone(planted):
-    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
-    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
-    effects, tokens, random = planted_effects(planted, pair, activations, **options)
-    directions = every_direction(activations, random)
+    activations, effects, tokens, directions = planted_ablations(planted)
     for name in ("REFUSAL", "NEGATIVITY"):
         [row] = effects.rows(Intervention[f"{name}_EVERYWHERE"])
         direction = directions[Intervention[name]]
@@ -617,10 +616,7 @@ def test_ablations_at_every_token_are_affine_and_of_harmful_requests_alone(plant
 
 
 def test_a_resampled_component_is_that_of_one_harmless_prompt_for_each_harmful_one(planted):
-    activations = sides(planted, REFUSAL), sides(planted, NEGATIVITY)
-    pair, options = (REFUSAL, NEGATIVITY), {"intervention": "ablation", "layer": 1}
-    effects, tokens, random = planted_effects(planted, pair, activations, **options)
-    directions = every_direction(activations, random)
+    activations, effects, tokens, directions = planted_ablations(planted)
     for name in ("REFUSAL", "NEGATIVITY"):
         [row] = effects.rows(Intervention[f"{name}_RESAMPLED"])
         direction = directions[Intervention[name]]
