@@ -12,7 +12,13 @@ from torch.nn.functional import normalize
 
 from ..activations.extract import ContrastActivations
 from ..directions.estimators import mean_difference
-from ..interventions import Effects, cross_ablation, openings_of
+from ..interventions import (
+    Effects,
+    ablation_effects,
+    addition_effects,
+    cross_ablation,
+    openings_of,
+)
 from ..interventions.batched_runs import Interventions, opening_log_odds
 from ..interventions.reply_openings import ANSWERING, REFUSAL, SYMPATHY
 from ..interventions.sweep import affine_references, measured
@@ -95,12 +101,12 @@ class Concepts:
             kept         share left of the sides' distance along the direction `[3 concept]`
             odds         refusal log-odds, targets first, with refusal and the concept ablated (of
                          requests with each concept), and random directions, on some targets
-            added        log-odds of harmless requests with its direction added, what controls leave
-                         of it, and random ones
-            controlled   log-odds of harmful requests while what controls leave of it is ablated
+            chance       log-odds of some harmless requests with random directions of its norm added
             sweep        `Effects` on harmful requests of ablating its direction of each layer
             least        the same of what controls leave of it, if there are controls
-            alone, constant, covered   what controls leave of it; of replies, see `Evidence`
+            alone, constant   what controls leave of it; of replies, see `Evidence`
+
+        and, for refusal alone, what `_effects_on_requests` returns.
         """
         what, compute = f"atlas: effects of {name}", lambda: self._run(name)
         return self.source.remember(what, self.decided_by, compute, (Effects,))
@@ -125,26 +131,42 @@ class Concepts:
         apart = [a - b] if contrast.paired else [a, -b]
         samples = [IndependentSample(x[1:], x[:1].expand_as(x[1:])) for x in apart]
         kept = ratio_interval(samples, clusters=labels_of(contrast)[: len(samples)])
-        few, requests = self.scored(name), self.scored(self.refusal)
+        few, harmless = self.scored(name), self.scored(self.refusal).baseline
         these = ablate.at([*((0, here) if here else range(m)), *range(m, len(every))], "cpu")
         odds = self._measured(few.target + few.baseline, these, self.score, len(few.target))[0]
         others = normalize(self._unmodified["added"], dim=-1) * own.norm()
         alone, swept = self._alone(name), self._unmodified["sweep"]  # of refusal
-        axes = torch.cat([own[None], alone[self.layer, None], others])
-        added = Interventions(axes, [self.layer] * len(axes), None, True)
+        added = Interventions(others, [self.layer] * len(others), None, True)
         return {
             "kl": kl[:, n:].mean(-1),
             "separable": torch.stack(areas).float(),
             "kept": torch.stack(kept).float(),
             "odds": odds,
-            "added": self._measured(requests.baseline, added, self.score)[0],
-            "controlled": self._ablated(requests.target, alone[self.layer, None], last=True),
+            "chance": self._measured(harmless, added, self.score)[0][1:],
             "sweep": self._sweep(mean_difference(*sides).float()) if here else swept,
             "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
-            "covered": torch.nan if here else self._covered(requests),
-        }
+        } | ({} if here else self._effects_on_requests())
+
+    def _effects_on_requests(self) -> Runs:
+        """Measure what every concept's direction does to requests.
+
+        added        log-odds of harmless requests with each concept's direction added, and with
+                     what controls leave of it `[2 concept harmless]`
+        controlled   log-odds of harmful requests while that is ablated `[concept harmful]`
+        covered      see `Evidence`
+        """
+        requests, model = self.scored(self.refusal), self.source.model
+        alone = torch.stack([self._alone(name)[self.layer] for name in self.names])
+        both, layer = torch.stack([self.directions, alone]), torch.tensor(self.layer)
+        options = self.options | {"score": self.score, "last_position": True}
+        baseline, hook = self.activations[self.refusal].baseline, self.options["protocol"].hook
+        references = affine_references(alone, baseline, hook=hook)
+        ablated = ablation_effects(model, requests.target, alone, references=references, **options)
+        added = addition_effects(model, requests.baseline, both, layer, **options)
+        covered = self._covered(requests)
+        return {"added": added.log_odds, "controlled": ablated.log_odds, "covered": covered}
 
     def _covered(self, requests: Contrast) -> float:
         model, few = self.source.model, some_prompts(requests, FEW_PROMPTS).target
@@ -160,13 +182,11 @@ class Concepts:
         alone = [*map(cross_ablation.outside, every, spans[-1])]
         return torch.stack(alone) if len(spans) > 1 else torch.full_like(every, torch.nan)
 
-    def _ablated(self, prompts: Sequence[str], axes: Tensor, *, last: bool) -> Tensor:
-        """Log-odds while orthogonal directions are ablated together; NaN if one is unknown."""
-        if axes.isnan().any():
-            return torch.full((len(prompts),), torch.nan)
+    def _everywhere(self, prompts: Sequence[str], axes: Tensor) -> Tensor:
+        """Log-odds while orthogonal directions are ablated together, at every token."""
         baseline, hook = self.activations[self.refusal].baseline, self.options["protocol"].hook
         references = affine_references(axes, baseline, hook=hook)
-        these = Interventions(axes[None], None, references[None], last)
+        these = Interventions(axes[None], None, references[None])
         runs = [(these, [0], range(len(prompts)))]
         return measured(self.source.model, prompts, runs, 2, self.score, self.options)[0][1]
 
@@ -231,7 +251,7 @@ class Concepts:
                 self.some[self.refusal], causal.EFFECT_PROMPTS if n else FEW_PROMPTS
             )
             some = cross_ablation.sampled(requested.target)
-            everywhere = self._ablated(some, several, last=False)
+            everywhere = self._everywhere(some, several)
             strongest = causal.strongest_layer(sweep)
             return found | {"several": several, "everywhere": everywhere, "strongest": strongest}
 
@@ -261,17 +281,18 @@ class Concepts:
         requests, statements = self.scored(self.refusal), self.scored(name)
         n, m = len(requests.target), len(statements.target)
         with_random = [0, 1, i, *range(1 + len(self.names), len(harm["odds"]))]
+        controlled = harm["controlled"][i - 1], harm["added"][1, i - 1]
         responses = Responses(
             harmful=harm["odds"][with_random, :n],
             harmless=harm["odds"][[0, 1, i], n:],
             negative=own["odds"][:, :m],
             neutral=own["odds"][:3, m:],
-            added=torch.cat([harm["added"][:2], own["added"][1:2], own["added"][3:]]),
+            added=torch.cat([harm["odds"][:1, n:], harm["added"][0, [0, i - 1]], own["chance"]]),
             requests=known["requests"],
             earlier=earlier(own["sweep"]),
             kl=(float(harm["kl"][1]), float(harm["kl"][i])),
             controlled_earlier=own["least"] and earlier(own["least"]),
-            controlled=None if alone.isnan().any() else (own["controlled"], own["added"][2]),
+            controlled=None if alone.isnan().any() else controlled,
             everywhere=known["everywhere"],
             strongest=lowered_most(harm["sweep"], own["least"] or own["sweep"]),
         )
