@@ -32,6 +32,8 @@ STEPS: list[tuple[Any, str, str]] = [
     (concepts.Concepts, "cosines", "cosines of all pairs"),
     (causal, "request_scores", "score unmodified requests"),
     (concepts, "opening_log_odds", "score kinds of replies"),
+    (concepts, "ablation_effects", "score replies under interventions"),
+    (concepts, "addition_effects", "score replies under interventions"),
     (concepts, "measured", "ablate all, read later layers"),
     (causal, "sweep_ablations", "sweep layers"),
     (causal, "constant_token", "first tokens of replies"),
