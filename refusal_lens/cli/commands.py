@@ -16,7 +16,16 @@ from ..experiment import distributed
 from ..experiment.atlas import LIKENESS
 from ..experiment.wording import WORDS
 from ..prompts.contrast import as_contrast
-from .options import MODEL, ContrastOptions, Folder, ModelOptions, Number, RefusalOptions, Text
+from .options import (
+    MODEL,
+    CacheOptions,
+    ContrastOptions,
+    Folder,
+    ModelOptions,
+    Number,
+    RefusalOptions,
+    Text,
+)
 from .show import show, table
 
 ENDINGS = (".safetensors", ".npy", ".gguf")  # formats that `convert` writes
@@ -40,7 +49,7 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Multiverse(ContrastOptions, ModelOptions):
+class Multiverse(CacheOptions, ContrastOptions, ModelOptions):
     """Compare two contrasts under many protocols: which choice changes the cosine?
 
     Changes the published protocol, with its known bugs, into the default one choice at a time, then
@@ -51,7 +60,6 @@ class Multiverse(ContrastOptions, ModelOptions):
     layer: Number = None  # Layer to report, from 0. Default: 20 of 32, or the same depth.
     causal_prompts: int = 24  # Prompts of each set to intervene on; 0: fast, without verdicts.
     seed: int = 0  # Seed of subsets and resamples.
-    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
 
     def __call__(self) -> None:
         config = rl.Config(controls=(), max_prompts=self.max_prompts, **self.concepts())
@@ -67,7 +75,7 @@ class Multiverse(ContrastOptions, ModelOptions):
         found = rl.run_sensitivity(
             self.model,
             (refusal, against),
-            cache=self.cache or default_folder(),
+            cache=self.store,
             device=self.device,
             n_devices=self.n_devices,
             layer=self.layer,
@@ -119,7 +127,7 @@ class Select(RefusalOptions, ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptMap(ModelOptions):
+class ConceptMap(CacheOptions, ModelOptions):
     """Map many concepts: which is refusal most like, and what does each direction do?
 
     Prints the concepts, likest to refusal first, with simultaneous intervals and a verdict each, and
@@ -133,13 +141,12 @@ class ConceptMap(ModelOptions):
     concepts: tuple[str, ...] = rl.bundled_contrasts()  # Bundled names, or FILE:COLUMN:COLUMN.
     layer: Number = None  # Layer to intervene at, from 0. Default: 20 of 32, or the same depth.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
-    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
 
     def __call__(self) -> None:
         texts = ",".join(self.concepts).split(",")
         concepts = [_own_concept(text) if ":" in text else text for text in texts]
         options = {name: getattr(self, name) for name in ("layer", "max_prompts", "device")}
-        options |= {"cache": self.cache or default_folder(), "n_devices": self.n_devices}
+        options |= {"cache": self.store, "n_devices": self.n_devices}
         models, atlases = self.model or (MODEL,), []
         for model in models:
             own = re.sub(r"[^\w.-]+", "-", model) if len(models) > 1 else ""

@@ -18,12 +18,20 @@ import tyro
 import refusal_lens as rl
 
 from ..activations import disk
-from ..activations.store import default_folder
 from ..experiment import distributed
 from ..experiment.causal import smallest_set
 from ..experiment.wording import WORDS, rule
 from .commands import Compare, ConceptMap, Convert, Multiverse, Report, Select, StoredWork
-from .options import ContrastOptions, Flag, Folder, ModelOptions, Number, ProtocolOptions, Text
+from .options import (
+    CacheOptions,
+    ContrastOptions,
+    Flag,
+    Folder,
+    ModelOptions,
+    Number,
+    ProtocolOptions,
+    Text,
+)
 from .show import findings, show, table, verdict
 
 ORGANISMS = {name: f"organism:{name}" for name in ("specific", "entangled", "oblivious")}
@@ -31,8 +39,8 @@ ADAPTERS = ("refuses", "refuses_negativity_too")  # of a real chat model
 PROMPTS = tyro.conf.arg(metavar="PROMPT ...", help="One prompt or several.", help_behavior_hint="")
 
 
-@dataclass(frozen=True)
-class Demo:
+@dataclass(frozen=True, kw_only=True)
+class Demo(CacheOptions):
     """Run the experiment on the three bundled organisms, side by side.
 
     Needs no GPU, no token and no network. Each organism is a small model with a known answer: in
@@ -45,7 +53,6 @@ class Demo:
     model: str = "smollm2"  # With --real: the model's hub name, directory or GGUF file.
     out: Path = Path("runs/demo")  # Folder for the results of each organism and one figure.
     max_prompts: Number = None  # Use only so many prompts of every set. Default: all.
-    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
     quiet: Flag = False  # Print nothing but the results.
     verbose: Flag = False  # Log progress and problems on stderr.
 
@@ -77,15 +84,14 @@ class Demo:
 
     def _run(self, name: str, model: str, progress: bool) -> "rl.Results":
         config = rl.Config(model, max_prompts=self.max_prompts)
-        cache = self.cache or default_folder()
-        results = rl.run_experiment(config, progress=progress, cache=cache)
+        results = rl.run_experiment(config, progress=progress, cache=self.store)
         results.save(self.out / name)
         rl.write_report(results, self.out / name / "report.html")
         return results
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(ProtocolOptions, ContrastOptions, ModelOptions):
+class Run(CacheOptions, ProtocolOptions, ContrastOptions, ModelOptions):
     """Run the experiment on a model, by default Meta-Llama-3-8B-Instruct.
 
     Compares the refusal direction with the negativity direction at every layer, prints the published
@@ -106,8 +112,6 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
     interventions: Flag = True  # Only compare the directions: quick, but inconclusive.
     doses: Flag = False  # Also add and take away growing doses of both directions; slower.
     repeat: Folder = None  # A results.json to repeat exactly; ignores other options.
-    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
-    no_cache: Flag = False  # Neither store nor use finished work.
     explain: Flag = False  # Print every reason, and the rule with its thresholds.
 
     def __call__(self) -> None:
@@ -116,8 +120,7 @@ class Run(ProtocolOptions, ContrastOptions, ModelOptions):
         if fewest < needed and distributed.is_main() and not self.quiet:
             print(WORDS["few_prompts"].format(fewest=fewest, needed=needed), file=sys.stderr)
         out = replace(self, model=config.model).start()
-        cache = rl.Cache(None if self.no_cache else self.cache or default_folder())
-        results = rl.run_experiment(config, progress=not self.quiet, cache=cache)
+        results = rl.run_experiment(config, progress=not self.quiet, cache=self.store)
         if distributed.is_main():
             results.save(out)
             rl.write_report(results, out / "report.html")

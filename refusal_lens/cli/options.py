@@ -10,6 +10,7 @@ import tyro
 import refusal_lens as rl
 
 from ..activations import disk
+from ..activations.store import default_folder
 from ..errors import InputError
 from ..experiment.distributed import is_main, own_device
 from ..prompts.protocol import Protocol
@@ -48,6 +49,19 @@ class ModelOptions:
         """Return the model, on the device of this process."""
         device = own_device(self.device, self.n_devices)
         return rl.load_model(self.model, device=device, n_devices=self.n_devices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Options of every command that keeps finished work."""
+
+    cache: Folder = None  # Finished work. Default: $REFUSAL_LENS_CACHE or among the user's caches.
+    no_cache: Flag = False  # Neither store nor use finished work.
+
+    @property
+    def store(self) -> Path | None:
+        """The folder of finished work; None without a cache."""
+        return None if self.no_cache else self.cache or default_folder()
 
 
 @dataclass(frozen=True, kw_only=True)
