@@ -203,20 +203,20 @@ def test_the_band_holds_the_interval_and_the_interval_the_estimate():
     assert (found.band_upper >= found.upper).all()
 
 
-def coverage_benchmark():
-    """The committed simulation, loaded as the script that it is."""
-    path = Path(__file__).parents[1] / "benchmarks" / "statistics_coverage.py"
-    spec = importlib.util.spec_from_file_location("statistics_coverage", path)
+def benchmark_named(name):
+    """A committed simulation, loaded as the script that it is."""
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["statistics_coverage"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def test_a_small_simulation_covers_and_the_plain_cosine_would_not():
-    benchmark = coverage_benchmark()
+    benchmark = benchmark_named("statistics_coverage")
     rows = benchmark.simulate(
         benchmark.Setting(64, 0),
         draws=100,
@@ -231,6 +231,11 @@ def test_a_small_simulation_covers_and_the_plain_cosine_would_not():
         assert row.width_ratio < 1.6
     assert by_cosine[0.0].rejected <= 0.12
     assert by_cosine[0.9].plain < 0.7  # the control: noise hides a true 0.9
+
+
+def test_the_band_holds_the_curve_of_a_high_cosine():
+    whole, _ = benchmark_named("statistics_designs").band(24, 0.9, 0.9, draws=60, seed=1000)
+    assert whole >= 0.93  # 0.88 where the far tail has all degrees of freedom
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
