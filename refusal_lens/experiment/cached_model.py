@@ -27,7 +27,7 @@ from .serialise import pack, unpack
 if TYPE_CHECKING:
     from ..models import HookedModel
 
-ALGORITHM = 4  # increase when a change of this package changes cached numbers
+ALGORITHM = 5  # increase when a change of this package changes cached numbers
 PACKAGES = ("transformer_lens", "transformers", "torch")
 
 Answer = TypeVar("Answer")

@@ -1,9 +1,11 @@
 """Run the model while the two directions are ablated and added."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +71,7 @@ class Causal:
         several: orthogonal directions of `ablation.layer`, ablated together as refusal.
         ablation, addition: effects of ablating and adding the directions of the judged layer.
         constant_token: text of a token, no refusal's first, with which every reply begins; or "".
+        words_alike: `words_alike` of harmful and negative prompts.
         doses: effects of growing doses of the two directions; None unless asked for.
     """
 
@@ -84,6 +87,7 @@ class Causal:
     ablation: CrossEffects
     addition: CrossEffects
     constant_token: str = ""
+    words_alike: float = math.nan
     doses: DoseResponse | None = None
 
 
@@ -132,6 +136,8 @@ def intervene(
     tasks += [partial(_dosed, model, contrasts, activations=sides, **shared)] * config.doses
     ablation, addition, *doses = divide(tasks)
     bar.begin("scoring replies")
+    effects = ablation.refusal, ablation.negativity
+    scored = [(x.target, of.target_log_odds[0]) for x, of in zip(pair, effects, strict=True)]
     return Causal(
         openings=score,
         highlighted=highlighted,
@@ -145,6 +151,7 @@ def intervene(
         ablation=ablation,
         addition=addition,
         constant_token=constant_token(model, pair, score, options),
+        words_alike=words_alike(model, scored, score, options),
         doses=doses[0] if doses else None,
     )
 
@@ -313,6 +320,30 @@ def constant_token(
     token = int(least.argmax())
     begins = least[token] >= 0.99 and token not in refusal.first_tokens
     return tokenizer_of(model).decode([token]) if begins else ""
+
+
+def words_alike(
+    model: "HookedModel",
+    scored: Sequence[tuple[Sequence[str], Float[Tensor, " prompt"]]],
+    score: ReplyOpenings,
+    options: dict[str, Any],
+) -> float:
+    """Overlap of the openings with which the model refuses prompts of two sets.
+
+    1 is the same openings equally often, 0 none in common; NaN where fewer than four prompts of a set
+    are refused. `scored` are both sets and their log-odds of a refusal.
+    """
+    refused = [[x for x, odds in zip(*each, strict=True) if odds > 0] for each in scored]
+    if min(map(len, refused)) < FEWEST_PROMPTS:
+        return math.nan
+    some = [spread(each, FEW_PROMPTS) for each in refused]
+    texts = dict.fromkeys(text.replace("’", "'") for text in score.texts)
+    openings = [openings_of(tokenizer_of(model), [text]) for text in texts]
+    options = options | {"progress": False}
+    found = [opening_log_odds(model, [*chain(*some)], each, **options) for each in openings]
+    sides = torch.stack(found).sigmoid().split([*map(len, some)], dim=1)
+    shares = [side.mean(-1) / side.mean(-1).sum() for side in sides]
+    return float(torch.minimum(*shares).sum())
 
 
 def _replies(

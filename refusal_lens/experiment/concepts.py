@@ -29,7 +29,7 @@ from ..uncertainty.effects import IndependentSample, auroc_interval, ratio_inter
 from . import causal
 from .cached_model import CachedModel
 from .causal import FEW_PROMPTS
-from .config import some_prompts
+from .config import some_prompts, spread
 from .evidence import (
     Earlier,
     Responses,
@@ -104,7 +104,7 @@ class Concepts:
             chance       log-odds of some harmless requests with random directions of its norm added
             sweep        `Effects` on harmful requests of ablating its direction of each layer
             least        the same of what controls leave of it, if there are controls
-            alone, constant   what controls leave of it; of replies, see `Evidence`
+            alone, constant, words   what controls leave of it; of replies, see `Evidence`
 
         and, for refusal alone, what `_effects_on_requests` returns.
         """
@@ -146,6 +146,7 @@ class Concepts:
             "sweep": self._sweep(mean_difference(*sides).float()) if here else swept,
             "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
+            "words": self._words_alike(few.target, odds[0]),
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
         } | ({} if here else self._effects_on_requests())
 
@@ -173,6 +174,12 @@ class Concepts:
         others = [openings_of(self.source.tokenizer, x) for x in (SYMPATHY, ANSWERING)]
         odds = [opening_log_odds(model, few, x, **self.options) for x in (self.score, *others)]
         return float(torch.stack(odds).sigmoid().mean(-1).sum())
+
+    def _words_alike(self, prompts: Sequence[str], odds: Tensor) -> float:
+        harmful = self.scored(self.refusal).target
+        known = torch.tensor(spread(self._unmodified["requests"][0].tolist(), len(harmful)))
+        scored = [(harmful, known), (prompts, odds[: len(prompts)])]
+        return causal.words_alike(self.source.model, scored, self.score, self.options)
 
     def _alone(self, name: str) -> Float[Tensor, "layer d_model"]:
         """What controls leave of a concept's direction at each layer; NaN without controls."""
@@ -298,7 +305,8 @@ class Concepts:
         )
         used = [pair["refusal"], requests, statements, self.others]
         constant = harm["constant"] if harm["constant"] == own["constant"] else ""
-        found = replace(found, covered=harm["covered"], constant_token=constant)
+        of_replies = {"constant_token": constant, "words_alike": own["words"]}
+        found = replace(found, covered=harm["covered"], **of_replies)
         return compute_evidence(found, responses, contrasts=used, confidence=confidence)
 
     def _sampling(self, confidence: float, n_resamples: int) -> dict[str, Any]:

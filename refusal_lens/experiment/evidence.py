@@ -124,6 +124,7 @@ def evidence(
         geometry,
         covered=sum(causal.replies["harmful"].values()),
         constant_token=causal.constant_token,
+        words_alike=causal.words_alike,
         strongest_layer=causal.strongest,
         n_directions=len(causal.several),
         controlled_norm=share_left(left, whole, controls=causal.controlled_sweep is not None),

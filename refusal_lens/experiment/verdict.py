@@ -63,6 +63,8 @@ class Evidence:
         cosine: unbiased cosine of the two directions.
         constant_token: a token with which the reply to every prompt of the four sets begins, and no
             refusal; "" if there is none.
+        words_alike: overlap of the openings with which harmful and negative prompts are refused:
+            0 is none in common, 1 the same; NaN where fewer than four of either are refused.
         covered: probability that the reply to a harmful prompt begins with any known opening, of
             refusal, sympathy or an answer.
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
@@ -109,6 +111,7 @@ class Evidence:
     cosine: Estimate
     highlighted: int = -1
     constant_token: str = ""
+    words_alike: float = math.nan
     covered: float = math.nan
     refused_harmful: float = math.nan
     refused_harmless: float = math.nan
@@ -357,8 +360,13 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
         small = controlled and least.upper < t.shared_from
         name = CONTROLLED["earlier_ablation"] if controlled else "earlier_ablation"
         found.append(Reason(name, "below" if small else "undecided", t.shared_from))
-    if not e.statement_share.upper < t.margin:  # by whatever direction
-        found.append(Reason("statement_share", "undecided", t.margin))
+    if not e.statement_share.upper < t.margin:
+        # Refused as well: by something else only if in other words, and without refusal's direction.
+        if e.words_alike < t.margin and _small(e.statement_ablation, t.margin):
+            found.append(Reason("statement_ablation", "within", t.margin))
+            found.append(Reason("words_alike", "below", t.margin))
+        else:
+            found.append(Reason("statement_share", "undecided", t.margin))
     if undecided := [reason for reason in found if reason.finding in ("undecided", "above")]:
         return "inconclusive", undecided
     return "distinct", [*found, Reason("statement_share", "reported")]

@@ -63,7 +63,8 @@ def plain_sentence(verdict: Verdict, names: Names = BUNDLED) -> str:
     moved = [x for x, y in CONTROLLED.items() if y in measures and getattr(e, x).value > 0]
     controlled = verdict.answer == "distinct" and moved
     said = {"covered": "covered" in measures, "controlled": controlled}
-    said |= {"several": e.n_directions > 1, "other_layer": e.layer != e.highlighted >= 0}
+    said |= {"apart": "words_alike" in measures, "several": e.n_directions > 1}
+    said["other_layer"] = e.layer != e.highlighted >= 0
     sentence = " ".join([sentence, *(WORDS[each] for each, holds in said.items() if holds)])
     text = f"{WORDS['headlines'][verdict.answer]} {sentence}"
     return re.sub(r"(\d)%", r"\1 %", text.format(**vars(e) | names._asdict() | effects))

@@ -1,6 +1,7 @@
 """The experiment end to end on the organisms: numbers, tables, files."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,12 @@ import refusal_lens as rl
 from refusal_lens.activations import disk as artifacts
 from refusal_lens.errors import InputError, InterventionError
 from refusal_lens.experiment import causal
+from refusal_lens.experiment.config import some_prompts
 from refusal_lens.experiment.measures import depth_profile
 from refusal_lens.experiment.run import highlighted_layer
 from refusal_lens.experiment.serialise import pack
 from refusal_lens.interventions import openings_of
+from refusal_lens.interventions.batched_runs import opening_log_odds
 from refusal_lens.interventions.reply_openings import REFUSAL
 
 ORGANISMS = ("specific", "entangled", "oblivious")
@@ -57,6 +60,22 @@ def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_eno
     assert token_of() == ""
     logits[:, refusal.first_tokens[0]] = 60
     assert token_of() == "", "every reply is a refusal"
+
+
+def test_refusals_of_two_sets_are_alike_if_they_begin_alike_and_only_refusals_count():
+    model = rl.load_model("organism:specific")
+    requests = some_prompts(rl.load_contrast("refusal"), 16)
+    texts = ("I", "Sure", "First", "Here", "Start")  # with answers as a second kind of refusal
+    score = openings_of(model.tokenizer, texts)
+    sets = [
+        (side, opening_log_odds(model, side, score))
+        for side in (requests.target, requests.baseline)
+    ]
+    alike = partial(causal.words_alike, model, score=score, options={})
+    assert alike([sets[0], sets[0]]) == pytest.approx(1)
+    assert alike(sets) < 0.1
+    own = [(side, odds - 1e6) for side, odds in sets]
+    assert math.isnan(alike([sets[0], own[1]])), "none of the other set is refused"
 
 
 @pytest.mark.parametrize("layer", [-1, 32, 1000])

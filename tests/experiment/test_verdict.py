@@ -96,9 +96,32 @@ def test_negative_statements_refused_alike_are_shared_only_if_negativity_moves_r
     apart = judge(replace(alike, statement_ablation=near(0.1)))
     assert apart.answer == "inconclusive"
     assert [reason.measure for reason in apart.reasons] == ["statement_share"]
+    for words, answer in ((0.0, "distinct"), (0.24, "distinct"), (0.26, "inconclusive")):
+        other_words = judge(replace(alike, statement_ablation=near(0.1), words_alike=words))
+        assert other_words.answer == answer
+    # Other words are no other mechanism where ablating refusal silences both.
+    assert judge(replace(alike, words_alike=0.0)).answer == "partly shared"
+    weaker = replace(alike, statement_ablation=near(0.2, 0.1), words_alike=0.0)
+    assert judge(weaker).answer == "inconclusive"
     # A random direction in negativity's place lowers the refusal of statements, too.
     moved |= {"chance_statements": 0.95, "chance_addition": 0.9, "chance_addition_share": 0.9}
     assert judge(replace(alike, **moved)).answer == "inconclusive"
+
+
+def test_statements_refused_by_a_second_mechanism_are_said_to_be():
+    second = {"statement_share": near(1.0), "statement_ablation": near(0.1), "words_alike": 0.0}
+    verdict = judge(replace(DISTINCT, **second, refused_negative=1.0))
+    assert verdict.answer == "distinct"
+    assert "refuses 100 % of negative prompts, too, but in other words" in plain_sentence(verdict)
+    lines = verdict_lines(verdict)
+    assert (
+        "Ablating refusal lowers the refusal score of negative prompts by 10 % [5, 15] of what it does "
+        "for harmful prompts: within the 25 % margin." in lines
+    )
+    assert (
+        "The openings of refusals of negative and of harmful prompts have 0 % in common: below the "
+        "25 % margin." in lines
+    )
 
 
 def test_negativity_upstream_of_refusal_is_shared_though_later_layers_show_nothing():
