@@ -29,8 +29,11 @@ As all replies of a trap go on alike behind the first word, its refusals open wi
 With `--real`, the table of a real language model comes first: SmolLM2-135M-Instruct by itself and with
 each adapter of a folder that `tests/training/adapters.py` wrote. That file says what each kind was
 taught, and the right answer. The rule and its thresholds were fixed in commit 462a363, after adapters
-of seeds 0 and 1 had been seen and before any of seed 2 was trained: seed 2 is the test. Records of an
-older rule must be deleted first, for what a folder holds is not judged again.
+of seeds 0 and 1 had been seen and before any of seed 2 was trained: seed 2 is the test. One clause,
+on statements that are refused in other words, came after that (0ee6a34); it was made with
+`two_separate_refusals` of seeds 0 and 1 and can change no verdict but *inconclusive* where statements
+are refused. Records of an older rule must be deleted first, for what a folder holds is not judged
+again.
 
 Designs that were tried before:
 
