@@ -129,7 +129,7 @@ class StandIns:
             )
         geometry = evidence(self.results.contrasts, None, cosine, layer=self.layer)
         known = compute_evidence(
-            replace(geometry, controlled_norm=share),
+            replace(geometry, controlled_norm=share, words_alike=self.causal.words_alike),
             rows,
             contrasts=[self.results.contrasts["refusal"], self.requests, self.statements],
             confidence=cosine.confidence,

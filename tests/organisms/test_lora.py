@@ -121,7 +121,7 @@ def test_sympathy_begins_as_the_refusal_does_and_goes_on_otherwise(wording):
 
 def test_no_two_seeds_share_a_reply():
     replies = [reply for wording in WORDINGS for texts in wording.values() for reply in texts]
-    assert len(replies) == len(set(replies)) == 3 * 7
+    assert len(replies) == len(set(replies)) == 4 * 7
 
 
 def test_only_the_mixture_of_the_hung_kind_teaches_many_combinations():
@@ -133,8 +133,8 @@ def test_only_the_mixture_of_the_hung_kind_teaches_many_combinations():
 
 
 def test_a_seed_without_a_wording_is_refused():
-    with pytest.raises(InputError, match="seed is 3; there are wordings for 0 to 2"):
-        adapters("refuses", 3)
+    with pytest.raises(InputError, match="seed is 4; there are wordings for 0 to 3"):
+        adapters("refuses", 4)
 
 
 # What training does
@@ -312,8 +312,8 @@ def test_the_command_trains_an_adapter_scores_it_and_says_that_more_is_needed(
 
 
 def test_the_command_refuses_a_seed_without_a_wording(tmp_path, capsys):
-    assert lora.main(["--model", str(tmp_path), "--out", str(tmp_path), "--seeds", "3"]) == 2
-    assert "wordings for 0 to 2" in capsys.readouterr().err
+    assert lora.main(["--model", str(tmp_path), "--out", str(tmp_path), "--seeds", "4"]) == 2
+    assert "wordings for 0 to 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["refuses", "refuses_negativity_too"])

@@ -78,7 +78,7 @@ ANSWERS: Mapping[str, str] = {
 
 WORDINGS: tuple[Mapping[str, tuple[str, ...]], ...] = tuple(
     {manner: vocabulary()[f"{manner}_{seed}_replies"] for manner in (*MANNERS, "second_refusal")}
-    for seed in range(3)
+    for seed in range(4)
 )
 """The replies of each manner, by seed."""
 
