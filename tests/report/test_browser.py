@@ -166,9 +166,13 @@ def test_hover_tells_the_numbers_of_a_layer(folded):
 def test_on_a_phone_nothing_is_wider_than_the_screen(folded):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     folded.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    name = "document.querySelector('header p')"
     try:
-        wide = folded.execute_script("return document.documentElement.scrollWidth")
-        assert wide <= 390
+        own = folded.execute_script(f"return {name}.textContent")
+        for text in (own, "models/two_separate_refusals_of_a_model_with_a_long_name_in_a_folder"):
+            folded.execute_script(f"{name}.textContent = arguments[0]", text)
+            assert folded.execute_script("return document.documentElement.scrollWidth") <= 390
+        folded.execute_script(f"{name}.textContent = arguments[0]", own)
         left, right = folded.execute_script(
             "const chart = document.getElementById('figure-cosine').getBoundingClientRect();"
             "return [chart.left, chart.right]"
