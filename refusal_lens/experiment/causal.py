@@ -106,8 +106,7 @@ def intervene(
 
     Args:
         model, contrasts, activations: the model, and prompts and activations of both contrasts.
-        layer, bar: the highlighted layer, and the bar of the run, which has the `steps`.
-        config: the seed of the random directions, the refusals' openings, protocol and batch size.
+        layer, config, bar: the highlighted layer, every choice, and the run's bar with `steps`.
     """
     bar.begin("scoring requests")
     sides = activations["refusal"], activations["negativity"]
@@ -136,8 +135,6 @@ def intervene(
     tasks += [partial(_dosed, model, contrasts, activations=sides, **shared)] * config.doses
     ablation, addition, *doses = divide(tasks)
     bar.begin("scoring replies")
-    effects = ablation.refusal, ablation.negativity
-    scored = [(x.target, of.target_log_odds[0]) for x, of in zip(pair, effects, strict=True)]
     return Causal(
         openings=score,
         highlighted=highlighted,
@@ -151,7 +148,7 @@ def intervene(
         ablation=ablation,
         addition=addition,
         constant_token=constant_token(model, pair, score, options),
-        words_alike=words_alike(model, scored, score, options),
+        words_alike=words_alike(model, pair, ablation.unmodified[::2], score, options),
         doses=doses[0] if doses else None,
     )
 
@@ -324,16 +321,18 @@ def constant_token(
 
 def words_alike(
     model: "HookedModel",
-    scored: Sequence[tuple[Sequence[str], Float[Tensor, " prompt"]]],
+    contrasts: Sequence[Contrast],
+    log_odds: Sequence[Float[Tensor, " target"]],
     score: ReplyOpenings,
     options: dict[str, Any],
 ) -> float:
-    """Overlap of the openings with which the model refuses prompts of two sets.
+    """Overlap of the openings with which the model refuses targets of two contrasts.
 
-    1 is the same openings equally often, 0 none in common; NaN where fewer than four prompts of a set
-    are refused. `scored` are both sets and their log-odds of a refusal.
+    1 is the same openings equally often, 0 none in common; NaN where fewer than four of either are
+    refused, by their `log_odds`.
     """
-    refused = [[x for x, odds in zip(*each, strict=True) if odds > 0] for each in scored]
+    both = zip([x.target for x in contrasts], log_odds, strict=True)
+    refused = [[x for x, odds in zip(*each, strict=True) if odds > 0] for each in both]
     if min(map(len, refused)) < FEWEST_PROMPTS:
         return math.nan
     some = [spread(each, FEW_PROMPTS) for each in refused]
@@ -342,8 +341,7 @@ def words_alike(
     options = options | {"progress": False}
     found = [opening_log_odds(model, [*chain(*some)], each, **options) for each in openings]
     sides = torch.stack(found).sigmoid().split([*map(len, some)], dim=1)
-    shares = [side.mean(-1) / side.mean(-1).sum() for side in sides]
-    return float(torch.minimum(*shares).sum())
+    return float(torch.minimum(*(x.mean(-1) / x.mean(-1).sum() for x in sides)).sum())
 
 
 def _replies(
@@ -354,11 +352,9 @@ def _replies(
 ) -> dict[str, dict[str, float]]:
     """Mean probability of every kind of reply after each prompt set, in the unmodified model."""
     tokenizer: Any = model.tokenizer
-    parts = effects.refusal, effects.negativity
-    scores = [x[0] for part in parts for x in (part.target_log_odds, part.baseline_log_odds)]
     found = {
         name: {"refusal": float(each[spread(range(len(each)), FEW_PROMPTS)].sigmoid().mean())}
-        for name, each in zip(SETS, scores, strict=True)
+        for name, each in zip(SETS, effects.unmodified, strict=True)
     }
     some = [some_prompts(contrast, FEW_PROMPTS) for contrast in pair]
     sides = [side for contrast in some for side in (contrast.target, contrast.baseline)]

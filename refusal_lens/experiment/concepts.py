@@ -146,7 +146,7 @@ class Concepts:
             "sweep": self._sweep(mean_difference(*sides).float()) if here else swept,
             "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
-            "words": self._words_alike(few.target, odds[0]),
+            "words": self._words_alike(few, odds[0]),
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
         } | ({} if here else self._effects_on_requests())
 
@@ -175,11 +175,11 @@ class Concepts:
         odds = [opening_log_odds(model, few, x, **self.options) for x in (self.score, *others)]
         return float(torch.stack(odds).sigmoid().mean(-1).sum())
 
-    def _words_alike(self, prompts: Sequence[str], odds: Tensor) -> float:
-        harmful = self.scored(self.refusal).target
-        known = torch.tensor(spread(self._unmodified["requests"][0].tolist(), len(harmful)))
-        scored = [(harmful, known), (prompts, odds[: len(prompts)])]
-        return causal.words_alike(self.source.model, scored, self.score, self.options)
+    def _words_alike(self, few: Contrast, odds: Tensor) -> float:
+        requests = self.scored(self.refusal)
+        known = spread(self._unmodified["requests"][0].tolist(), len(requests.target))
+        each = [requests, few], [torch.tensor(known), odds[: len(few.target)]]
+        return causal.words_alike(self.source.model, *each, self.score, self.options)
 
     def _alone(self, name: str) -> Float[Tensor, "layer d_model"]:
         """What controls leave of a concept's direction at each layer; NaN without controls."""

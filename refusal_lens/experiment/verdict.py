@@ -61,12 +61,9 @@ class Evidence:
             there; then `layer` is the one at which it does most, on other prompts if there are enough.
         reliability_refusal, reliability_negativity: split-half reliability of each direction, up to 1.
         cosine: unbiased cosine of the two directions.
-        constant_token: a token with which the reply to every prompt of the four sets begins, and no
-            refusal; "" if there is none.
-        words_alike: overlap of the openings with which harmful and negative prompts are refused:
-            0 is none in common, 1 the same; NaN where fewer than four of either are refused.
-        covered: probability that the reply to a harmful prompt begins with any known opening, of
-            refusal, sympathy or an answer.
+        constant_token: a token, no refusal's, that begins the reply to every prompt; "" if none does.
+        words_alike: overlap of the openings that refuse harmful and negative prompts, 0 to 1; or NaN.
+        covered: probability that a harmful prompt's reply begins with a known opening of any kind.
         refused_harmful, refused_harmless, refused_negative: share of these prompts that is refused.
         refused_gap, gap: share of harmful minus share of harmless prompts refused, of all prompts; the
             same of scores, of the prompts that interventions run on.
@@ -361,7 +358,6 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
         name = CONTROLLED["earlier_ablation"] if controlled else "earlier_ablation"
         found.append(Reason(name, "below" if small else "undecided", t.shared_from))
     if not e.statement_share.upper < t.margin:
-        # Refused as well: by something else only if in other words, and without refusal's direction.
         if e.words_alike < t.margin and _small(e.statement_ablation, t.margin):
             found.append(Reason("statement_ablation", "within", t.margin))
             found.append(Reason("words_alike", "below", t.margin))

@@ -114,6 +114,12 @@ class CrossEffects:
         # Saved results hold strings.
         object.__setattr__(self, "interventions", tuple(map(Intervention, self.interventions)))
 
+    @property
+    def unmodified(self) -> list[Float[Tensor, " prompt"]]:
+        """Log-odds in the unmodified model: target and baseline of refusal, then of negativity."""
+        parts = self.refusal, self.negativity
+        return [x[0] for part in parts for x in (part.target_log_odds, part.baseline_log_odds)]
+
     def rows(self, intervention: Intervention) -> list[int]:
         """The rows of an `intervention`; `RANDOM` has one row for each random direction."""
         return [i for i, other in enumerate(self.interventions) if other is intervention]

@@ -65,17 +65,15 @@ def test_a_first_token_that_begins_every_reply_is_found_and_one_exception_is_eno
 def test_refusals_of_two_sets_are_alike_if_they_begin_alike_and_only_refusals_count():
     model = rl.load_model("organism:specific")
     requests = some_prompts(rl.load_contrast("refusal"), 16)
+    answered = replace(requests, target=requests.baseline, baseline=requests.target)
     texts = ("I", "Sure", "First", "Here", "Start")  # with answers as a second kind of refusal
     score = openings_of(model.tokenizer, texts)
-    sets = [
-        (side, opening_log_odds(model, side, score))
-        for side in (requests.target, requests.baseline)
-    ]
+    harmful, harmless = (opening_log_odds(model, x.target, score) for x in (requests, answered))
     alike = partial(causal.words_alike, model, score=score, options={})
-    assert alike([sets[0], sets[0]]) == pytest.approx(1)
-    assert alike(sets) < 0.1
-    own = [(side, odds - 1e6) for side, odds in sets]
-    assert math.isnan(alike([sets[0], own[1]])), "none of the other set is refused"
+    assert alike([requests, requests], [harmful, harmful]) == pytest.approx(1)
+    assert alike([requests, answered], [harmful, harmless]) < 0.1
+    none_refused = [harmful, harmless - 1e6]
+    assert math.isnan(alike([requests, answered], none_refused))
 
 
 @pytest.mark.parametrize("layer", [-1, 32, 1000])
