@@ -32,8 +32,8 @@ taught, and the right answer. The rule and its thresholds were fixed in commit 4
 of seeds 0 and 1 had been seen and before any of seed 2 was trained: seed 2 is the test. One clause,
 on statements that are refused in other words, came after that (0ee6a34); it was made with
 `two_separate_refusals` of seeds 0 and 1 and can change no verdict but *inconclusive* where statements
-are refused. Records of an older rule must be deleted first, for what a folder holds is not judged
-again.
+are refused; seed 3 of that kind, trained after it, is its test. Records of an older rule must be
+deleted first, for what a folder holds is not judged again.
 
 Designs that were tried before:
 
