@@ -71,7 +71,7 @@ class Causal:
         several: orthogonal directions of `ablation.layer`, ablated together as refusal.
         ablation, addition: effects of ablating and adding the directions of the judged layer.
         constant_token: text of a token, no refusal's first, with which every reply begins; or "".
-        words_alike: `words_alike` of harmful and negative prompts.
+        words_alike: overlap of the openings that refuse harmful and negative prompts (`words_alike`).
         doses: effects of growing doses of the two directions; None unless asked for.
     """
 

@@ -146,7 +146,7 @@ class Concepts:
             "sweep": self._sweep(mean_difference(*sides).float()) if here else swept,
             "least": self._sweep(alone) if here and not alone.isnan().all() else None,
             "alone": alone,
-            "words": self._words_alike(few, odds[0]),
+            "words": self._words_alike(few, odds[0]) if here else torch.nan,
             "constant": causal.constant_token(self.source.model, [few], self.score, self.options),
         } | ({} if here else self._effects_on_requests())
 

@@ -329,6 +329,7 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
     """Distinct if negativity is shown to do nothing or no more than chance; else inconclusive.
 
     Controls may account for what adding does and for scores, but not for refusals that go away.
+    Refused statements have a mechanism of their own if neither words nor direction are refusal's.
     """
     found: list[Reason] = []
     for name in RATIOS:
@@ -347,14 +348,13 @@ def _distinct(e: Evidence, t: Thresholds, earlier: Sequence[str]) -> tuple[Answe
             named = CONTROLLED[name] if excused and ratio.lower > t.margin else name
             found.append(Reason(named, "undecided", t.margin))
     found += [Reason(name, "above", t.margin) for name in earlier]
-    ratio, least = e.earlier_ablation, e.controlled_earlier_ablation
-    share = e.earlier_ablation_share
+    ratio, share = e.earlier_ablation, e.earlier_ablation_share
     if not earlier and share.lower > t.margin and share.value > e.chance_ablation_share:
         found.append(Reason("earlier_ablation_share", "above", t.margin))
     elif not earlier and not ratio.upper < t.shared_from and not ratio.value <= e.chance_ablation:
         # The most effective of many layers has an effect by chance as well, but no large one.
         controlled = e.controlled_norm >= t.min_controlled_norm
-        small = controlled and least.upper < t.shared_from
+        small = controlled and e.controlled_earlier_ablation.upper < t.shared_from
         name = CONTROLLED["earlier_ablation"] if controlled else "earlier_ablation"
         found.append(Reason(name, "below" if small else "undecided", t.shared_from))
     if not e.statement_share.upper < t.margin:

@@ -44,8 +44,8 @@ Curve = Float[Tensor, " layer"]
 # tests/benchmarks/statistics_coverage.py, where 1/2 and 0 cover 1 to 2 % less.
 LEAST_SHARE = 0.6  # least share of the jackknife's variance in the residual's; truly at least 1/2
 LEAST_LINEAR = 0.25  # least share of the jackknife's variance in the linear part of resamples
-# By what the degrees of freedom of the band's far tail are divided from a cosine of 0.5 on, chosen on
-# seed 1000 of tests/benchmarks/statistics_designs.py, where the band holds in 91 % without that.
+# The degrees of freedom of the band's far tail are divided by up to this, from a cosine of 0.5 on;
+# chosen on seed 1000 of tests/benchmarks/statistics_designs.py, where the band else holds in 91 %.
 MOST_DIVIDED = 3
 SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # equally likely signs of the multipliers of a and b
 
@@ -178,7 +178,7 @@ def _one_way_intervals(
     for (edge, side), ratio, quantile in zip(tuple(ends), ratios, (high[0], low[1]), strict=True):
         largest = (ratio / quantile[:, None]).amax(0).clamp_min(1)
         far = normal * float(largest.kthvalue(n + 1 - k).values)
-        # Farther out, Student's quantile exceeds the normal one by more.
+        # Farther out, Student's quantile exceeds the normal one by more, at high cosines most.
         farther, own = (stats.t.isf(p, fewer.numpy()) for p in (stats.norm.sf(far), tail))
         ends.append((edge * torch.as_tensor(farther / own), side))
     return tuple(_end(noise, quantile, side=side) for quantile, side in ends)
