@@ -243,7 +243,7 @@ def refusal_directions(
     """
     found = mean_difference(*sides)[layer, None].float()
     prompts, n = requests.target + requests.baseline, len(requests.target)
-    read = options | {"read_layers": [layer]}
+    read = options | {"read_layers": [layer], "progress": False}
     while len(found) < MOST_DIRECTIONS and found.isfinite().all():
         references = affine_references(found, sides.baseline, hook=options["protocol"].hook)
         these = Interventions(found[None], None, references[None], last_position=True)

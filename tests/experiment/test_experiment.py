@@ -12,6 +12,7 @@ from checkpoints import byte_tokenizer
 
 import refusal_lens as rl
 from refusal_lens.activations import disk as artifacts
+from refusal_lens.activations.progress import RunBar
 from refusal_lens.errors import InputError, InterventionError
 from refusal_lens.experiment import causal
 from refusal_lens.experiment.config import some_prompts
@@ -242,9 +243,11 @@ def test_a_second_run_with_a_cache_loads_no_model(tmp_path, monkeypatch):
         rl.run_experiment(rl.Config(**quick), progress=False, cache=tmp_path)
 
 
-def test_one_bar_names_every_step_of_a_run_and_counts_over_all_of_them(capsys):
+def test_one_bar_names_every_step_of_a_run_and_counts_over_all_of_them(capsys, monkeypatch):
     model = rl.load_model("organism:oblivious")
     few = {"max_prompts": 4, "n_resamples": 400, "controls": ()}
+    counted, update = [], RunBar.update
+    monkeypatch.setattr(RunBar, "update", lambda bar, n=1: counted.append(n) or update(bar, n))
     capsys.readouterr()
     rl.run_experiment("organism:oblivious", model=model, **few)
     lines = re.findall(r"([^\r\n]*?): +\d+%.*?(\d+)/(\d+) prompt runs", capsys.readouterr().err)
@@ -253,8 +256,7 @@ def test_one_bar_names_every_step_of_a_run_and_counts_over_all_of_them(capsys):
     steps += ["ablation", "addition", "scoring replies", "statistics"]
     assert [*dict.fromkeys(step for step, *_ in lines)] == steps
     assert len({total for *_, total in lines}) == 1
-    counts = [int(count) for _, count, _ in lines]
-    assert counts == sorted(counts)
+    assert min(counted) >= 0, "no step counts more than it announced"
     assert lines[-1][1] == lines[-1][2]
     rl.get_layer_activations(model, rl.Contrast("few", ["a"], ["b"]))
     assert "prompts read: 100%" in capsys.readouterr().err, "a function of its own has its own bar"
