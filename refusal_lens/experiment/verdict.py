@@ -242,7 +242,7 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
     """
     t = thresholds or Thresholds()
     answer: Answer = "inconclusive"
-    if not (reasons := _obstacles(evidence, t)):
+    if not (reasons := obstacles(evidence, t)):
         answer, reasons = _decide(evidence, t)
         strongest = evidence.strongest_ablation
         apart = {"distinct": strongest.lower > t.margin, "shared": strongest.upper < t.margin}
@@ -261,7 +261,7 @@ def published_rule(cosine: float) -> str:
     return "moderate overlap" if cosine > 0.5 else "safety-specific"
 
 
-def _obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
+def obstacles(e: Evidence, t: Thresholds) -> list[Reason]:
     """Return the reasons that prevent a conclusion; empty if there are none."""
     minima = {"n_prompts": float(t.min_prompts), "reliability_refusal": t.min_reliability}
     minima["reliability_negativity"] = t.min_reliability

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..prompts.contrast import Contrast
 from ..uncertainty import CosineStatistics, Unmeasured
-from .causal import PARTS
+from .causal import N_RANDOM, PARTS
 from .verdict import CHANCE, CONTROLLED, EARLIER, Estimate, Reason, Thresholds, Verdict
 
 WORDS: dict[str, Any] = tomllib.loads(files(__package__).joinpath("words.toml").read_text("utf-8"))
@@ -102,7 +102,7 @@ def rule(thresholds: Thresholds, names: Names = BUNDLED) -> str:
     """Return the rule with these thresholds and names."""
     plain = ("min_prompts", "min_reliability", "max_damage")
     numbers = {k: f"{v:g}" if k in plain else _percent(v) for k, v in vars(thresholds).items()}
-    return WORDS["rule"].format(**numbers, **names._asdict())
+    return WORDS["rule"].format(n_random=N_RANDOM, **numbers, **names._asdict())
 
 
 def unmeasured(reason: Unmeasured, names: Mapping[str, str]) -> str:

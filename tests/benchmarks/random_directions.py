@@ -31,7 +31,7 @@ import refusal_lens as rl
 from refusal_lens.experiment.causal import PARTS, Causal, taken_out
 from refusal_lens.experiment.config import some_prompts
 from refusal_lens.experiment.evidence import Earlier, compute_evidence, evidence, responses_of
-from refusal_lens.experiment.verdict import Thresholds, Verdict, _obstacles, judge
+from refusal_lens.experiment.verdict import Thresholds, Verdict, judge, obstacles
 from refusal_lens.interventions import ablation_effects, addition_effects
 from refusal_lens.interventions.cross_ablation import outside, random_directions
 from refusal_lens.interventions.sweep import affine_references
@@ -141,7 +141,7 @@ def judged(name: str, n: int, seed: int) -> tuple[Verdict, list[Verdict]]:
     """The verdict on negativity, and those on random directions in its place."""
     model = rl.load_model(name)
     results = rl.run_experiment(rl.Config(model=name), model=model, progress=False)
-    in_the_way = {each.measure for each in _obstacles(results.verdict.evidence, THRESHOLDS)}
+    in_the_way = {each.measure for each in obstacles(results.verdict.evidence, THRESHOLDS)}
     if in_the_way - {"reliability_negativity"}:
         return results.verdict, [results.verdict] * n
     return results.verdict, StandIns(model, results, n, seed).verdicts()
