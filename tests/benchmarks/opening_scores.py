@@ -107,7 +107,7 @@ def main() -> None:
     for name in args.models:
         found = compared(name, args.rounds)
         met &= found.whole <= MOST * found.first
-        shown = name if name.startswith("organism:") else Path(name).name
+        shown = "+".join(Path(part).name for part in name.split("+"))
         ratio = found.whole / found.first
         cells = [shown, *(f"{x:.2f}" for x in (found.first, found.whole, ratio))]
         cells += [f"{found.own:.1f}", f"{found.likely:.1f}", f"{found.least:.2f}"]
