@@ -134,9 +134,12 @@ def _reason(reason: Reason, verdict: Verdict, names: Names) -> str:
     if reason.finding == "not measured":
         return WORDS["not_measured"]
     written = "{:.3g}".format if reason.measure in NO_SHARES else _percent
-    numbers = {"value": written(getattr(verdict.evidence, reason.measure))}
+    value, finding = getattr(verdict.evidence, reason.measure), str(reason.finding)
+    if finding == "undecided" and value.lower > (reason.threshold or 0.0):
+        finding = "above alone"
+    numbers = {"value": written(value)}
     numbers |= {"threshold": written(reason.threshold or 0.0)}
-    sentence = WORDS["measures"][reason.measure] + WORDS["findings"][reason.finding]
+    sentence = WORDS["measures"][reason.measure] + WORDS["findings"][finding]
     return sentence.format(**vars(verdict.evidence) | names._asdict() | numbers)
 
 

@@ -32,8 +32,8 @@ taught, and the right answer. The rule and its thresholds were fixed in commit 4
 of seeds 0 and 1 had been seen and before any of seed 2 was trained: seed 2 is the test. One clause,
 on statements that are refused in other words, came after that (0ee6a34); it was made with
 `two_separate_refusals` of seeds 0 and 1 and can change no verdict but *inconclusive* where statements
-are refused; seed 3 of that kind, trained after it, is its test. Records of an older rule must be
-deleted first, for what a folder holds is not judged again.
+are refused; seed 3 of that kind, trained after it, is its test. A record holds what was measured, and
+is judged by the rule of the code that reads it.
 
 Designs that were tried before:
 
@@ -56,7 +56,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -233,7 +233,7 @@ def judged(name: str, seed: int, zoo: Path) -> dict:
     kind = next(kind for kind in KINDS if kind.name == name)
     folder, file = zoo / f"{name}-{seed}", zoo / f"{name}-{seed}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return with_verdict(json.loads(file.read_text()))
     import refusal_lens as rl
 
     if not (folder / "config.json").is_file():
@@ -247,7 +247,7 @@ def judged_real(adapter: Path | None, *, base: Path, zoo: Path) -> dict:
     name, _, seed = (adapter.name if adapter else "refuses_nothing-0").rpartition("-")
     file = zoo / f"real-{name}-{seed}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return with_verdict(json.loads(file.read_text()))
 
     import refusal_lens as rl
 
@@ -265,7 +265,7 @@ def train(kind: Kind, seed: int, folder: Path) -> None:
 
 
 def judge(kind: Kind | RealKind, seed: int, file: Path, load: Callable[[], "Model"]) -> dict:
-    """Run the experiment on a model with the defaults; write the record to `file` and return it."""
+    """Run the experiment on a model with the defaults, write its evidence to `file`, and judge."""
     import refusal_lens as rl
     from refusal_lens.experiment.verdict import published_rule
 
@@ -273,22 +273,27 @@ def judge(kind: Kind | RealKind, seed: int, file: Path, load: Callable[[], "Mode
     results = rl.run_experiment(config, model=load(), progress=False)
     evidence = results.verdict.evidence
     cosine = float(results.similarities["refusal_vs_negativity"][evidence.layer])
-    ratios = {name: getattr(evidence, name).value for name in EVIDENCE[1:]}
     record = {
         "model": f"{kind.name}-{seed}",
         "kind": kind.name,
         "truth": kind.answer,
-        "verdict": results.verdict.answer,
-        "reasons": results.verdict_lines()[:-1],
-        "layer": evidence.layer,
         "cosine": cosine,
-        "unbiased": [evidence.cosine.value, evidence.cosine.lower, evidence.cosine.upper],
         "published": published_rule(cosine),
-        "refused_harmful": evidence.refused_harmful,
-        **ratios,
+        "evidence": asdict(evidence),
     }
     file.write_text(json.dumps(record, indent=1))
-    return record
+    return with_verdict(record)
+
+
+def with_verdict(record: dict) -> dict:
+    """A record with the verdict on its evidence, and the verdict's reasons in words."""
+    from refusal_lens.experiment import verdict, wording
+
+    numbers = record["evidence"].items()
+    known = {k: verdict.Estimate(**v) if isinstance(v, dict) else v for k, v in numbers}
+    found = verdict.judge(verdict.Evidence(**known))
+    reasons = wording.verdict_lines(found)[:-1]
+    return record | {"verdict": found.answer, "reasons": reasons}
 
 
 def report(records: list[dict], seeds: int, of_real: list[dict]) -> str:
@@ -315,13 +320,7 @@ def real_lines(by_kind: ByKind) -> list[str]:
         "",
         *published_table(by_kind),
         "",
-        *table(
-            ["model", "right answer", "verdict", "cosine", "its first reason"],
-            [
-                [r["model"], r["truth"], r["verdict"], f"{r['cosine']:+.2f}", r["reasons"][0]]
-                for r in records
-            ],
-        ),
+        *model_table(records),
         "",
     ]
 
@@ -348,6 +347,10 @@ def zoo_lines(records: list[dict], seeds: int) -> list[str]:
         "",
         *summary(records),
         "",
+        "The verdicts that are not right:",
+        "",
+        *model_table([record for record in records if record["verdict"] != record["truth"]]),
+        "",
         "The evidence, medians over the models of a kind (fields of "
         "`refusal_lens.experiment.verdict.Evidence`); ratios to a gap that is not there are left "
         "out:",
@@ -361,6 +364,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+
+
+def model_table(records: list[dict]) -> list[str]:
+    head = ["model", "right answer", "verdict", "cosine", "its first reason"]
+    rows = (
+        [r["model"], r["truth"], r["verdict"], f"{r['cosine']:+.2f}", r["reasons"][0]]
+        for r in records
+    )
+    return table(head, rows)
 
 
 def verdict_table(by_kind: ByKind) -> list[str]:
@@ -385,10 +397,16 @@ def published_table(by_kind: ByKind) -> list[str]:
     return table(head, rows)
 
 
+def measured(record: dict, name: str) -> float:
+    """A number of a record's evidence, without its interval."""
+    found = record["evidence"][name]
+    return found["value"] if isinstance(found, dict) else found
+
+
 def evidence_table(by_kind: ByKind) -> list[str]:
     rows = []
     for kind, members in by_kind:
-        medians = [statistics.median(record[name] for record in members) for name in EVIDENCE]
+        medians = [statistics.median(measured(r, name) for r in members) for name in EVIDENCE]
         refuses = medians[0] >= 0.5
         cells = (f"{x:.2f}" if refuses or not i else "" for i, x in enumerate(medians))
         rows.append([kind.name, *cells])

@@ -237,6 +237,15 @@ def test_an_undecided_number_is_the_one_that_is_printed():
     assert "95 % [90, 100] of what ablating refusal does: neither" not in text
 
 
+def test_a_number_above_its_margin_is_not_said_to_be_undecided():
+    verdict = judge(replace(DISTINCT, statement_share=near(0.97)))
+    assert verdict.answer == "inconclusive"
+    [line] = [each for each in verdict_lines(verdict) if "are refused" in each]
+    assert "above 25 %, but the rest of what shows a shared mechanism is missing" in line
+    wide = judge(replace(DISTINCT, statement_share=near(0.97, 0.8)))
+    assert "neither above nor within the 25 % margin" in verdict_text(wide)
+
+
 @pytest.mark.parametrize(
     ("evidence", "ratio", "disagrees"),
     [
